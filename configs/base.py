@@ -1,0 +1,108 @@
+"""Every field of the configuration, with its default, unit and meaning. No other file may create a field.
+
+Order of composition: this file, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the dataset's own lines, and
+last the flags `--config.a.b=value`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    c = ConfigDict()
+    c.name = ""  # name of the config file
+    c.seed = 0  # of initial weights, data order and sampling
+    c.workdir = ""  # where the run lives; "" = work/<name>
+
+    c.data = d = ConfigDict()
+    d.source = "prism"  # prism | prefeval | jsonl
+    d.path = "data/prism"  # folder (or, for jsonl, file) of the published files
+    d.prepared = "data/prepared"  # folder of the ArrayRecord copies, one per content and options
+    d.download = True  # fetch missing files where the source publishes them
+    d.on_bad_row = "error"  # error | skip (counted and listed)
+    d.split_by = "user"  # user | topic (prefeval only)
+    d.validation_fraction = 0.03  # of users
+    d.test_fraction = 0.12  # of users
+    d.num_shots = 6  # most past pairs shown in the signals of a user
+    d.num_pairs = 8  # most held-out pairs kept of a user
+    d.pair_mode = "best_vs_worst"  # best_vs_worst | best_vs_rest | all_pairs (prism)
+    d.score_margin = 1  # least difference of scores that makes a pair (prism, points of 100)
+    d.turns = "first"  # first | all (prism)
+    d.use_system_string = False  # whether the signals hold the person's own system string, almost an oracle (prism)
+    d.sample_people = 4600  # people of the PRISM-format sample
+    d.context_len = 320  # most tokens of an inference context (the signals)
+    d.turn_len = 20  # most tokens of a prompt with its headers
+    d.answer_len = 20  # most tokens of a reply, end token included
+    d.summary_len = 24  # most tokens of a summary, end token included
+    d.workers = 0  # processes that prepare batches; 0 = threads of this one
+
+    c.model = m = ConfigDict()
+    m.checkpoint = ""  # Hugging Face folder of the base weights and tokenizer; "" = random weights
+    m.vocab_size = 2048  # most tokens of the tokenizer that is trained when there is no checkpoint
+    m.num_layers = 3
+    m.embed_dim = 64
+    m.num_heads = 4
+    m.num_kv_heads = 4
+    m.head_dim = 16
+    m.mlp_dim = 176
+    m.rope_theta = 10000.0
+    m.norm_eps = 1e-6
+    m.tied_embeddings = True
+    m.dtype = "float32"  # of compute: float32 | bfloat16; parameters and losses are float32
+    m.remat = "none"  # none | dots | full
+    m.summary_instruction = ""  # text before the signals in the inference model's context
+    m.answer_instruction = ""  # text before the summary in the generator's context
+
+    c.warmup = w = ConfigDict()  # likelihood training of both roles from random weights
+    w.steps = 450  # 0 = off; must be 0 with a checkpoint
+    w.generator_users = 24  # users per step
+    w.inference_users = 32  # users per step
+    w.readings = 4  # reading exercises per user
+    w.guess = 0.1  # probability that a summary names something that nothing supports
+    w.no_summary = 0.1  # probability that the generator sees no summary
+    w.learning_rate = 3e-3
+    w.lr_warmup_steps = 20
+
+    c.generator = g = ConfigDict()
+    g.beta = 0.3  # of the preference objective, per nat
+    g.learning_rate = 1e-4
+    g.lr_warmup_steps = 5
+
+    c.inference = i = ConfigDict()
+    i.group_size = 8  # summaries sampled per user (G)
+    i.temperature = 1.0  # of sampling and of the log-probs that are trained
+    i.advantage_scale = "group"  # group | none: divisor of the centred rewards
+    i.clip_eps = 0.2  # of the probability ratio
+    i.kl_coef = 0.01  # per nat of KL to the reference inference model
+    i.length_penalty = 0.0  # reward lost per token of the summary
+    i.learning_rate = 5e-4
+    i.lr_warmup_steps = 10
+
+    c.optimizer = o = ConfigDict()  # AdamW, for both roles
+    o.b1 = 0.9
+    o.b2 = 0.98
+    o.weight_decay = 0.0
+    o.clip_norm = 1.0
+    o.final_lr = 0.2  # learning rate at the end of the schedule, as a part of its peak (cosine)
+
+    c.batch = b = ConfigDict()
+    b.users = 16  # users per update, over all devices
+    b.pairs = 4  # preference pairs per user and update (K)
+
+    c.schedule = s = ConfigDict()
+    # phases in order: "inference N", "generator N", "joint N" (both in each update) or "alternate n:m N" (n updates of the
+    # inference model, then m of the generator), N updates each
+    s.phases = ("inference 240", "alternate 2:1 60")
+    s.log_every = 10  # updates
+    s.save_every = 50  # updates
+    s.keep = 2  # newest checkpoints kept
+
+    c.mesh = h = ConfigDict()  # devices along each axis; one of them may be -1: all that are left
+    h.data = 1  # across slices
+    h.fsdp = -1
+    h.tensor = 1
+    h.num_devices = 1  # devices simulated on a CPU; 0 = leave as they are
+
+    c.evaluation = e = ConfigDict()
+    e.batch_users = 32
+    e.max_users = 0  # of the test split; 0 = all
+    return c

@@ -1,0 +1,74 @@
+"""What every data source is turned into: one `User` per person, plain Python, checked once."""
+
+import dataclasses
+import json
+from typing import Any
+
+Messages = list[dict[str, str]]  # [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """A past preference pair among a user's raw signals."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comment:
+    """Something that the user wrote about a prompt."""
+
+    prompt: str
+    comment: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A held-out preference pair: never part of the signals of its user."""
+
+    record_id: str
+    prompt: Messages
+    chosen: str
+    rejected: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A question about the raw signals with its answer; only made data has them (they teach reading, not summarising)."""
+
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """One person. Missing is "" or (), never None.
+
+    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it, never the inference model.
+    `stated` is a summary of what the survey text alone says, `readings` are reading exercises: both for the warm-up only.
+    """
+
+    user_id: str
+    profile: str
+    survey: str
+    shots: tuple[Shot, ...]
+    comments: tuple[Comment, ...]
+    pairs: tuple[Pair, ...]
+    oracle: str = ""
+    stated: str = ""
+    readings: tuple[Reading, ...] = ()
+    split: str = "train"  # train | validation | test
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "User":
+        d: dict[str, Any] = json.loads(text)
+        d["shots"] = tuple(Shot(**s) for s in d["shots"])
+        d["comments"] = tuple(Comment(**c) for c in d["comments"])
+        d["pairs"] = tuple(Pair(**p) for p in d["pairs"])
+        d["readings"] = tuple(Reading(**r) for r in d["readings"])
+        return User(**d)

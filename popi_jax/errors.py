@@ -1,0 +1,17 @@
+"""Errors of the user, told in one line. Anything else that is raised is a defect of ours and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: an entry point prints the message as one line and exits with status 2, without a traceback.
+
+    The message names the file and line or the field, what was found, what is allowed and the nearest fix.
+    """
+
+
+def did_you_mean(value: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean "x"?' for the nearest allowed word, or '' when none is near."""
+    near = difflib.get_close_matches(str(value), list(allowed), n=1)
+    return f' Did you mean "{near[0]}"?' if near else ""
