@@ -1,0 +1,111 @@
+"""Log-probs of answers to turns that continue one context, every shared prefix computed once.
+
+The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the earlier tokens of its
+own node and all of its ancestors, at the positions that a separate sequence would have, so the result equals that of
+scoring each (context, turn, answer) alone.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from popi_jax.arrays import Params, Tokens
+from popi_jax.losses.logprobs import token_logps
+from popi_jax.models.transformer import Transformer, TransformerConfig, head
+
+
+class Packed(NamedTuple):
+    ids: Int[Array, "batch slots"]
+    positions: Int[Array, "batch slots"]
+    mask: Bool[Array, "batch slots slots"]
+
+
+class AnswerLogps(NamedTuple):
+    """Log-probs (nats) of every answer token and the mask of those that count."""
+
+    logps: Float[Array, "batch turns answers seq"]
+    mask: Bool[Array, "batch turns answers seq"]
+
+    def sums(self) -> Float[Array, "batch turns answers"]:
+        return jnp.sum(jnp.where(self.mask, self.logps, 0.0), axis=-1)
+
+
+def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
+    return jnp.arange(tokens.ids.shape[-1]) < tokens.lengths[..., None]
+
+
+def tree_mask(context_len: int, num_turns: int, turn_len: int, num_answers: int, answer_len: int) -> np.ndarray:
+    """bool[slots, slots]: what each slot of the packed tree may see, padding aside."""
+    turn_nodes = np.arange(num_turns)
+    answer_nodes = np.arange(num_turns * num_answers)
+    # each slot: (turn it lies under or -1, answer it lies in or -1)
+    turn = np.concatenate(
+        [
+            np.full(context_len, -1),
+            np.repeat(turn_nodes, turn_len),
+            np.repeat(turn_nodes, num_answers * answer_len),
+        ]
+    )
+    answer = np.concatenate([np.full(context_len + num_turns * turn_len, -1), np.repeat(answer_nodes, answer_len)])
+    same_turn = (turn[None, :] == -1) | (turn[None, :] == turn[:, None])
+    same_answer = (answer[None, :] == -1) | (answer[None, :] == answer[:, None])
+    return np.tri(len(turn), dtype=bool) & same_turn & same_answer
+
+
+def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packed:
+    """Lays a tree out as [context | turns | answers]. Shapes: [batch seq], [batch turns seq], [batch turns answers seq]."""
+    batch, context_len = context.ids.shape
+    _, num_turns, turn_len = turns.ids.shape
+    if answers is None:
+        answers = Tokens(jnp.zeros((batch, num_turns, 0, 0), jnp.int32), jnp.zeros((batch, num_turns, 0), jnp.int32))
+    num_answers, answer_len = answers.ids.shape[2:]
+    turn_start = context.lengths[:, None] + jnp.zeros_like(turns.lengths)
+    answer_start = (context.lengths[:, None] + turns.lengths)[..., None] + jnp.zeros_like(answers.lengths)
+
+    def flat(*parts: Array) -> Array:
+        return jnp.concatenate([part.reshape(batch, -1) for part in parts], axis=1)
+
+    ids = flat(context.ids, turns.ids, answers.ids)
+    positions = flat(
+        jnp.broadcast_to(jnp.arange(context_len)[None, :], (batch, context_len)),
+        turn_start[..., None] + jnp.arange(turn_len)[None, None, :],
+        answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
+    )
+    valid = flat(length_mask(context), length_mask(turns), length_mask(answers))
+    visible = tree_mask(context_len, num_turns, turn_len, num_answers, answer_len)
+    return Packed(ids, positions, jnp.asarray(visible)[None] & valid[:, None, :])
+
+
+def answer_logps(
+    params: Params,
+    context: Tokens,
+    turns: Tokens,
+    answers: Tokens,
+    *,
+    model: TransformerConfig,
+    temperature: float = 1.0,
+) -> tuple[AnswerLogps, Float[Array, "batch context_seq embed"]]:
+    """Log-probs of each answer given its context and turn, and the hidden states of the context.
+
+    The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
+    """
+    batch, context_len = context.ids.shape
+    _, num_turns, turn_len = turns.ids.shape
+    num_answers, answer_len = answers.ids.shape[2:]
+    # the last token of an answer is predicted, never read
+    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
+    packed = pack(context, turns, read)
+    hidden, _ = Transformer(model).apply({"params": params}, *packed)
+    dim = hidden.shape[-1]
+    of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(batch, num_turns, turn_len, dim)
+    last = jnp.maximum(turns.lengths - 1, 0)
+    first = jnp.take_along_axis(of_turns, last[..., None, None], axis=2)[:, :, None]  # [batch turns 1 1 embed]
+    of_answers = hidden[:, context_len + num_turns * turn_len :].reshape(
+        batch, num_turns, num_answers, answer_len - 1, dim
+    )
+    first = jnp.broadcast_to(first, (batch, num_turns, num_answers, 1, dim))
+    predictors = jnp.concatenate([first, of_answers], axis=3)
+    logps = token_logps(predictors, head(params, model), answers.ids, temperature=temperature)
+    return AnswerLogps(logps, length_mask(answers)), hidden[:, :context_len]

@@ -1,0 +1,81 @@
+"""Device meshes, and how logical axes are laid out on them. The only place that decides where an array lives.
+
+Every parameter and a few activations name their axes by logical words; `AXIS_RULES` maps a word to mesh axes. All axes are
+`Auto`: the compiler propagates the layouts and inserts the collectives.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXIS_RULES: dict[str, tuple[str, ...] | str | None] = {
+    "batch": ("data", "fsdp"),  # users, pairs, rows
+    "seq": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "embed_unsharded": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "layers": None,
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of all devices; one size may be -1 and takes what the others leave.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    if -1 in sizes:
+        known = -data * fsdp * tensor
+        sizes[sizes.index(-1)] = count // max(known, 1)
+    if sizes[0] * sizes[1] * sizes[2] != count:
+        raise ValueError(f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not fill {count} devices")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(names: tuple[str | None, ...]) -> P:
+    """The PartitionSpec of logical axis names. Raises KeyError on a name that has no rule."""
+    return P(*(AXIS_RULES[name] if name is not None else None for name in names))
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axis names; outside a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of parameters that still carry their logical axis names (boxed by flax)."""
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(lambda names: NamedSharding(mesh, spec(tuple(names))), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts this process's part of a batch of numpy arrays on the mesh, split along the leading axis."""
+    sharding = NamedSharding(mesh, spec(("batch",)))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def match_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for `tree`: sub-trees that mirror `params` (optimizer moments) follow `shardings`, all else is replicated."""
+    structure = jax.tree.structure(params)
+
+    def mirrors(x: Any) -> bool:
+        return jax.tree.structure(x) == structure
+
+    return jax.tree.map(
+        lambda x: shardings if mirrors(x) else replicated(mesh), tree, is_leaf=lambda x: mirrors(x) or x is None
+    )
