@@ -1,0 +1,299 @@
+"""All checkpoint files of a run: `<workdir>/checkpoints/<step>/` and `<workdir>/reference/`.
+
+The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters alone, so that one role can be
+read without the rest), `optimizer` (what else is in the state: optimizer states, steps, key), `data` (position of the data
+iterator) and `config`. A directory gets its final name only when it is complete, so a run may be killed at any time.
+
+`state` is a `TrainState` of training/state.py, which this package must not import: only its fields `inference.params` and
+`generator.params` are named here.
+"""
+
+import contextlib
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from popi_jax.arrays import Params
+from popi_jax.errors import UserError
+
+ROLES = ("inference", "generator")
+
+# Fields that a continued run may change: where things are, how fast, and what is looked at, not what is learned.
+_FREE = (
+    "name",
+    "workdir",
+    "data.path",
+    "data.prepared",
+    "data.download",
+    "data.workers",
+    "model.remat",
+    "schedule.log_every",
+    "schedule.save_every",
+    "schedule.keep",
+    "mesh.",
+    "evaluation.",
+)
+
+
+def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointManager:
+    """Opens `<workdir>/checkpoints` for writing, made if absent; the newest `keep` steps stay. Leftovers of a kill go.
+
+    Raises: UserError if the folder cannot be written, or holds a run with other settings (see `check_same_run`).
+    """
+    folder = epath.Path(workdir).resolve() / "checkpoints"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if "://" not in str(folder):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as e:
+        raise UserError(
+            f'workdir: cannot write in "{folder}": {e.strerror or e}; give a WORKDIR that you may write in'
+        ) from e
+    check_same_run(workdir, config_json)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str) -> None:
+    """Starts to write `step` and returns once the arrays are copied; a step that exists already is left alone.
+
+    `iterator` is a Grain iterator, or None. A failure of the write in the background is raised by the next call.
+    Raises: UserError if the disk is full; older steps stay as they are.
+    """
+    if step in manager.all_steps():
+        return
+    items = {role: ocp.args.StandardSave(params) for role, params in _params(state).items()}
+    items["optimizer"] = ocp.args.StandardSave(_with_params(state, {role: {} for role in ROLES}))
+    items["config"] = ocp.args.JsonSave(json.loads(config_json))
+    if iterator is not None:
+        items["data"] = grain.checkpoint.CheckpointSave(iterator)
+    with _full_disk_told(manager.directory):
+        if not manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise RuntimeError(f"step {step} was not saved: steps {manager.all_steps()} exist in {manager.directory}")
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits for writes in the background. Raises: UserError if the disk is full."""
+    with _full_disk_told(manager.directory):
+        manager.wait_until_finished()
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Waits for writes in the background and ends the threads. Raises: UserError if the disk is full."""
+    with _full_disk_told(manager.directory):
+        manager.close()
+
+
+def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator: Any) -> tuple[int, Any] | None:
+    """Returns (step, state) of the newest readable step and moves `iterator` to its position; None if there is no step.
+
+    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than the one
+    that wrote. A step that cannot be read is told, renamed to `damaged-<step>` and passed over.
+    Raises: UserError if there are steps and none can be read.
+    """
+
+    def read(step: int) -> Any:
+        items = {role: ocp.args.StandardRestore(params) for role, params in _params(abstract_state).items()}
+        items["optimizer"] = ocp.args.StandardRestore(_with_params(abstract_state, {role: {} for role in ROLES}))
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+        return _with_params(restored["optimizer"], {role: restored[role] for role in ROLES})
+
+    steps = sorted(manager.all_steps(), reverse=True)
+    found = _first_readable(manager.directory, steps, read)
+    if found is None:
+        return None
+    damaged = [step for step in steps if step > found[0]]
+    if damaged:  # left in place, a damaged step would keep the run from saving that step again
+        if jax.process_index() == 0:
+            for step in damaged:
+                _set_aside(manager.directory / str(step))
+        multihost_utils.sync_global_devices("damaged steps set aside")
+        manager.reload()
+    return found
+
+
+def restore_params(workdir: str, role: str, abstract_params: Params | None = None) -> tuple[int, Params]:
+    """Returns (step, parameters) of one role from the newest readable step; nothing in the folder is changed.
+
+    Without `abstract_params` (as in `restore_latest`) the parameters come as saved, whole on the first local device.
+    Raises: UserError if there is no step that can be read.
+    """
+    with _reader(workdir) as manager:
+
+        def read(step: int) -> Params:
+            target = abstract_params
+            if target is None:
+                one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                saved = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / role)
+                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(saved.tree))
+            item = {role: ocp.args.StandardRestore(target)}
+            return manager.restore(step, args=ocp.args.Composite(**item))[role]
+
+        found = _first_readable(manager.directory, sorted(manager.all_steps(), reverse=True), read)
+    if found is None:
+        raise UserError(f'workdir: no checkpoint in "{manager.directory}"; train first, or give the WORKDIR of a run')
+    return found
+
+
+def stored_config(workdir: str) -> dict[str, Any] | None:
+    """Returns the configuration that wrote the newest step (or else the reference) of a workdir; None if it holds neither."""
+    folder = epath.Path(workdir).resolve()
+    steps = (
+        [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()] if (folder / "checkpoints").is_dir() else []
+    )
+    for holder in (*sorted(steps, key=lambda p: -int(p.name)), folder / "reference"):
+        try:
+            return json.loads((holder / "config" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue  # damaged or absent: an older one tells the same
+    return None
+
+
+def check_same_run(workdir: str, config_json: str) -> None:
+    """Compares the stored configuration of a workdir, if any, with the present one.
+
+    Raises: UserError naming each field that differs and matters for continuing the run.
+    """
+    stored = stored_config(workdir)
+    if stored is None:
+        return
+    before, now = _flat(stored), _flat(json.loads(config_json))
+    differing = [
+        f"{name} was {_shown(before, name)}, is {_shown(now, name)}"
+        for name in sorted(before.keys() | now.keys())
+        if _shown(before, name) != _shown(now, name) and not name.startswith(_FREE)
+    ]
+    if differing:
+        raise UserError(
+            f'workdir: "{workdir}" holds a run with other settings: {"; ".join(differing)}; '
+            "give another WORKDIR, or the settings of that run"
+        )
+
+
+def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
+    """Writes `<workdir>/reference` (a `Frozen`) and waits for it; an earlier one is replaced. Raises: UserError if the disk is full."""
+    folder = epath.Path(workdir).resolve() / "reference"
+    items = {role: ocp.args.StandardSave(getattr(frozen, role)) for role in ROLES}
+    with _full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(**items, config=ocp.args.JsonSave(json.loads(config_json)))
+        checkpointer.save(folder, args=args, force=True)
+
+
+def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
+    """Returns the `Frozen` of `<workdir>/reference`, sharded as `abstract_frozen`; None if it was not written yet.
+
+    Raises: UserError if it cannot be read: the run cannot continue without it.
+    """
+    folder = epath.Path(workdir).resolve() / "reference"
+    if not folder.exists():
+        return None
+    items = {role: ocp.args.StandardRestore(getattr(abstract_frozen, role)) for role in ROLES}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(folder, args=ocp.args.Composite(**items))
+    except Exception as e:
+        raise UserError(f'workdir: cannot read "{folder}": {_one_line(e)}; start again in another WORKDIR') from e
+    return abstract_frozen._replace(**{role: restored[role] for role in ROLES})
+
+
+def _params(state: Any) -> dict[str, Params]:
+    return {role: getattr(state, role).params for role in ROLES}
+
+
+def _with_params(state: Any, params: dict[str, Params]) -> Any:
+    return state._replace(**{role: getattr(state, role)._replace(params=params[role]) for role in ROLES})
+
+
+@contextlib.contextmanager
+def _reader(workdir: str) -> Iterator[ocp.CheckpointManager]:
+    """A manager that changes nothing, so that a run that is being trained can be read."""
+    folder = epath.Path(workdir).resolve() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f'workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run')
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        yield manager
+
+
+def _first_readable(folder: epath.Path, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any] | None:
+    """Returns (step, read(step)) of the first of `steps` that all processes can read; None if `steps` is empty."""
+    for step in steps:
+        failure, value = None, None
+        try:
+            value = read(step)
+        except Exception as e:  # Orbax and TensorStore tell damage by many types
+            failure = e
+        if np.all(multihost_utils.process_allgather(np.array(failure is None))):
+            return step, value
+        reason = _one_line(failure) if failure else "another process could not read it"
+        logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", folder / str(step), reason)
+    if steps:
+        raise UserError(f'workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}') from failure
+    return None
+
+
+def _set_aside(path: epath.Path) -> None:
+    target = path.parent / f"damaged-{path.name}"
+    if target.exists():
+        target.rmtree()
+    path.rename(target)
+    logging.error("Renamed the damaged checkpoint %s to %s.", path, target.name)
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if not _is_full_disk(e):
+            raise
+        free = next((shutil.disk_usage(p).free for p in (folder, *folder.parents) if p.exists()), 0)
+        raise UserError(
+            f'workdir: no space left to write "{folder}" ({free:,} bytes free); checkpoints that were complete are intact; '
+            "free some space and run the same command again"
+        ) from e
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that the disk (or the quota) is full."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        return True
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return any(_is_full_disk(e) for e in (error.__cause__, error.__context__, *parts))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def _shown(flat: dict[str, Any], name: str) -> str:
+    return json.dumps(flat[name]) if name in flat else "absent"
