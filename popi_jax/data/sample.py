@@ -1,0 +1,329 @@
+"""The PRISM-format sample: made people with known preferences, in the schema of the published files.
+
+Each person cares about a few of eight style attributes. A self-description states some of them, partly wrong, among
+distractors; in each conversation two replies differ in one attribute that the person cares about, and the scores follow the
+utilities by Bradley-Terry (Gumbel noise on each reply). As the process is known, so is the best accuracy that any model
+could reach: `bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from popi_jax.data.records import User
+
+NUM_ACTIVE = 3  # attributes that a person cares about
+UTILITY = 2.5  # of a reply that suits an active attribute, over one that does not (log-odds)
+STATED = 0.4  # probability that a self-description mentions an active attribute ...
+STATED_RIGHT = 0.9  # ... and that it then names the right pole
+STRAY = 0.02  # probability of a mention of either pole of an inactive attribute
+CONVERSATIONS = 14  # of each person
+
+
+class Pole(NamedTuple):
+    item: str  # as a summary names it
+    replies: tuple[str, ...]  # how a reply shows it
+
+
+class Attribute(NamedTuple):
+    prior: float  # share of the people who care about it that prefer the first pole
+    poles: tuple[Pole, Pole]
+
+
+ATTRIBUTES = (
+    Attribute(
+        0.45,
+        (
+            Pole("brief answers", ("that is the short version .", "here it is in one line .")),
+            Pole("thorough answers", ("here is the whole story .", "now follows every detail .")),
+        ),
+    ),
+    Attribute(
+        0.56,
+        (
+            Pole("warm tone", ("happy to help you , friend !", "what a lovely thing to ask !")),
+            Pole("formal tone", ("kindly note the following remark .", "one may state it thus .")),
+        ),
+    ),
+    Attribute(
+        0.54,
+        (
+            Pole("concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")),
+            Pole("general principles", ("as a rule this always holds .", "the idea behind it matters most .")),
+        ),
+    ),
+    Attribute(
+        0.43,
+        (
+            Pole("cited sources", ("a study from 2019 confirms it .", "see the official report on it .")),
+            Pole("personal opinion", ("i believe that it is best .", "my own view is clear .")),
+        ),
+    ),
+    Attribute(
+        0.57,
+        (
+            Pole("plain words", ("put simply , it just works .", "anyone can follow this bit .")),
+            Pole("technical terms", ("the mechanism is thermodynamic .", "its parameters are quantified .")),
+        ),
+    ),
+    Attribute(
+        0.46,
+        (
+            Pole("metric units", ("it spans ten kilometres .", "it weighs two kilograms .")),
+            Pole("imperial units", ("it spans six miles .", "it weighs four pounds .")),
+        ),
+    ),
+    Attribute(
+        0.55,
+        (
+            Pole("bullet points", ("* first * second * third", "- one - two - three")),
+            Pole("flowing prose", ("and so one thought leads to another .", "which brings us gently onward .")),
+        ),
+    ),
+    Attribute(
+        0.44,
+        (
+            Pole("playful jokes", ("cue the drum roll , ha !", "even my toaster laughed !")),
+            Pole("serious style", ("this is no laughing matter .", "let us stay sober here .")),
+        ),
+    ),
+)
+ITEMS = tuple(pole.item for attribute in ATTRIBUTES for pole in attribute.poles)  # canonical order of a summary
+SEPARATOR = " ; "
+
+TOPICS = tuple(
+    "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers gravity honey islands jazz "
+    "kites lasers lemons magnets maps mirrors moths mountains museums oceans olives opera owls paper pearls pianos planets "
+    "poetry pottery rain rivers robots salt sharks silk sleep snow soap spices spiders steam storms sugar tea tides trains "
+    "trees tunnels vaccines violins whales wheat wind wolves yoga".split()
+)
+PROMPTS = ("tell me about {}", "what should i know about {} ?", "explain {} please")
+STATEMENTS = ("i like {} .", "please give me {} .", "i prefer {} .")
+FACTS = tuple(
+    f"{fact} ."
+    for fact in (
+        "i have two cats|i work as a nurse|i live near the sea|i play the drums|i cycle to work|my kitchen is blue|"
+        "i grew up on a farm|i drink green tea|i have three sisters|i read at night|i walk my dog early|i bake bread on sundays|"
+        "i study at home|my car is old|i swim in the lake|i sing in a choir|i paint small boats|i travel by train"
+    ).split("|")
+)
+AGES = ("18-24 years old", "25-34 years old", "35-44 years old", "45-54 years old", "55-64 years old", "65+ years old")
+PREFERENCES = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
+
+
+class Person(NamedTuple):
+    active: tuple[int, ...]  # attributes, ascending
+    poles: tuple[int, ...]  # preferred pole of each
+
+
+def _draw_person(rng: np.random.Generator) -> Person:
+    active = tuple(sorted(int(a) for a in rng.choice(len(ATTRIBUTES), NUM_ACTIVE, replace=False)))
+    return Person(active, tuple(int(rng.random() >= ATTRIBUTES[a].prior) for a in active))
+
+
+def _summary(items: Iterable[tuple[int, int]]) -> str:
+    return SEPARATOR.join(ATTRIBUTES[a].poles[p].item for a, p in sorted(items))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _self_description(rng: np.random.Generator, person: Person) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the (attribute, pole) that it states."""
+    stated = []
+    for a in range(len(ATTRIBUTES)):
+        if a in person.active:
+            if rng.random() < STATED:
+                right = rng.random() < STATED_RIGHT
+                pole = person.poles[person.active.index(a)]
+                stated.append((a, pole if right else 1 - pole))
+        elif rng.random() < 2 * STRAY:
+            stated.append((a, int(rng.integers(2))))
+    sentences = [_pick(rng, STATEMENTS).format(ATTRIBUTES[a].poles[p].item) for a, p in stated]
+    sentences += [str(f) for f in rng.choice(FACTS, 4, replace=False)]
+    order = rng.permutation(len(sentences))
+    return " ".join(sentences[i] for i in order), stated
+
+
+def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dict[str, Any]:
+    keys = (*PREFERENCES, "other")
+    return {
+        "user_id": user_id,
+        "survey_only": False,
+        "num_completed_conversations": CONVERSATIONS,
+        "consent": "Yes, I consent to take part",
+        "consent_age": "I certify that I am 18 years of age or over",
+        "lm_familiarity": _pick(rng, ("Not familiar at all", "Somewhat familiar", "Very familiar")),
+        "lm_direct_use": "Unsure",
+        "lm_indirect_use": "Unsure",
+        "lm_frequency_use": None,
+        "lm_usecases": {"other_text": None},
+        "order_lm_usecases": None,
+        "stated_prefs": {k: int(rng.integers(0, 11)) * 10 for k in keys} | {"other_text": None},
+        "order_stated_prefs": {k: i + 1 for i, k in enumerate(keys)},
+        "self_description": description,
+        "system_string": "you are a helpful assistant .",
+        "age": _pick(rng, AGES),
+        "gender": _pick(rng, ("Male", "Female")),
+        "employment_status": _pick(rng, ("Working full-time", "Student", "Retired")),
+        "education": "Prefer not to say",
+        "marital_status": "Prefer not to say",
+        "english_proficiency": "Native speaker",
+        "religion": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
+        "ethnicity": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
+        "location": {"special_region": "Prefer not to say", "same_birth_reside_country": "Prefer not to say"},
+        "study_id": "sample",
+        "study_locale": "sample",
+        "generated_datetime": "2023-11-22 00:00:00",
+        "timing_duration_s": 600.0,
+        "timing_duration_mins": 10.0,
+        "included_in_UK_REP": False,
+        "included_in_US_REP": False,
+        "included_in_balanced_subset": True,
+    }
+
+
+def _conversation(
+    rng: np.random.Generator, person: Person, topic: str
+) -> tuple[str, tuple[str, str], tuple[int, int], tuple[int, int]]:
+    """Opening prompt, two replies, their scores, and the (attribute, pole) of the better one."""
+    slot = int(rng.integers(NUM_ACTIVE))
+    attribute, preferred = person.active[slot], person.poles[slot]
+    first = int(rng.integers(2))
+    poles = (first, 1 - first)
+    replies = tuple(f"{topic} : {_pick(rng, ATTRIBUTES[attribute].poles[p].replies)}" for p in poles)
+    noisy = [UTILITY * (p == preferred) + rng.gumbel() for p in poles]
+    scores = [int(np.clip(round(45 + 8 * value), 2, 99)) for value in noisy]
+    best = int(noisy[1] > noisy[0])
+    if scores[best] <= scores[1 - best]:
+        scores[best] = scores[1 - best] + 1
+    prompt = _pick(rng, PROMPTS).format(topic)
+    return prompt, (replies[0], replies[1]), (scores[0], scores[1]), (attribute, poles[best])
+
+
+def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file name, row) of all files. Each person has a stream of random numbers of their own."""
+    conversation_number = utterance_number = 0
+    for number in range(people):
+        rng = np.random.default_rng((seed, number))
+        user_id = f"user{number}"
+        person = _draw_person(rng)
+        description, stated = _self_description(rng, person)
+        yield "survey.jsonl", _survey_row(rng, user_id, description)
+        readings = {}
+        for i, topic in enumerate(rng.choice(TOPICS, CONVERSATIONS, replace=False)):
+            conversation_id = f"c{conversation_number}"
+            conversation_number += 1
+            prompt, replies, scores, won = _conversation(rng, person, str(topic))
+            readings[conversation_id] = {"question": str(topic), "answer": _summary([won])}
+            when = f"2023-11-{22 + i // 7} {8 + i % 7:02d}:00:00"
+            best = int(scores[1] > scores[0])
+            history: list[dict[str, Any]] = [{"turn": 0, "role": "user", "content": prompt}]
+            shared = {"conversation_id": conversation_id, "user_id": user_id, "included_in_balanced_subset": True}
+            for j in range(2):
+                model = {"model_name": f"sample-{j}", "model_provider": "sample"}
+                verdict = {"score": scores[j], "if_chosen": j == best, "within_turn_id": j}
+                history.append({"turn": 0, "role": "model", "content": replies[j], **model, **verdict})
+                yield (
+                    "utterances.jsonl",
+                    {"utterance_id": f"ut{utterance_number}", "interaction_id": f"int{conversation_number - 1}", **shared}
+                    | {"turn": 0, "conversation_type": "unguided", "user_prompt": prompt, "model_response": replies[j]}
+                    | model
+                    | verdict,
+                )
+                utterance_number += 1
+            none = {k: None for k in ("values", "fluency", "factuality", "safety", "diversity", "creativity", "helpfulness")}
+            yield (
+                "conversations.jsonl",
+                shared
+                | {"generated_datetime": when, "timing_duration_s": 60.0, "timing_duration_mins": 1.0}
+                | {"conversation_type": "unguided", "opening_prompt": prompt, "conversation_turns": 1}
+                | {"conversation_history": history, "performance_attributes": none, "choice_attributes": none}
+                | {"open_feedback": ""},
+            )
+        yield (
+            "latents.jsonl",
+            {"user_id": user_id, "oracle": _summary(zip(person.active, person.poles, strict=True))}
+            | {"stated": _summary(stated), "readings": readings},
+        )
+
+
+def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
+    """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl: what only the maker knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl", "latents.jsonl")
+    files = {name: (folder / name).open("w", encoding="utf-8") for name in names}
+    try:
+        for name, row in _rows(people, seed):
+            files[name].write(json.dumps(row) + "\n")
+    finally:
+        for file in files.values():
+            file.close()
+
+
+# ---- the best that any model could do -------------------------------------------------------------------------------
+
+_REPLIES = {
+    reply: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles) for reply in pole.replies
+}
+_ITEM = {pole.item: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles)}
+_STATES = [
+    Person(active, poles)
+    for active in itertools.combinations(range(len(ATTRIBUTES)), NUM_ACTIVE)
+    for poles in itertools.product(range(2), repeat=NUM_ACTIVE)
+]
+# pole that each state prefers in each attribute, -1 where it does not care
+_POLES = np.array([[dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))] for s in _STATES])
+_PRIOR = np.prod([np.where(_POLES[:, a] == 0, x.prior, np.where(_POLES[:, a] == 1, 1 - x.prior, 1.0))
+                  for a, x in enumerate(ATTRIBUTES)], axis=0)  # fmt: skip
+_RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
+
+
+def read_reply(reply: str) -> tuple[int, int]:
+    """(attribute, pole) that a reply of the sample shows."""
+    return _REPLIES[reply.split(" : ", 1)[1]]
+
+
+def _posterior(user: User) -> np.ndarray:
+    """Probability of each state given the self-description and the past pairs."""
+    weights = _PRIOR.copy()
+    for a, attribute in enumerate(ATTRIBUTES):
+        cares = _POLES[:, a] >= 0
+        said = [p for p, pole in enumerate(attribute.poles) if f" {pole.item} ." in f" {user.profile}"]
+        if said:
+            match = np.where(_POLES[:, a] == said[0], STATED_RIGHT, 1 - STATED_RIGHT)
+            weights *= np.where(cares, STATED * match, STRAY)
+        else:
+            weights *= np.where(cares, 1 - STATED, 1 - 2 * STRAY)
+    for shot in user.shots:
+        a, pole = read_reply(shot.chosen)
+        weights *= np.where(_POLES[:, a] < 0, 0.0, np.where(_POLES[:, a] == pole, _RIGHT, 1 - _RIGHT) / NUM_ACTIVE)
+    return weights / weights.sum()
+
+
+def _accuracies(weights: np.ndarray, user: User) -> list[float]:
+    values = []
+    for pair in user.pairs:
+        a, _ = read_reply(pair.chosen)
+        first, second = (weights[_POLES[:, a] == p].sum() for p in range(2))
+        p = (first * _RIGHT + second * (1 - _RIGHT)) / (first + second)
+        values.append(max(p, 1 - p))
+    return values
+
+
+def bayes_optimum(users: Iterable[User]) -> dict[str, float]:
+    """Expected accuracy on the users' held-out pairs of the best classifier that sees nothing of the user ("no_signals"), the
+    self-description and past pairs ("signals"), or the true preferences ("latent")."""
+    values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
+    for user in users:
+        truth = {_ITEM[item] for item in user.oracle.split(SEPARATOR)}
+        known = np.array([{(a, p) for a, p in enumerate(row) if p >= 0} == truth for row in _POLES], float)
+        values["no_signals"] += _accuracies(_PRIOR, user)
+        values["signals"] += _accuracies(_posterior(user), user)
+        values["latent"] += _accuracies(known, user)
+    return {name: float(np.mean(v)) for name, v in values.items()}
