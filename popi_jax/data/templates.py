@@ -1,0 +1,67 @@
+"""The words and conversations that both roles read: pure functions from records to text and token ids.
+
+Each conversation is cut where its context ends (docs/design.md): the generator's after the summary z, the inference model's
+after the signals u. Refuses to shorten anything; that is the pipeline's work.
+"""
+
+from typing import Any
+
+from popi_jax.data.records import Messages, User
+from popi_jax.data.tokenizer import Tokenizer
+
+_CUT = "\ufdd0"  # a Unicode noncharacter: reserved for uses like this one, and replaced where data holds it
+
+
+def signals_text(user: User) -> str:
+    """The raw signals u as plain text: profile, survey, comments, then past pairs; what is empty is left out."""
+    parts = [f"profile: {user.profile}"] if user.profile else []
+    parts += [f"survey: {user.survey}"] if user.survey else []
+    parts += [f"about: {c.prompt}\nwrote: {c.comment}" for c in user.comments]
+    parts += [f"asked: {s.prompt}\nliked: {s.chosen}\ndisliked: {s.rejected}" for s in user.shots]
+    return "\n".join(parts)
+
+
+def inference_context(tokenizer: Tokenizer, cfg: Any, signals: str) -> list[int]:
+    """Start of the inference model's conversation: one user message of the instruction and the signals, still open."""
+    content = _lines(cfg.model.summary_instruction, _clean(signals)) + _CUT
+    return tokenizer.render([{"role": "user", "content": content}], cut=_CUT)[0]
+
+
+def summary_turn(tokenizer: Tokenizer) -> list[int]:
+    """From the end of the signals to the header of the summary."""
+    return tokenizer.render([{"role": "user", "content": _CUT}], cut=_CUT)[1]
+
+
+def reading_turn(tokenizer: Tokenizer, question: str) -> list[int]:
+    """From the end of the signals, through a further user message with the question, to the header of the answer."""
+    messages = [{"role": "user", "content": _CUT}, {"role": "user", "content": _clean(question)}]
+    return tokenizer.render(messages, cut=_CUT)[1]
+
+
+def generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:
+    """All that stands before the summary z: the header of the system message and the instruction."""
+    messages = [
+        {"role": "system", "content": _lines(cfg.model.answer_instruction, "") + _CUT},
+        {"role": "user", "content": ""},
+    ]
+    return tokenizer.render(messages, cut=_CUT)[0]
+
+
+def generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
+    """From just after the summary z to the header of the reply; a system message of the prompt follows z in its own line."""
+    messages = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
+    system = "\n" + messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+    return tokenizer.render([{"role": "system", "content": _CUT + system}, *messages], cut=_CUT)[1]
+
+
+def answer(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A reply, or a summary, with its end token."""
+    return [*tokenizer.encode(text.strip()), tokenizer.eos_id]
+
+
+def _lines(instruction: str, rest: str) -> str:
+    return f"{instruction}\n{rest}" if instruction else rest
+
+
+def _clean(text: str) -> str:
+    return text.replace(_CUT, "\ufffd")

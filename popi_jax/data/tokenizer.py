@@ -1,0 +1,277 @@
+"""The tokenizer of both roles: a byte-pair encoding, its control tokens and the chat template, read from and written to the
+files that Hugging Face tools read. Refuses to let text of a user become a control token. Needs neither jax nor torch."""
+
+import datetime
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from popi_jax.data.records import Messages
+from popi_jax.errors import UserError
+
+CONTROL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_PINNED_DATE = datetime.datetime(2024, 7, 26)  # for templates that write today's date: prompts must be reproducible
+_SENTINEL = re.compile("(\ue000Content[0-9]+\ue001)")  # stands for a message's content while the template is rendered
+
+
+class Tokenizer:
+    """Text <-> token ids, and conversations -> token ids. Immutable, picklable, usable from many threads.
+
+    `bos`, `eos` and `pad` are the names given to the chat template ("" = none). `eos_id` is the token that ends a reply:
+    the first control token that the template writes after an assistant's content, else `eos`.
+
+    Raises: UserError when the serialised tokenizer, a token name or the chat template is broken.
+    """
+
+    def __init__(self, tokenizer_json: str, chat_template: str, *, bos: str, eos: str, pad: str, source: str) -> None:
+        self._state = (tokenizer_json, chat_template, bos, eos, pad, source)
+        self.chat_template, self.bos, self.eos, self.pad, self.source = chat_template, bos, eos, pad, source
+        # Two copies: whether control tokens are recognised is a mutable switch of the object, and threads share us.
+        self._control = _backend(tokenizer_json, source)
+        self._plain = _backend(tokenizer_json, source)
+        self._plain.encode_special_tokens = True
+        self._template = _compile(chat_template, source)
+        self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = self._id(bos, "bos_token") if bos else None
+        self.eos_id = self._reply_end()
+        self.pad_id = self._id(pad, "pad_token") if pad else self.eos_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._state
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; the name of a control token inside it is spelled out, never the control token."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; control tokens are left out."""
+        return self._control.decode(list(ids), skip_special_tokens=True)
+
+    def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
+        """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a message's content.
+
+        The template's own text is encoded with control tokens, contents (stripped of outer white space) without, and each
+        piece by itself: nothing merges across a border. `cut` must be a string that no content holds by accident.
+
+        Raises: UserError when the template refuses the conversation, or drops, repeats or changes a content.
+        """
+        rendered = self._fill([m["role"] for m in messages], add_generation_prompt=True)
+        pieces: list[list[int]] = [[]]
+        for part in _SENTINEL.split(rendered):
+            if not _SENTINEL.fullmatch(part):
+                pieces[-1] += self._control.encode(part, add_special_tokens=False).ids
+                continue
+            head, *rest = messages[int(part[len("\ue000Content") : -1])]["content"].strip().split(cut)
+            pieces[-1] += self.encode(head)
+            pieces += [self.encode(text) for text in rest]
+        return tuple(pieces)
+
+    def to_json(self) -> str:
+        """Everything that `from_json` needs, as one JSON text: for storing beside a run."""
+        return json.dumps(dict(zip(_FIELDS, self._state, strict=True)), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """Inverse of `to_json`. Raises: UserError when the text is not of `to_json`."""
+        try:
+            state = [json.loads(text)[field] for field in _FIELDS]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"stored tokenizer: not readable ({type(e).__name__}: {e}); start the run anew") from None
+        return _rebuild(*state)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the same ids from them."""
+        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        names = {key: name for key, name in names.items() if name}
+        config = {
+            **names,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": self.chat_template,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
+        }
+        out = pathlib.Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tokenizer.json").write_text(self._state[0], encoding="utf-8")
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
+            (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _id(self, token: str, field: str) -> int:
+        found = self._control.token_to_id(token)
+        if found is None:
+            raise UserError(f'{self.source}: {field} "{token}" is not in the vocabulary of tokenizer.json')
+        return found
+
+    def _fill(self, roles: list[str], *, add_generation_prompt: bool) -> str:
+        """The rendered template of messages with these roles, with a sentinel in place of each content."""
+        sentinels = [f"\ue000Content{i}\ue001" for i in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, sentinels, strict=True)]
+        try:
+            text = self._template.render(
+                messages=messages,
+                tools=None,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos,
+                eos_token=self.eos,
+                pad_token=self.pad,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:
+            raise UserError(f"{self.source}: the chat template refuses the roles {roles}: {e}") from None
+        if sorted(_SENTINEL.findall(text)) != sorted(sentinels):
+            raise UserError(
+                f"{self.source}: the chat template must write the content of each message once and unchanged; of a "
+                f"conversation with the roles {roles} it writes {len(_SENTINEL.findall(text))} of {len(roles)} contents"
+            )
+        return text
+
+    def _reply_end(self) -> int:
+        after = _SENTINEL.split(self._fill(["user", "assistant"], add_generation_prompt=False))[-1]
+        control = {i for i, token in self._control.get_added_tokens_decoder().items() if token.special}
+        for i in self._control.encode(after, add_special_tokens=False).ids:
+            if i in control:
+                return i
+        if not self.eos:
+            raise UserError(
+                f"{self.source}: eos_token is missing and the chat template ends a reply with no control token"
+            )
+        return self._id(self.eos, "eos_token")
+
+
+_FIELDS = ("tokenizer_json", "chat_template", "bos", "eos", "pad", "source")
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns a byte-level byte-pair encoding of at most `vocab_size` tokens; the same texts give the same tokenizer.
+
+    A word has one form at the start of a text and after a space (a space is put before each text); so a space before a
+    text is not restored by `decode`.
+
+    Raises: UserError when `vocab_size` does not hold the 256 bytes and the control tokens.
+    """
+    least = 256 + len(CONTROL_TOKENS)
+    if vocab_size < least:
+        raise UserError(f"model.vocab_size: {vocab_size} is too small; the bytes and control tokens alone need {least}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(
+        backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source="trained tokenizer"
+    )
+
+
+def load(folder: str | pathlib.Path) -> Tokenizer:
+    """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the chat template.
+
+    Raises: UserError when a file is missing or broken, or no chat template is found.
+    """
+    root = pathlib.Path(folder)
+    if not root.is_dir():
+        raise UserError(f"model.checkpoint: {root} is not a folder; give a Hugging Face folder with tokenizer.json")
+    if not (root / "tokenizer.json").is_file():
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+        raise UserError(f"{root}/tokenizer.json: not found (the folder holds {found}); slow tokenizers are not read")
+    config = _read_json(root / "tokenizer_config.json")
+    tokenizer_json = _read_text(root / "tokenizer.json")
+    names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    if not names["eos_token"]:
+        names["eos_token"] = _eos_from_model(root, _backend(tokenizer_json, str(root)))
+    bos, eos, pad = names.values()
+    return Tokenizer(tokenizer_json, _chat_template(root, config), bos=bos, eos=eos, pad=pad, source=str(root))
+
+
+def _rebuild(tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str) -> Tokenizer:
+    return Tokenizer(tokenizer_json, chat_template, bos=bos, eos=eos, pad=pad, source=source)
+
+
+def _backend(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as e:  # the library raises plain Exception for every defect of the file
+        raise UserError(f"{source}: tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _compile(chat_template: str, source: str) -> jinja2.Template:
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = _PINNED_DATE.strftime
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        return env.from_string(chat_template)
+    except jinja2.TemplateSyntaxError as e:
+        raise UserError(f"{source}: chat template, line {e.lineno}: {e.message}") from None
+
+
+def _chat_template(root: pathlib.Path, config: dict[str, Any]) -> str:
+    if (root / "chat_template.jinja").is_file():
+        return _read_text(root / "chat_template.jinja")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t["name"]: t["template"] for t in template}
+        template = named.get("default")
+        if template is None:
+            raise UserError(
+                f'{root}/tokenizer_config.json: chat_template has {sorted(named)}, but none named "default"'
+            )
+    if not isinstance(template, str):
+        raise UserError(
+            f"{root}: no chat template in chat_template.jinja or tokenizer_config.json; use an instruction-tuned checkpoint"
+        )
+    return template
+
+
+def _token_name(value: Any) -> str:
+    return value["content"] if isinstance(value, dict) else value or ""
+
+
+def _eos_from_model(root: pathlib.Path, backend: tokenizers.Tokenizer) -> str:
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
+        if ids is not None:
+            return backend.id_to_token(ids[0] if isinstance(ids, list) else ids) or ""
+    return ""
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable: {e}") from None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, found {type(value).__name__}")
+    return value
