@@ -94,6 +94,7 @@ ATTRIBUTES = (
 )
 ITEMS = tuple(pole.item for attribute in ATTRIBUTES for pole in attribute.poles)  # canonical order of a summary
 SEPARATOR = " ; "
+NOTHING_STATED = "no strong preference"  # the stated summary of a self-description that names no attribute
 
 TOPICS = tuple(
     "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers gravity honey islands jazz "
@@ -249,7 +250,7 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         yield (
             "latents.jsonl",
             {"user_id": user_id, "oracle": _summary(zip(person.active, person.poles, strict=True))}
-            | {"stated": _summary(stated), "readings": readings},
+            | {"stated": _summary(stated) or NOTHING_STATED, "readings": readings},
         )
 
 
