@@ -1,10 +1,17 @@
 """Every field of the configuration, with its default, unit and meaning. No other file may create a field.
 
 Order of composition: this file, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the dataset's own lines, and
-last the flags `--config.a.b=value`.
+last the flags `--config.a.b=value`. A layer may only overwrite fields of this file: another name or type raises.
 """
 
+import difflib
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
+
+from configs.models import MODELS
+from configs.scales import SCALES, detect
+from configs.schedules import SCHEDULES
 
 
 def base() -> ConfigDict:
@@ -89,8 +96,8 @@ def base() -> ConfigDict:
     b.pairs = 4  # preference pairs per user and update (K)
 
     c.schedule = s = ConfigDict()
-    # phases in order: "inference N", "generator N", "joint N" (both in each update) or "alternate n:m N" (n updates of the
-    # inference model, then m of the generator), N updates each
+    # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each update) or
+    # "alternate n:m N" (n updates of the inference model, then m of the generator)
     s.phases = ("inference 240", "alternate 2:1 60")
     s.log_every = 10  # updates
     s.save_every = 50  # updates
@@ -106,3 +113,52 @@ def base() -> ConfigDict:
     e.batch_users = 32
     e.max_users = 0  # of the test split; 0 = all
     return c
+
+
+class Arg(NamedTuple):
+    """What follows the colon of `--config=configs/prism.py:model=tiny,scale=auto`."""
+
+    model: str = "tiny"
+    scale: str = "auto"  # auto: the row for this machine
+    schedule: str = "default"
+
+
+def parse_arg(arg: str) -> Arg:
+    """Parses "model=small,schedule=short"; an empty value means the default.
+
+    Raises:
+        LookupError: one line, for an unknown or repeated name or an unknown value.
+    """
+    allowed = {"model": [*MODELS], "scale": ["auto", *SCALES], "schedule": [*SCHEDULES]}
+    chosen: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in arg.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise LookupError(f'"{part}" is not name=value; write e.g. model={next(iter(MODELS))}')
+        if name not in allowed:
+            raise LookupError(f'unknown name "{name}", allowed are {", ".join(allowed)}.{_near(name, [*allowed])}')
+        if name in chosen:
+            raise LookupError(f'"{name}" is given twice')
+        if value and value not in allowed[name]:
+            raise LookupError(
+                f'{name} = "{value}": must be one of {", ".join(allowed[name])}.{_near(value, allowed[name])}'
+            )
+        chosen[name] = value
+    return Arg(**{name: value for name, value in chosen.items() if value})
+
+
+def compose(arg: str) -> ConfigDict:
+    """Returns base(), locked, overwritten by the rows of MODELS, SCALES and SCHEDULES that `arg` names."""
+    chosen = parse_arg(arg)
+    c = base().lock()
+    c.update_from_flattened_dict(MODELS[chosen.model])
+    c.update_from_flattened_dict(SCALES[detect() if chosen.scale == "auto" else chosen.scale])
+    c.update_from_flattened_dict(SCHEDULES[chosen.schedule])
+    if c.model.checkpoint:
+        c.warmup.steps = 0
+    return c
+
+
+def _near(word: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f' Did you mean "{near[0]}"?' if near else ""

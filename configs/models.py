@@ -1,0 +1,31 @@
+"""MODELS: name -> fields of configs/base.py that describe both models, the inference model and the generator."""
+
+MODELS: dict[str, dict[str, object]] = {
+    # 0.28 million parameters, the defaults of base.py
+    "tiny": {},
+    # 1.1 million parameters, four times tiny
+    "small": {
+        "model.num_layers": 4,
+        "model.embed_dim": 128,
+        "model.num_heads": 8,
+        "model.num_kv_heads": 8,
+        "model.mlp_dim": 352,
+        "warmup.learning_rate": 2e-3,
+    },
+    # weights and tokenizer of a Hugging Face folder, fully fine-tuned; the shape of the model is read from the folder
+    "pretrained": {
+        "model.checkpoint": "checkpoints/base",
+        "model.dtype": "bfloat16",
+        "model.remat": "full",
+        "data.context_len": 2048,
+        "data.turn_len": 512,
+        "data.answer_len": 512,
+        "data.summary_len": 128,
+        "warmup.steps": 0,
+        "generator.beta": 0.1,
+        "generator.learning_rate": 1e-6,
+        "generator.lr_warmup_steps": 50,
+        "inference.learning_rate": 1e-6,
+        "inference.lr_warmup_steps": 50,
+    },
+}

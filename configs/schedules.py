@@ -1,0 +1,19 @@
+"""SCHEDULES: name -> phases, steps and cadence. A model with a checkpoint has no warm-up, whatever is said here."""
+
+SCHEDULES: dict[str, dict[str, object]] = {
+    # the defaults of base.py
+    "default": {},
+    # a trial: the curves move, the result means nothing
+    "short": {
+        "warmup.steps": 60,
+        "schedule.phases": ("inference 10", "alternate 2:1 6"),
+        "schedule.log_every": 2,
+        "schedule.save_every": 10,
+        "evaluation.max_users": 32,
+    },
+    # ablations: one role stays as the warm-up left it
+    "inference_only": {"schedule.phases": ("inference 300",)},
+    "generator_only": {"schedule.phases": ("generator 300",)},
+    # both roles in each update, after the inference model has learned to be worth conditioning on
+    "joint": {"schedule.phases": ("inference 240", "joint 60")},
+}

@@ -1,0 +1,34 @@
+"""Every stage once on a small PRISM-format sample, in under a minute on a CPU. Scores mean nothing.
+
+Command: python -m popi_jax.train --config=configs/smoke.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import compose
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = compose(arg)
+    c.name = "smoke"
+    c.data.path = "data/smoke"
+    c.data.sample_people = 120
+    c.model.vocab_size = 512
+    c.model.num_layers = 2
+    c.model.embed_dim = 32
+    c.model.num_heads = 2
+    c.model.num_kv_heads = 2
+    c.model.mlp_dim = 64
+    users = max(8, c.mesh.fsdp)
+    c.warmup.steps = 0 if c.model.checkpoint else 4
+    c.warmup.generator_users = users
+    c.warmup.inference_users = users
+    c.inference.group_size = 4
+    c.batch.users = users
+    c.batch.pairs = 2
+    c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
+    c.schedule.log_every = 1
+    c.schedule.save_every = 3
+    c.evaluation.batch_users = users
+    c.evaluation.max_users = 2 * users
+    return c

@@ -1,0 +1,19 @@
+"""Environment of every test: 8 simulated CPU devices, checked shapes, no silent broadcasting."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+from absl import flags
+from jaxtyping import install_import_hook
+
+flags.FLAGS.mark_as_parsed()  # the worker processes of grain ask
+
+# every function of the package checks the shapes that its signature names
+install_import_hook("popi_jax", "beartype.beartype")

@@ -1,0 +1,156 @@
+"""Composition, validation and round trip of the configuration."""
+
+import pathlib
+
+import pytest
+
+from configs import base, jsonl, prefeval, prism, smoke
+from configs.models import MODELS
+from configs.scales import SCALES
+from configs.schedules import SCHEDULES
+from popi_jax import config
+from popi_jax.errors import UserError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+DATASETS = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl, "smoke": smoke}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_resolved_defaults_equal_golden_file(name: str) -> None:
+    found = config.to_json(config.from_config_dict(DATASETS[name].get_config("scale=laptop")))
+    assert found == (GOLDEN / f"{name}.json").read_text(), (
+        "a default changed: when that is intended, run `make golden` and commit the difference"
+    )
+
+
+ROWS = [f"model={m}" for m in MODELS] + [f"schedule={s}" for s in SCHEDULES] + [f"scale={s}" for s in ("auto", *SCALES)]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_row_is_valid_and_round_trips(name: str) -> None:
+    for arg in (*ROWS, "model=pretrained,scale=v5p-64,schedule=short"):
+        typed = config.from_config_dict(DATASETS[name].get_config(arg))
+        assert config.from_json(config.to_json(typed)) == typed
+        assert typed.workdir == f"work/{name}"
+
+
+def test_rows_overwrite_in_order() -> None:
+    c = base.compose("model=small,scale=v5e-8,schedule=short")
+    assert (c.model.embed_dim, c.mesh.fsdp, c.warmup.steps) == (128, 8, 60)
+    assert base.compose("model=pretrained,schedule=short").warmup.steps == 0
+
+
+def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert base.compose("scale=auto").to_dict() == base.compose("scale=laptop").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("modle=tiny", 'unknown name "modle", allowed are model, scale, schedule. Did you mean "model"?'),
+        ("model=smal", 'model = "smal": must be one of tiny, small, pretrained. Did you mean "small"?'),
+        ("tiny", '"tiny" is not name=value; write e.g. model=tiny'),
+        ("model=tiny,model=small", '"model" is given twice'),
+    ],
+)
+def test_bad_arg_is_named(arg: str, message: str) -> None:
+    with pytest.raises(LookupError) as error:
+        base.parse_arg(arg)
+    assert str(error.value) == message
+
+
+def test_empty_values_of_arg_mean_defaults() -> None:
+    assert base.parse_arg("model=,scale=,schedule=short") == base.Arg("tiny", "auto", "short")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("inference.group_size", 1, "config.inference.group_size = 1: must be at least 2"),
+        (
+            "data.source",
+            "prims",
+            'config.data.source = "prims": must be one of prism, prefeval, jsonl. Did you mean "prism"?',
+        ),
+        ("generator.beta", 0.0, "config.generator.beta = 0.0: must be above 0"),
+        ("generator.beta", float("nan"), "config.generator.beta = NaN: must be a finite number"),
+        ("seed", True, "config.seed = true: must be a whole number"),
+        ("data.test_fraction", 1.0, "config.data.test_fraction = 1.0: must be at least 0 and below 1"),
+        ("data.test_fraction", 0.98, "config.data.test_fraction = 0.98: leaves no training users"),
+        ("warmup.guess", 1.5, "config.warmup.guess = 1.5: must be between 0 and 1"),
+        ("model.checkpoint", "weights", "config.warmup.steps = 450: must be 0 with model.checkpoint"),
+        ("batch.pairs", 9, "config.batch.pairs = 9: must be at most data.num_pairs = 8"),
+        ("data.summary_len", 0, "config.data.summary_len = 0: must be at least 2 (the end token is counted)"),
+        ("data.split_by", "topic", 'config.data.split_by = "topic": is possible for the source prefeval only'),
+        ("model.num_kv_heads", 3, "config.model.num_kv_heads = 3: must divide model.num_heads = 4"),
+        ("model.head_dim", 7, "config.model.head_dim = 7: must be even"),
+        ("mesh.data", -1, "config.mesh.fsdp = -1: only one of"),
+        ("mesh.data", 0, "config.mesh.data = 0: must be at least 1, or -1"),
+        ("mesh.num_devices", 3, "config.batch.users = 16: must be a multiple of 3"),
+        ("mesh.tensor", 2, "config.mesh (data=1, fsdp=-1, tensor=2) does not fit 1 devices"),
+        ("name", "", 'config.name = "": must consist of'),
+        ("schedule.phases", ("inference",), 'config.schedule.phases[0] = "inference": must be like "inference 240"'),
+        ("schedule.phases", (3,), "config.schedule.phases = [3]: must be a tuple of strings"),
+    ],
+)
+def test_bad_value_is_one_line_that_names_the_field(field: str, value: object, message: str) -> None:
+    c = prism.get_config("scale=laptop")
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        config.from_config_dict(c)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    c = prism.get_config("scale=laptop").unlock()
+    c.data.sumary_len = 3
+    with pytest.raises(
+        UserError, match=r'config.data.sumary_len: there is no such field. Did you mean "summary_len"\?'
+    ):
+        config.from_config_dict(c)
+    c = prism.get_config("scale=laptop").unlock()
+    del c.data["turns"]
+    with pytest.raises(UserError, match="config.data.turns is missing"):
+        config.from_config_dict(c)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    c = prism.get_config("scale=laptop")
+    c.schedule.phases = ()
+    assert config.from_config_dict(c).schedule.phases == ()
+    c.warmup.steps = 0
+    with pytest.raises(UserError, match="nothing to train"):
+        config.from_config_dict(c)
+
+
+def test_parse_phases() -> None:
+    phases = config.parse_phases(("inference 240", " alternate  2:1 60", "joint 3", "generator 1"))
+    assert phases == (
+        config.Phase("inference", 1, 0, 240),
+        config.Phase("alternate", 2, 1, 60),
+        config.Phase("joint", 1, 1, 3),
+        config.Phase("generator", 0, 1, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    "phase", ["inferense 3", "inference 0", "alternate 3", "alternate 0:1 3", "joint -1", "", "joint 1.5"]
+)
+def test_bad_phase_is_an_error(phase: str) -> None:
+    with pytest.raises(UserError, match=r"config.schedule.phases\[0\]"):
+        config.parse_phases((phase,))
+
+
+def test_resolve_mesh() -> None:
+    mesh = config.MeshConfig(data=2, fsdp=-1, tensor=2, num_devices=0)
+    assert config.resolve_mesh(mesh, 8) == (2, 2, 2)
+    with pytest.raises(UserError, match="does not fit 6 devices"):
+        config.resolve_mesh(mesh, 6)
+
+
+def test_saved_text_that_is_no_configuration_is_an_error() -> None:
+    for text in ("{", "[]", "{}"):
+        with pytest.raises(UserError):
+            config.from_json(text)
