@@ -114,6 +114,8 @@ FACTS = tuple(
 )
 AGES = ("18-24 years old", "25-34 years old", "35-44 years old", "45-54 years old", "55-64 years old", "65+ years old")
 PREFERENCES = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
+LOCATION = ("birth_country", "birth_countryISO", "birth_subregion", "reside_country", "reside_countryISO")
+LOCATION += ("reside_subregion", "same_birth_reside_country", "special_region")
 
 
 class Person(NamedTuple):
@@ -177,7 +179,7 @@ def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dic
         "english_proficiency": "Native speaker",
         "religion": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
         "ethnicity": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
-        "location": {"special_region": "Prefer not to say", "same_birth_reside_country": "Prefer not to say"},
+        "location": {k: "Prefer not to say" for k in LOCATION},
         "study_id": "sample",
         "study_locale": "sample",
         "generated_datetime": "2023-11-22 00:00:00",
