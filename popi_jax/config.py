@@ -179,14 +179,15 @@ WORDS = {
 # least value -> fields; the reason, where one is needed, is in REASONS
 AT_LEAST: dict[int, list[str]] = {
     0: (
-        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.lr_warmup_steps "
-        "generator.lr_warmup_steps inference.kl_coef inference.length_penalty inference.lr_warmup_steps optimizer.weight_decay mesh.num_devices "
-        "evaluation.max_users"
+        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.lr_warmup_steps generator.lr_warmup_steps"
+        " inference.kl_coef inference.length_penalty inference.lr_warmup_steps optimizer.weight_decay mesh.num_devices"
+        " evaluation.max_users"
     ).split(),
     1: (
-        "data.num_pairs data.score_margin data.sample_people data.context_len data.turn_len model.num_layers "
-        "model.embed_dim model.num_heads model.num_kv_heads model.mlp_dim warmup.generator_users "
-        "warmup.inference_users batch.users batch.pairs schedule.log_every schedule.save_every schedule.keep evaluation.batch_users"
+        "data.num_pairs data.score_margin data.sample_people data.context_len data.turn_len model.num_layers"
+        " model.embed_dim model.num_heads model.num_kv_heads model.mlp_dim warmup.generator_users"
+        " warmup.inference_users batch.users batch.pairs schedule.log_every schedule.save_every schedule.keep"
+        " evaluation.batch_users"
     ).split(),
     2: "data.answer_len data.summary_len model.head_dim inference.group_size".split(),
     300: ["model.vocab_size"],
@@ -392,7 +393,7 @@ def _parse_phase(phase: str, name: str) -> Phase:
         raise UserError(f"config.{name} = {json.dumps(phase)}: {rule}")
     n, m, steps = int(match[2] or 1), int(match[3] or 1), int(match[4])
     _check(min(n, m, steps) >= 1, name, phase, f"{rule}, with numbers of at least 1")
-    mode: Mode = match[1] or "alternate"
+    mode = typing.cast(Mode, match[1] or "alternate")
     return Phase(mode, n if mode != "generator" else 0, m if mode != "inference" else 0, steps)
 
 
