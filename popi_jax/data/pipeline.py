@@ -18,6 +18,7 @@ from popi_jax.errors import UserError
 
 _MAX_CACHED_USERS = 20_000  # about 5 kB each; later users of a larger set are encoded anew each time
 _GUESS_SLOTS = 8  # most items that guess noise adds to a summary
+_SEPARATOR = " ; "  # of the items of a summary
 
 Ids = list[int]
 
@@ -41,9 +42,10 @@ class EncodedUser(NamedTuple):
     turns: list[Ids]  # one per pair
     chosen: list[Ids]  # one per pair; ends with the end token unless shortened
     rejected: list[Ids]  # one per pair, as `chosen`
-    oracle: Ids  # the generator's best summary: `oracle`, else `stated`; without end token; [] = unknown
-    stated: str  # text: guess noise is added to it before it is encoded
-    profile: Ids  # at most summary_len - 1 tokens; stands in for `stated` where the data has none
+    oracle: Ids  # without end token; [] = unknown
+    stated: Ids  # without end token; [] = the data has none
+    stated_text: str  # guess noise is added before it is encoded
+    profile: Ids  # its first summary_len - 1 tokens
     readings: list[tuple[Ids, Ids]]  # turn, answer
     truncations: Truncations
 
@@ -60,9 +62,9 @@ class EvalBatch(NamedTuple):
 def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     """Encodes one user within the limits of `cfg.data`.
 
-    Too long a context loses its oldest comments, then its oldest shots, then the tail of the survey, then of the profile.
-    Too long a turn loses its oldest messages, then the start of its last one. Too long an answer loses its tail and then
-    has no end token. At most `num_pairs` pairs are kept.
+    Too long a context loses its oldest comments, then its oldest shots, then the tail of the survey, then that of the
+    profile. Too long a turn loses its oldest messages, then the start of its last one. Too long an answer loses its
+    tail, and with it the end token. At most `num_pairs` pairs are kept.
 
     Raises: UserError when the fixed parts of a conversation alone exceed a limit.
     """
@@ -72,7 +74,7 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     turns = [_fit_turn(p.prompt, tokenizer, d.turn_len) for p in pairs]
     chosen = [templates.answer(tokenizer, p.chosen) for p in pairs]
     rejected = [templates.answer(tokenizer, p.rejected) for p in pairs]
-    oracle = tokenizer.encode((user.oracle or user.stated).strip())
+    oracle = tokenizer.encode(user.oracle.strip())
     return EncodedUser(
         user_id=user.user_id,
         context=context,
@@ -80,7 +82,8 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         chosen=[ids[: d.answer_len] for ids in chosen],
         rejected=[ids[: d.answer_len] for ids in rejected],
         oracle=oracle[: d.summary_len],
-        stated=user.stated,
+        stated=tokenizer.encode(user.stated.strip())[: d.summary_len],
+        stated_text=user.stated,
         profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
         readings=[_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
         truncations=Truncations(
@@ -143,11 +146,11 @@ def warmup_batches(
 ) -> grain.IterDataset:
     """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in `user_batches`.
 
-    Generator: the context ends with the oracle summary (with probability `warmup.no_summary` with nothing), the answers are
-    the chosen replies of K = `batch.pairs` random pairs. Inference: the first answer is the summary of what is stated, to
-    which guess noise adds Binomial(8, `warmup.guess`) random `items` that are not stated; the others answer up to
-    `warmup.readings` random reading questions. A summary lists its items in the order of `items`, separated by " ; ".
-    Data without `stated` and `items` is summarised by the start of its profile.
+    Generator: the context ends with the oracle summary, else what is stated, else nothing; with probability
+    `warmup.no_summary` with nothing. The answers are the chosen replies to K = `batch.pairs` random prompts.
+    Inference: the first answer is the summary of what is stated, to which guess noise adds Binomial(8, `warmup.guess`)
+    of the `items` that are not stated, all then in the order of `items`; data that states nothing is summarised by the
+    start of its profile. The other answers are those to `warmup.readings` random reading questions.
 
     Raises: UserError as `user_batches`.
     """
@@ -165,7 +168,7 @@ def warmup_batches(
     def generator(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
         for user, rng in zip([users[i] for i in members], rngs, strict=True):
-            contexts.append(prefix + (user.oracle if rng.random() >= w.no_summary else []))
+            contexts.append(prefix + ((user.oracle or user.stated) if rng.random() >= w.no_summary else []))
             picks = rng.permutation(len(user.turns))[: cfg.batch.pairs]
             turns.append([user.turns[k] for k in picks])
             answers.append([user.chosen[k] for k in picks])
@@ -195,15 +198,19 @@ def warmup_batches(
 
 
 def eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Iterator[EvalBatch]:
-    """All users in order with all their pairs (at most `data.num_pairs`), `evaluation.batch_users` to a batch."""
+    """All users in order with all their pairs (at most `data.num_pairs`), `evaluation.batch_users` to a batch.
+
+    The last batch is filled with its first user, all of whose pairs are masked: no row is ever without a context.
+    """
     size, count = cfg.evaluation.batch_users, cfg.data.num_pairs
     for start in range(0, len(users), size):
         rows = [encode_user(users[i], tokenizer, cfg) for i in range(start, min(start + size, len(users)))]
         fill = size - len(rows)
-        rows += [_NOBODY] * fill
-        picks = [np.arange(len(u.turns)) for u in rows]
+        user_ids = [u.user_id for u in rows] + [""] * fill
+        picks = [np.arange(len(u.turns)) for u in rows] + [np.arange(0)] * fill
+        rows += rows[:1] * fill
         yield EvalBatch(
-            user_ids=[u.user_id for u in rows],
+            user_ids=user_ids,
             batch=_user_batch(rows, picks, start + np.arange(size), tokenizer, cfg, count),
             oracle=_pad([u.oracle for u in rows], cfg.data.summary_len, tokenizer.pad_id),
             user_mask=np.arange(size) < size - fill,
@@ -320,15 +327,15 @@ def _summary_target(
     user: EncodedUser, items: tuple[str, ...], guess: float, rng: np.random.Generator, tokenizer: Tokenizer
 ) -> Ids:
     """The summary that the inference model is taught, with its end token; [] when there is nothing to teach."""
-    if not user.stated and not items:
+    if not user.stated_text:
         return [*user.profile, tokenizer.eos_id] if user.profile else []
-    stated = user.stated.split(" ; ") if user.stated else []
+    stated = user.stated_text.split(_SEPARATOR)
     absent = [item for item in items if item not in stated]
     added = rng.permutation(len(absent))[: rng.binomial(_GUESS_SLOTS, guess)]
     if len(added):
         named = {*stated, *(absent[i] for i in added)}
-        stated = [item for item in items if item in named] + [item for item in stated if item not in items]
-    return templates.answer(tokenizer, " ; ".join(stated))
+        stated = [item for item in items if item in named]  # words for "nothing stated" are no item
+    return templates.answer(tokenizer, _SEPARATOR.join(stated))
 
 
 def _reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, Ids]:
@@ -345,23 +352,21 @@ def _fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]
     def encode(some: User) -> Ids:
         return templates.inference_context(tokenizer, cfg, templates.signals_text(some))
 
-    ids, kept = encode(user), user
+    def with_survey(text: str) -> Ids:
+        return encode(dataclasses.replace(user, survey=text))
+
+    def with_profile(text: str) -> Ids:
+        return encode(dataclasses.replace(user, survey="", profile=text))
+
+    ids, cut = encode(user), False
+    while len(ids) > limit and (user.comments or user.shots):
+        dropped = {"comments": user.comments[1:]} if user.comments else {"shots": user.shots[1:]}
+        user = dataclasses.replace(user, **dropped)
+        ids, cut = encode(user), True
     if len(ids) <= limit:
-        return ids, False
-    while len(ids) > limit and kept.comments:
-        kept = dataclasses.replace(kept, comments=kept.comments[1:])
-        ids = encode(kept)
-    while len(ids) > limit and kept.shots:
-        kept = dataclasses.replace(kept, shots=kept.shots[1:])
-        ids = encode(kept)
-    if len(ids) <= limit:
-        return ids, True
-    without = dataclasses.replace(kept, survey="")
-    if len(encode(without)) <= limit:
-        shorter = lambda text: encode(dataclasses.replace(kept, survey=text))  # noqa: E731
-        return _fit_text(kept.survey, shorter, tokenizer, limit, "data.context_len", keep="start")[0], True
-    shorter = lambda text: encode(dataclasses.replace(without, profile=text))  # noqa: E731
-    return _fit_text(kept.profile, shorter, tokenizer, limit, "data.context_len", keep="start")[0], True
+        return ids, cut
+    text, part = (user.survey, with_survey) if len(with_survey("")) <= limit else (user.profile, with_profile)
+    return _fit_text(text, part, tokenizer, limit, "data.context_len", keep="start")[0], True
 
 
 def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:
@@ -369,8 +374,10 @@ def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, 
     if len(ids) <= limit:
         return ids, False
     kept = list(prompt)
-    while len(ids) > limit and len(kept) > 1:  # the oldest exchange, so that the first message stays the user's
-        kept = kept[1:] if kept[0]["role"] == "system" else kept[2:]
+    while len(ids) > limit and len(kept) > 1:
+        kept = kept[1:]
+        if kept[0]["role"] == "assistant":  # its question has just gone
+            kept = kept[1:]
         ids = templates.generator_turn(tokenizer, kept)
     if len(ids) <= limit:
         return ids, True
@@ -396,6 +403,3 @@ def _fit_text(
     if len(ids) > limit:
         raise UserError(f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions alone")
     return ids, True
-
-
-_NOBODY = EncodedUser("", [], [], [], [], [], "", [], [], Truncations(0, 0, 0, 0, 0, 0))

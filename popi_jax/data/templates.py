@@ -1,7 +1,7 @@
 """The words and conversations that both roles read: pure functions from records to text and token ids.
 
-Each conversation is cut where its context ends (docs/design.md): the generator's after the summary z, the inference model's
-after the signals u. Refuses to shorten anything; that is the pipeline's work.
+Each conversation is cut where its context ends (docs/design.md): the generator's after the summary z, that of the
+inference model after the signals u. Refuses to shorten anything; that is the pipeline's work.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:
 
 
 def generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
-    """From just after the summary z to the header of the reply; a system message of the prompt follows z in its own line."""
+    """From just after the summary z to the header of the reply; a system message of the prompt continues that of z."""
     messages = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
     system = "\n" + messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     return tokenizer.render([{"role": "system", "content": _CUT + system}, *messages], cut=_CUT)[1]

@@ -1,5 +1,7 @@
-"""The tokenizer of both roles: a byte-pair encoding, its control tokens and the chat template, read from and written to the
-files that Hugging Face tools read. Refuses to let text of a user become a control token. Needs neither jax nor torch."""
+"""The tokenizer of both roles and its chat template, read from and written to the files of Hugging Face tools.
+
+Refuses to let text of the data become a control token. Needs neither jax nor torch.
+"""
 
 import datetime
 import json
@@ -30,8 +32,8 @@ _SENTINEL = re.compile("(\ue000Content[0-9]+\ue001)")  # stands for a message's 
 class Tokenizer:
     """Text <-> token ids, and conversations -> token ids. Immutable, picklable, usable from many threads.
 
-    `bos`, `eos` and `pad` are the names given to the chat template ("" = none). `eos_id` is the token that ends a reply:
-    the first control token that the template writes after an assistant's content, else `eos`.
+    `bos`, `eos` and `pad` are the names that the chat template gets ("" = none). `eos_id` is the token that ends a
+    reply: the first control token that the template writes after an assistant's content, else `eos`.
 
     Raises: UserError when the serialised tokenizer, a token name or the chat template is broken.
     """
@@ -63,8 +65,9 @@ class Tokenizer:
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
         """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a message's content.
 
-        The template's own text is encoded with control tokens, contents (stripped of outer white space) without, and each
-        piece by itself: nothing merges across a border. `cut` must be a string that no content holds by accident.
+        The template's own text is encoded with control tokens, contents (stripped of outer white space) without, and
+        each piece by itself: nothing merges across a border. `cut` must be a string that no content holds by accident.
+        Whether there is a begin token is for the template to say; none is added to it.
 
         Raises: UserError when the template refuses the conversation, or drops, repeats or changes a content.
         """
@@ -235,21 +238,19 @@ def _chat_template(root: pathlib.Path, config: dict[str, Any]) -> str:
         return _read_text(root / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {t["name"]: t["template"] for t in template}
-        template = named.get("default")
-        if template is None:
-            raise UserError(
-                f'{root}/tokenizer_config.json: chat_template has {sorted(named)}, but none named "default"'
-            )
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+        if "default" not in named:
+            raise UserError(f'{root}/tokenizer_config.json: chat_template names {sorted(named)}, but not "default"')
+        template = named["default"]
     if not isinstance(template, str):
         raise UserError(
-            f"{root}: no chat template in chat_template.jinja or tokenizer_config.json; use an instruction-tuned checkpoint"
+            f"{root}: no chat_template.jinja and no chat_template in tokenizer_config.json; use a chat model"
         )
     return template
 
 
 def _token_name(value: Any) -> str:
-    return value["content"] if isinstance(value, dict) else value or ""
+    return str(value["content"] if isinstance(value, dict) else value or "")
 
 
 def _eos_from_model(root: pathlib.Path, backend: tokenizers.Tokenizer) -> str:
