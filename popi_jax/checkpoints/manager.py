@@ -1,16 +1,19 @@
 """All checkpoint files of a run: `<workdir>/checkpoints/<step>/` and `<workdir>/reference/`.
 
-The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters alone, so that one role can be
-read without the rest), `optimizer` (what else is in the state: optimizer states, steps, key), `data` (position of the data
-iterator) and `config`. A directory gets its final name only when it is complete, so a run may be killed at any time.
+The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters alone, so that one role
+can be read without the rest), `optimizer` (what else is in the state: optimizer states, steps, key), `data` (position of
+the data iterator) and `config`. A directory gets its final name only when it is complete, so a run may be killed at any
+time.
 
-`state` is a `TrainState` of training/state.py, which this package must not import: only its fields `inference.params` and
-`generator.params` are named here.
+`state` is a `TrainState` of training/state.py, which this package must not import: only its fields `inference.params`
+and `generator.params` are named here.
 """
 
 import contextlib
 import errno
 import json
+import logging as std_logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,9 +63,10 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
                 pass
     except OSError as e:
         raise UserError(
-            f'workdir: cannot write in "{folder}": {e.strerror or e}; give a WORKDIR that you may write in'
+            f'config.workdir: cannot write in "{folder}": {e.strerror or e}; give a WORKDIR that you may write in'
         ) from e
     check_same_run(workdir, config_json)
+    logging.get_absl_logger().addFilter(_without_traceback)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
     )
@@ -75,35 +79,37 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, c
     `iterator` is a Grain iterator, or None. A failure of the write in the background is raised by the next call.
     Raises: UserError if the disk is full; older steps stay as they are.
     """
-    if step in manager.all_steps():
+    steps = manager.all_steps()
+    if step in steps:
         return
+    if steps and step < max(steps):
+        raise RuntimeError(f"step {step} is older than {max(steps)}, the newest in {manager.directory}")
     items = {role: ocp.args.StandardSave(params) for role, params in _params(state).items()}
     items["optimizer"] = ocp.args.StandardSave(_with_params(state, {role: {} for role in ROLES}))
     items["config"] = ocp.args.JsonSave(json.loads(config_json))
     if iterator is not None:
         items["data"] = grain.checkpoint.CheckpointSave(iterator)
-    with _full_disk_told(manager.directory):
-        if not manager.save(step, args=ocp.args.Composite(**items), force=True):
-            raise RuntimeError(f"step {step} was not saved: steps {manager.all_steps()} exist in {manager.directory}")
+    with full_disk_told(manager.directory):
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
     """Waits for writes in the background. Raises: UserError if the disk is full."""
-    with _full_disk_told(manager.directory):
+    with full_disk_told(manager.directory):
         manager.wait_until_finished()
 
 
 def close(manager: ocp.CheckpointManager) -> None:
     """Waits for writes in the background and ends the threads. Raises: UserError if the disk is full."""
-    with _full_disk_told(manager.directory):
+    with full_disk_told(manager.directory):
         manager.close()
 
 
 def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator: Any) -> tuple[int, Any] | None:
     """Returns (step, state) of the newest readable step and moves `iterator` to its position; None if there is no step.
 
-    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than the one
-    that wrote. A step that cannot be read is told, renamed to `damaged-<step>` and passed over.
+    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than
+    the one that wrote. A step that cannot be read is told, renamed to `damaged-<step>` and passed over.
     Raises: UserError if there are steps and none can be read.
     """
 
@@ -113,7 +119,12 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
         if iterator is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(iterator)
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-        return _with_params(restored["optimizer"], {role: restored[role] for role in ROLES})
+        state = _with_params(restored["optimizer"], {role: restored[role] for role in ROLES})
+        # without one of its small files Orbax returns a key as plain numbers instead of failing
+        kinds = jax.tree.map(lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state)
+        if not jax.tree.all(kinds):
+            raise ValueError("an array has another shape or type than it was saved with")
+        return state
 
     steps = sorted(manager.all_steps(), reverse=True)
     found = _first_readable(manager.directory, steps, read)
@@ -148,12 +159,13 @@ def restore_params(workdir: str, role: str, abstract_params: Params | None = Non
 
         found = _first_readable(manager.directory, sorted(manager.all_steps(), reverse=True), read)
     if found is None:
-        raise UserError(f'workdir: no checkpoint in "{manager.directory}"; train first, or give the WORKDIR of a run')
+        where = manager.directory
+        raise UserError(f'config.workdir: no checkpoint in "{where}"; train first, or give the WORKDIR of a run')
     return found
 
 
 def stored_config(workdir: str) -> dict[str, Any] | None:
-    """Returns the configuration that wrote the newest step (or else the reference) of a workdir; None if it holds neither."""
+    """Returns the configuration that wrote the newest step, or else the reference, of a workdir; None without both."""
     folder = epath.Path(workdir).resolve()
     steps = (
         [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()] if (folder / "checkpoints").is_dir() else []
@@ -182,16 +194,19 @@ def check_same_run(workdir: str, config_json: str) -> None:
     ]
     if differing:
         raise UserError(
-            f'workdir: "{workdir}" holds a run with other settings: {"; ".join(differing)}; '
+            f'config.workdir: "{workdir}" holds a run with other settings: {"; ".join(differing)}; '
             "give another WORKDIR, or the settings of that run"
         )
 
 
 def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
-    """Writes `<workdir>/reference` (a `Frozen`) and waits for it; an earlier one is replaced. Raises: UserError if the disk is full."""
+    """Writes `<workdir>/reference` (a `Frozen`) and waits for it; an earlier one is replaced.
+
+    Raises: UserError if the disk is full.
+    """
     folder = epath.Path(workdir).resolve() / "reference"
     items = {role: ocp.args.StandardSave(getattr(frozen, role)) for role in ROLES}
-    with _full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(json.loads(config_json)))
         checkpointer.save(folder, args=args, force=True)
 
@@ -209,7 +224,8 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as e:
-        raise UserError(f'workdir: cannot read "{folder}": {_one_line(e)}; start again in another WORKDIR') from e
+        reason = _one_line(e)
+        raise UserError(f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR') from e
     return abstract_frozen._replace(**{role: restored[role] for role in ROLES})
 
 
@@ -226,7 +242,7 @@ def _reader(workdir: str) -> Iterator[ocp.CheckpointManager]:
     """A manager that changes nothing, so that a run that is being trained can be read."""
     folder = epath.Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f'workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run')
+        raise UserError(f'config.workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run')
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     with ocp.CheckpointManager(folder, options=options) as manager:
         yield manager
@@ -245,7 +261,9 @@ def _first_readable(folder: epath.Path, steps: list[int], read: Callable[[int], 
         reason = _one_line(failure) if failure else "another process could not read it"
         logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", folder / str(step), reason)
     if steps:
-        raise UserError(f'workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}') from failure
+        raise UserError(
+            f'config.workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}; give another WORKDIR'
+        ) from failure
     return None
 
 
@@ -258,7 +276,9 @@ def _set_aside(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_told(folder: epath.Path) -> Iterator[None]:
+def full_disk_told(folder: os.PathLike) -> Iterator[None]:
+    """Raises UserError of one line in place of an error, of whatever type, that says that the disk is full."""
+    folder = epath.Path(folder)
     try:
         yield
     except Exception as e:
@@ -266,9 +286,16 @@ def _full_disk_told(folder: epath.Path) -> Iterator[None]:
             raise
         free = next((shutil.disk_usage(p).free for p in (folder, *folder.parents) if p.exists()), 0)
         raise UserError(
-            f'workdir: no space left to write "{folder}" ({free:,} bytes free); checkpoints that were complete are intact; '
+            f'config.workdir: no space left to write "{folder}" ({free:,} bytes free); what was complete is intact; '
             "free some space and run the same command again"
         ) from e
+
+
+def _without_traceback(record: std_logging.LogRecord) -> bool:
+    """Orbax logs each error of its threads with a traceback and then raises it too: once is enough."""
+    if record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname:
+        record.exc_info = None
+    return True
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
