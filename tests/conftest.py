@@ -15,5 +15,5 @@ from jaxtyping import install_import_hook
 
 flags.FLAGS.mark_as_parsed()  # the worker processes of grain ask
 
-# every function of the package checks the shapes that its signature names
-install_import_hook("popi_jax", "beartype.beartype")
+# every function of the package checks the types and shapes of its signature; an int passes for a float
+install_import_hook("popi_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

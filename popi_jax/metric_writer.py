@@ -1,0 +1,82 @@
+"""Writes the metrics of a run to `metrics.jsonl` and to TensorBoard files. Only process 0 writes.
+
+After a resume the file must equal that of a run that never stopped: `resume` drops what came after the checkpoint.
+"""
+
+import json
+import math
+import os
+import pathlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+
+class MetricWriter:
+    """One line of JSON per step: {"step": 10, "loss": 0.7, …}. A number that is not finite is written as null.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, enabled: bool = True) -> None:
+        self._folder = pathlib.Path(folder)
+        self._path = self._folder / "metrics.jsonl"
+        self._enabled = enabled
+        self._purge_step: int | None = None
+        self._board: Any = None
+        if enabled:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, step: int) -> None:
+        """Drops the lines of steps after `step` and a line that was cut off; call it before the first `write`."""
+        if not self._enabled:
+            return
+        self._purge_step = step + 1
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+        part = self._path.with_suffix(".part")
+        with part.open("wb") as f:
+            f.writelines(kept)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(self._path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends the values of a step, at once."""
+        if not self._enabled:
+            return
+        row = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        with self._path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": int(step), **row}) + "\n")
+        for name, value in row.items():
+            if value is not None:
+                self._tensorboard().add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tensorboard(self) -> Any:
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge_step)
+        return self._board
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity for one that was cut while it was written."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
