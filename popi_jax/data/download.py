@@ -1,9 +1,9 @@
 """Fetches the published PRISM files from the Hugging Face hub, all or none.
 
-The revision is pinned. The sha256 of conversations.jsonl and utterances.jsonl are those that the hub shows for the commit
-that last changed them (both are Git LFS files). survey.jsonl is no LFS file, so that the hub shows none: its sha256 is
-recorded at the first download. SOURCE.json records the revision and all three, and `check_source` compares the files with
-it on every later use. All of this was read on the hub's pages; no download has been run yet.
+The revision is pinned. The sha256 of conversations.jsonl and utterances.jsonl are those that the hub shows for the
+commit that last changed them (both are Git LFS files). survey.jsonl is no LFS file, so that the hub shows none: its
+sha256 is recorded at the first download. SOURCE.json records the revision and all three, and `check_source` compares
+the files with it on every later use. All of this was read on the hub's pages; no download has been run yet.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
 """Your own data: one JSON object a line, one preference pair each; what a line may hold is in docs/data.md.
 
     {"user_id": "ann", "record_id": "1", "prompt": [{"role": "user", "content": "…"}], "chosen": "…", "rejected": "…",
-     "oracle": "…", "signals": {"profile": "…", "survey": "…", "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}],
-     "comments": [{"prompt": "…", "comment": "…"}]}}
+     "oracle": "…", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt": "…", "comment": "…"}],
+     "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}
 
 `oracle` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read. Lines of one user_id
-with equal signals are one user. With other signals they are a further user, "ann#2", in the same split: signals are drawn
-per person, never per prompt.
+with equal signals are one user. With other signals they are a further user, "ann#2", in the same split: signals are
+drawn per person, never per prompt.
 """
 
 import dataclasses

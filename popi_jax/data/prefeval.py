@@ -1,8 +1,8 @@
 """PrefEval (arXiv 2502.09597), as in benchmark_dataset/ of its repository: a preference dropped once in a long chat.
 
 A user is a row of `implicit_preference/persona-driven/<topic>.json`, joined with the row of `mcq_options/<topic>.json`
-that has the same preference and question. The signals are the persona and the chat; the prompt is the question; option 0
-is chosen over options 1 to 3; the preference is the oracle. `explanation` gives the answer away: it is never read.
+that has the same preference and question. The signals are the persona and the chat; the prompt is the question; option
+0 is chosen over options 1 to 3; the preference is the oracle. `explanation` gives the answer away: it is never read.
 """
 
 import hashlib

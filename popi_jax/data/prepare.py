@@ -1,8 +1,8 @@
 """Raw files -> checked users -> a TFDS dataset of ArrayRecord files, read lazily by index.
 
 A prepared copy lies in <prepared>/<source>/<key>/ where the key is a sha256 over the source files, the options that
-matter and FORMAT: whoever changes one of them gets another copy, and a stale one is never read. One example is one user,
-as JSON. TensorFlow is not needed.
+matter and FORMAT: whoever changes one of them gets another copy, and a stale one is never read. One example is one
+user, as JSON. TensorFlow is not needed.
 """
 
 import contextlib

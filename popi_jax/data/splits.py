@@ -7,7 +7,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_of(name: str, validation_fraction: float, test_fraction: float) -> str:
-    """Returns train, validation or test by the sha256 of `name`; what is test does not depend on validation_fraction."""
+    """Returns train, validation or test by the sha256 of `name`; test does not depend on validation_fraction."""
     place = _place(name)
     if place < test_fraction:
         return "test"
