@@ -1,7 +1,7 @@
 """All checkpoint files of a run: `<workdir>/checkpoints/<step>/` and `<workdir>/reference/`.
 
 The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters alone, so that one role
-can be read without the rest), `optimizer` (what else is in the state: optimizer states, steps, key), `data` (position of
+can be read without the rest), `optimizer` (the rest of the state: optimizer states, steps, key), `data` (position of
 the data iterator) and `config`. A directory gets its final name only when it is complete, so a run may be killed at any
 time.
 

@@ -1,0 +1,299 @@
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from popi_jax.checkpoints import hf_io, hf_names
+from popi_jax.errors import UserError
+from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
+from tests.oracles_llama import llama_logits
+
+# every size different, so that a swapped axis is seen; two query heads per key head; heads x head_dim is not embed_dim
+CFG = TransformerConfig(
+    vocab_size=37,
+    num_layers=2,
+    embed_dim=12,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=20,
+    rope_theta=500.0,
+    norm_eps=1e-4,
+    tied_embeddings=False,
+)
+TIED = dataclasses.replace(CFG, tied_embeddings=True)
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def make_params(cfg: TransformerConfig) -> dict:
+    """Random weights, scales away from 1, large enough that small errors show in the logits."""
+    params = unbox(jax.jit(lambda key: init_boxed(key, cfg))(jax.random.key(0)))
+    noise = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.asarray(x * 1.5 + 0.1 * noise.standard_normal(x.shape), np.float32), params)
+
+
+PARAMS = {cfg: make_params(cfg) for cfg in (CFG, TIED)}
+
+
+def write(folder: Path, cfg: TransformerConfig = CFG, dtype: str = "float32", **sizes: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    hf_io.write_model(
+        folder, PARAMS[cfg], cfg, dtype=dtype, max_len=64, special_ids=IDS, mark={"role": "generator"}, **sizes
+    )
+    return folder
+
+
+def edit(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "drop"}))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def padded_logits(params: dict, ids: jax.Array, cfg: TransformerConfig) -> jax.Array:
+    mask = jnp.tri(len(ids), dtype=bool)[None]
+    hidden, _ = Transformer(cfg).apply({"params": params}, ids[None], jnp.arange(len(ids))[None], mask)
+    return hidden[0] @ head(params, cfg)
+
+
+def logits(params: dict, cfg: TransformerConfig, ids: np.ndarray) -> np.ndarray:
+    return np.asarray(padded_logits(params, jnp.pad(jnp.asarray(ids), (0, 16 - len(ids))), cfg))[: len(ids)]
+
+
+def assert_same(a: dict, b: dict) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED])
+def test_the_table_names_each_parameter_once(cfg):
+    abstract = unbox(jax.eval_shape(lambda key: init_boxed(key, cfg), jax.random.key(0)))
+    leaves = {tuple(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    rows = hf_names.table(cfg)
+    layers = {row.path: (cfg.num_layers,) if "{i}" in row.name else () for row in rows}
+    assert {row.path: layers[row.path] + row.shape for row in rows} == leaves
+    assert len({row.path for row in rows}) == len({row.name for row in rows}) == len(rows)
+    # 9 tensors per layer, embedding, final norm, and the head when it is not the embedding
+    assert len(hf_names.stored_shapes(cfg)) == 9 * cfg.num_layers + 2 + (not cfg.tied_embeddings)
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED])
+def test_names_there_and_back_is_identity(cfg):
+    tensors = dict(hf_names.to_hf(PARAMS[cfg], cfg))
+    assert {name: x.shape for name, x in tensors.items()} == hf_names.stored_shapes(cfg)
+    assert all(x.flags.c_contiguous for x in tensors.values())
+    assert_same(hf_names.from_hf(tensors.__getitem__, cfg), PARAMS[cfg])
+
+
+def test_a_tree_of_another_model_is_an_error():
+    with pytest.raises(ValueError, match="lm_head"):
+        list(hf_names.to_hf(PARAMS[CFG], TIED))
+    with pytest.raises(ValueError, match="shape"):
+        list(hf_names.to_hf(PARAMS[CFG], dataclasses.replace(CFG, num_layers=3)))
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED])
+def test_the_transformer_equals_the_oracle(tmp_path, cfg):
+    write(tmp_path, cfg)
+    ids = np.random.default_rng(1).integers(0, cfg.vocab_size, 11)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = llama_logits(load_file(tmp_path / "model.safetensors"), config, ids)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits(PARAMS[cfg], cfg, ids), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED])
+def test_written_and_read_back_is_identity(tmp_path, cfg):
+    write(tmp_path, cfg)
+    assert hf_io.read_config(tmp_path) == cfg
+    assert_same(hf_io.read_params(tmp_path, cfg), PARAMS[cfg])
+
+
+def test_bfloat16_is_rounded_once(tmp_path):
+    write(tmp_path, dtype="bfloat16")
+    assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == ml_dtypes.bfloat16
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), PARAMS[CFG])
+    assert_same(hf_io.read_params(tmp_path, CFG), rounded)
+
+
+def test_shards_hold_at_most_the_given_bytes(tmp_path):
+    write(tmp_path, max_shard_bytes=2500)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    sizes = {name: 4 * int(np.prod(shape)) for name, shape in hf_names.stored_shapes(CFG).items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert index["weight_map"].keys() == sizes.keys()
+    for file in files:
+        held = load_file(tmp_path / file)
+        assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
+        assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= 2500
+    assert_same(hf_io.read_params(tmp_path, CFG), PARAMS[CFG])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": "drop", "dtype": "drop", "rope_scaling": "drop"} | {"torch_dtype": "drop"},  # as transformers 5
+        {"rope_parameters": "drop", "dtype": "drop"},  # as transformers 4
+    ],
+)
+def test_reads_the_spellings_of_both_versions(tmp_path, fields):
+    edit(write(tmp_path), **fields)
+    assert hf_io.read_config(tmp_path) == CFG
+
+
+def test_fields_that_old_files_leave_out(tmp_path):
+    edit(write(tmp_path), head_dim="drop", num_key_value_heads="drop", tie_word_embeddings="drop", rms_norm_eps="drop")
+    cfg = hf_io.read_config(tmp_path, dtype="bfloat16", remat="full")
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.tied_embeddings, cfg.norm_eps) == (3, 4, False, 1e-6)
+    assert (cfg.dtype, cfg.remat) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gemma2"}, 'model_type is "gemma2", supported is "llama"'),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, 'rope type is "llama3"'),
+        ({"rope_parameters": "drop", "rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope type is "linear"'),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"hidden_size": "drop"}, "'hidden_size' is missing"),
+        ({"hidden_size": "many"}, "wrong type"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_told(tmp_path, fields, message):
+    edit(write(tmp_path), **fields)
+    with pytest.raises(UserError, match=message) as error:
+        hf_io.read_config(tmp_path)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.norm.weight"),
+            r"1 tensors that no file holds, first model.norm.weight of shape \[12\]",
+        ),
+        (lambda t: t.update({"model.x": np.ones(1, np.float32)}), "1 tensors are not of .* first model.x"),
+        (
+            lambda t: t.update({"lm_head.weight": np.ones((5, 12), np.float32)}),
+            r"lm_head.weight has shape \[5, 12\], config.json says \[37, 12\]",
+        ),
+        (lambda t: t.update({"model.norm.weight": np.ones(12, np.int64)}), "model.norm.weight is int64, allowed"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told(tmp_path, change, message):
+    rewrite(write(tmp_path), change)
+    with pytest.raises(UserError, match=message):
+        hf_io.read_params(tmp_path, CFG)
+
+
+def test_what_other_writers_add_is_passed_over(tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+        tensors["lm_head.weight"] = np.ones((37, 12), np.float32)  # a copy of the embedding in some tied models
+
+    rewrite(write(tmp_path, TIED), add)
+    assert_same(hf_io.read_params(tmp_path, TIED), PARAMS[TIED])
+
+
+def test_files_that_are_broken_or_absent_are_told(tmp_path):
+    with pytest.raises(UserError, match="No such file.*give the folder of a Hugging Face model"):
+        hf_io.read_config(tmp_path)
+    with pytest.raises(UserError, match="needs model.safetensors"):
+        hf_io.read_params(tmp_path, CFG)
+    write(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        hf_io.read_params(tmp_path, CFG)
+    write(tmp_path, max_shard_bytes=2500)
+    next(tmp_path.glob("model-*")).unlink()
+    with pytest.raises(UserError, match=r"model-.*cannot be read"):
+        hf_io.read_params(tmp_path, CFG)
+    (tmp_path / "config.json").write_text('{"model_type":\n "llama"')
+    with pytest.raises(UserError, match="not valid JSON.*line 2"):
+        hf_io.read_config(tmp_path)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_an_export_replaces_an_earlier_one(tmp_path):
+    for step in (1, 2):
+        with hf_io.new_export(tmp_path / "out") as folder:
+            write(folder)
+            (folder / f"{step}.txt").write_text("")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["2.txt", "config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_an_export_that_fails_changes_nothing(tmp_path):
+    with hf_io.new_export(tmp_path / "out") as folder:
+        write(folder)
+    with pytest.raises(ZeroDivisionError), hf_io.new_export(tmp_path / "out") as folder:
+        (folder / "half.txt").write_text("")
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    write(tmp_path / "llama")
+    edit(tmp_path / "llama", popi_jax="drop")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("llama", "file", "notes"):
+        with (
+            pytest.raises(UserError, match="something other than an earlier export"),
+            hf_io.new_export(tmp_path / name),
+        ):
+            pass
+    with pytest.raises(UserError, match="cannot write in"), hf_io.new_export(tmp_path / "file/x/out"):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    with hf_io.new_export(tmp_path / "empty") as folder:
+        write(folder)
+    assert "config.json" in names(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED])
+def test_transformers_computes_the_same_logits_and_tokens(tmp_path, cfg):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path, cfg, max_shard_bytes=2500)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(model).__name__ == "LlamaForCausalLM"
+    ids = np.random.default_rng(1).integers(3, cfg.vocab_size, 9)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits[0].numpy()
+        continued = model.generate(torch.tensor(ids)[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[0]
+    np.testing.assert_allclose(logits(PARAMS[cfg], cfg, ids), expected, atol=1e-4)
+    greedy = list(ids)
+    for _ in range(6):
+        greedy.append(int(logits(PARAMS[cfg], cfg, np.array(greedy))[-1].argmax()))
+    assert greedy == continued.tolist()
