@@ -126,7 +126,7 @@ def user_batches(
     users = _EncodedUsers(source, tokenizer, cfg)
 
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> UserBatch:
-        drawn = [users[i] for i in members[rows]]
+        drawn = users.take(members[rows])
         picks = [rng.permutation(len(u.turns))[:count] for u, rng in zip(drawn, rngs[rows], strict=True)]
         index = step * size + np.arange(size)[rows]
         return _user_batch(drawn, picks, index, tokenizer, cfg, count)
@@ -167,7 +167,7 @@ def warmup_batches(
 
     def generator(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
-        for user, rng in zip([users[i] for i in members], rngs, strict=True):
+        for user, rng in zip(users.take(members), rngs, strict=True):
             contexts.append(prefix + ((user.oracle or user.stated) if rng.random() >= w.no_summary else []))
             picks = rng.permutation(len(user.turns))[: cfg.batch.pairs]
             turns.append([user.turns[k] for k in picks])
@@ -177,7 +177,7 @@ def warmup_batches(
 
     def inference(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
-        for user, rng in zip([users[i] for i in members], rngs, strict=True):
+        for user, rng in zip(users.take(members), rngs, strict=True):
             summary = _summary_target(user, items, w.guess, rng, tokenizer)
             picks = rng.permutation(len(user.readings))[: w.readings]
             contexts.append(user.context)
@@ -227,14 +227,16 @@ class _EncodedUsers:
     def __reduce__(self) -> tuple[Any, ...]:
         return _EncodedUsers, self._parts
 
-    def __getitem__(self, index: int) -> EncodedUser:
-        index = int(index)
-        found = self._cache.get(index)
+    def take(self, numbers: np.ndarray) -> list[EncodedUser]:
+        return [self._one(n) for n in numbers.tolist()]
+
+    def _one(self, number: int) -> EncodedUser:
+        found = self._cache.get(number)
         if found is None:
             source, tokenizer, cfg = self._parts
-            found = encode_user(source[index], tokenizer, cfg)
+            found = encode_user(source[number], tokenizer, cfg)
             if len(self._cache) < _MAX_CACHED_USERS:
-                self._cache[index] = found
+                self._cache[number] = found
         return found
 
 
@@ -257,7 +259,7 @@ def _steps(
     def batch(numbered: tuple[int, np.ndarray], rng: np.random.Generator) -> Any:
         step, members = numbered
         seeds = rng.integers(2**63, size=size)
-        return make(step, members, [np.random.default_rng(s) for s in seeds])
+        return make(int(step), members, [np.random.default_rng(s) for s in seeds])
 
     numbers = grain.MapDataset.range(num_users).seed(seed).shuffle().repeat().batch(size)
     steps = numbers.map_with_index(lambda step, members: (step, members)).random_map(batch)

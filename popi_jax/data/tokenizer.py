@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import jinja2
 import jinja2.ext
@@ -58,9 +58,9 @@ class Tokenizer:
         """Token ids of plain text; the name of a control token inside it is spelled out, never the control token."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of token ids; control tokens are left out."""
-        return self._control.decode(list(ids), skip_special_tokens=True)
+        return self._control.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
         """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a message's content.

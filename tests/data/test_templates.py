@@ -73,7 +73,8 @@ def test_words_of_the_generator(tokenizer: tokenizer_lib.Tokenizer) -> None:
     assert written(tokenizer, prefix) == "<|begin|><|system|> answer in this style :Ċ"
     assert written(tokenizer, templates.generator_prefix(tokenizer, config())) == "<|begin|><|system|>"
     assert written(tokenizer, templates.generator_turn(tokenizer, PROMPTS[1])) == (
-        "<|end|><|user|> bees ?<|end|><|assistant|> they sing<|end|><|user|> honey <|end|><|system|> ?<|end|><|assistant|>"
+        "<|end|><|user|> bees ?<|end|><|assistant|> they sing"
+        "<|end|><|user|> honey <|end|><|system|> ?<|end|><|assistant|>"
     )
     assert written(tokenizer, templates.generator_turn(tokenizer, PROMPTS[2])).startswith(" Ċbe short<|end|><|user|>")
     assert templates.answer(tokenizer, " bees sing\n") == [*tokenizer.encode("bees sing"), tokenizer.eos_id]

@@ -49,7 +49,8 @@ def llama_like(tmp_path: pathlib.Path) -> pathlib.Path:
     special = ["<|bot|>", "<|eos|>", "<|start|>", "<|stop|>", "<|eot|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     backend.post_processor = processors.TemplateProcessing(single="<|bot|> $A", special_tokens=[("<|bot|>", 0)])
     backend.enable_truncation(4)
