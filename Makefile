@@ -1,0 +1,91 @@
+# Every target makes .venv when it is missing or older than requirements.lock, then prints the plain command it runs.
+# The variables below are set on the command line: make train CONFIG=prism SCHEDULE=short ARGS="--config.seed=3"
+
+CONFIG = prism
+MODEL =
+SCALE =
+SCHEDULE =
+WORKDIR = work/$(basename $(notdir $(CONFIG)))
+ARGS =
+ACCEL = cpu
+PYTHON =
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
+$(error ACCEL = "$(ACCEL)": must be one of cpu, cuda13, tpu)
+endif
+
+VENV := .venv
+STAMP := $(VENV)/.installed-$(ACCEL)
+RUN := $(VENV)/bin/python -m
+
+empty :=
+space := $(empty) $(empty)
+comma := ,
+options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SCHEDULE),schedule=$(SCHEDULE))
+options := $(subst $(space),$(comma),$(strip $(options)))
+FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
+
+.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden clean
+
+help: ## what there is
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+	@printf '\nvariables, e.g. make train CONFIG=prism SCHEDULE=short ARGS="--config.seed=3"\n'
+	@printf '  %-9s %s\n' \
+	  CONFIG 'a file of configs/ or your own ($(CONFIG))' \
+	  MODEL 'a row of configs/models.py (tiny)' \
+	  SCALE 'a row of configs/scales.py (auto: the one for this machine)' \
+	  SCHEDULE 'a row of configs/schedules.py (default)' \
+	  WORKDIR 'where the run lives ($(WORKDIR))' \
+	  ARGS 'further flags of the command, or of pytest' \
+	  ACCEL 'what is installed for: cpu, cuda13 or tpu ($(ACCEL))' \
+	  PYTHON 'a Python of at least 3.11 (the first of python3.12, python3.11, python3)'
+	@printf '\nflags and fields of a command: %s popi_jax.train --help\n' '$(RUN)'
+
+setup: $(STAMP) ## install the locked requirements into .venv
+
+data: $(STAMP) ## fetch, check and prepare the data of CONFIG, and show it
+	$(RUN) popi_jax.prepare $(FLAGS)
+
+train: $(STAMP) ## train both models; goes on where a stopped run ended
+	$(RUN) popi_jax.train $(FLAGS)
+
+eval: $(STAMP) ## score the checkpoint in WORKDIR on the test users
+	$(RUN) popi_jax.evaluate $(FLAGS)
+
+summarize: $(STAMP) ## write the preference summaries of users
+	$(RUN) popi_jax.summarize $(FLAGS)
+
+generate: $(STAMP) ## answer prompts given a summary
+	$(RUN) popi_jax.generate $(FLAGS)
+
+export: $(STAMP) ## write the trained models as Hugging Face folders
+	$(RUN) popi_jax.export $(FLAGS)
+
+print-config: $(STAMP) ## print the resolved configuration
+	$(RUN) popi_jax.train $(FLAGS) --print_config
+
+lint: $(STAMP) ## ruff and mypy
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy popi_jax configs
+
+test: $(STAMP) ## the quick tests
+	$(RUN) pytest -q -n 2 $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes or the network
+	$(RUN) pytest -q -m "slow or network" $(ARGS)
+
+golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
+	for name in prism prefeval jsonl smoke; do \
+	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
+
+clean: ## remove .venv and caches; work/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): requirements.lock
+	@launch/make_venv.sh $(ACCEL) $(PYTHON)
