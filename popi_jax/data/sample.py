@@ -148,7 +148,7 @@ def _self_description(rng: np.random.Generator, person: Person) -> tuple[str, li
         elif rng.random() < 2 * STRAY:
             stated.append((a, int(rng.integers(2))))
     sentences = [_pick(rng, STATEMENTS).format(ATTRIBUTES[a].poles[p].item) for a, p in stated]
-    sentences += [str(f) for f in rng.choice(FACTS, 4, replace=False)]
+    sentences += [str(f) for f in rng.choice(FACTS, 3, replace=False)]
     order = rng.permutation(len(sentences))
     return " ".join(sentences[i] for i in order), stated
 
@@ -199,7 +199,7 @@ def _conversation(
     attribute, preferred = person.active[slot], person.poles[slot]
     first = int(rng.integers(2))
     poles = (first, 1 - first)
-    replies = tuple(f"{topic} : {_pick(rng, ATTRIBUTES[attribute].poles[p].replies)}" for p in poles)
+    replies = tuple(_pick(rng, ATTRIBUTES[attribute].poles[p].replies) for p in poles)
     noisy = [UTILITY * (p == preferred) + rng.gumbel() for p in poles]
     scores = [int(np.clip(round(45 + 8 * value), 2, 99)) for value in noisy]
     best = int(noisy[1] > noisy[0])
@@ -289,7 +289,7 @@ _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wi
 
 def read_reply(reply: str) -> tuple[int, int]:
     """(attribute, pole) that a reply of the sample shows."""
-    return _REPLIES[reply.split(" : ", 1)[1]]
+    return _REPLIES[reply]
 
 
 def _posterior(user: User) -> np.ndarray:

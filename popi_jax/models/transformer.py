@@ -100,6 +100,44 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype)
 
 
+QUERY_CHUNK = 96  # queries whose scores exist at a time
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    causal_slots: bool,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention, a chunk of queries at a time; the backward pass recomputes the scores.
+
+    causal_slots: no query sees a later slot than its own, so a chunk needs the keys up to its end only.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = (q * head_dim**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    @jax.checkpoint
+    def chunk(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+        scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        y = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (y / total).astype(v.dtype)
+
+    chunks = []
+    for start in range(0, length, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, length)
+        keys = end if causal_slots else k.shape[2]
+        chunks.append(chunk(q[..., start:end, :], k[:, :, :keys], v[:, :, :keys], mask[:, start:end, :keys]))
+    y = jnp.concatenate(chunks, axis=3)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
 class Attention(nn.Module):
     cfg: TransformerConfig
 
@@ -122,12 +160,7 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)
             cache = (k, v)
-        batch, length, _, head_dim = q.shape
-        q = q.reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, head_dim)
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        scores = jnp.where(mask[:, None, None], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        y = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, c.num_heads, head_dim)
+        y = attend(q, k, v, mask, causal_slots=cache is None)
         o = Linear((c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), 2, c.dtype, name="o")(y)
         return o, cache
 

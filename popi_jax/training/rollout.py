@@ -1,0 +1,97 @@
+"""From users to rewarded summaries: sample, splice into the generator's context, score the user's pairs. No gradient."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from popi_jax.arrays import Params, Rollouts, Tokens, UserBatch
+from popi_jax.losses.dpo import PairLogps
+from popi_jax.models.decode import Sampling, sample, sample_keys
+from popi_jax.models.scoring import answer_logps
+from popi_jax.models.transformer import TransformerConfig
+
+
+class Glue(NamedTuple):
+    """Token ids of the conversation templates that do not depend on the user."""
+
+    generator_prefix: tuple[int, ...]  # all that comes before a summary in the generator's context
+    summary_turn: tuple[int, ...]  # from the end of the signals to the header of the summary
+
+
+def constant_turn(ids: tuple[int, ...], batch: int) -> Tokens:
+    row = jnp.asarray(ids, jnp.int32)
+    return Tokens(jnp.broadcast_to(row[None, :], (batch, len(ids))), jnp.full((batch,), len(ids), jnp.int32))
+
+
+def splice(prefix: tuple[int, ...], summaries: Tokens, finished: Bool[Array, "*rows"]) -> Tokens:
+    """The generator's contexts: prefix, then the summary without its end token."""
+    rows = summaries.lengths.shape
+    head = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32), (*rows, len(prefix)))
+    ids = jnp.concatenate([head, summaries.ids], axis=-1)
+    return Tokens(ids, len(prefix) + summaries.lengths - finished.astype(jnp.int32))
+
+
+def empty_summary(prefix: tuple[int, ...], batch: int) -> Tokens:
+    """The generator's context when nothing is known of the user."""
+    return constant_turn(prefix, batch)
+
+
+def rollout(
+    params: Params,
+    users: UserBatch,
+    key: Key[Array, ""],
+    *,
+    model: TransformerConfig,
+    glue: Glue,
+    sampling: Sampling,
+    group_size: int,
+) -> Rollouts:
+    """G summaries for each user; the signals are prefilled once and shared."""
+    batch = users.index.shape[0]
+    keys = sample_keys(key, users.index, group_size)
+    turn = constant_turn(glue.summary_turn, batch)
+    return sample(params, users.context, turn, keys, model=model, sampling=sampling)
+
+
+def pair_logps(params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig) -> PairLogps:
+    """Log-probs of each user's chosen and rejected replies behind each of the user's contexts.
+
+    contexts: [users group seq]. Returns [users group pairs]. Prompts share a context, both replies share a prompt.
+    """
+    num_users, group, _ = contexts.ids.shape
+    num_pairs = users.pair_mask.shape[1]
+
+    def rows(tokens: Tokens) -> Tokens:  # repeats what belongs to a user for each of the user's contexts
+        return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tokens)
+
+    flat = jax.tree.map(lambda x: x.reshape(num_users * group, *x.shape[2:]), contexts)
+    answers = jax.tree.map(lambda *x: jnp.stack(x, axis=2), users.chosen, users.rejected)
+    scores, _ = answer_logps(params, flat, rows(users.turns), rows(answers), model=model)
+    sums = scores.sums().reshape(num_users, group, num_pairs, 2)
+    return PairLogps(sums[..., 0], sums[..., 1])
+
+
+def reference_logps(params: Params, users: UserBatch, glue: Glue, *, model: TransformerConfig) -> PairLogps:
+    """Log-probs of the replies without any summary: [users 1 pairs]."""
+    batch = users.index.shape[0]
+    context = jax.tree.map(lambda x: x[:, None], empty_summary(glue.generator_prefix, batch))
+    return pair_logps(params, context, users, model=model)
+
+
+def summary_logps(
+    params: Params,
+    users: UserBatch,
+    rollouts: Rollouts,
+    *,
+    model: TransformerConfig,
+    glue: Glue,
+    temperature: float,
+) -> tuple[Float[Array, "users group seq"], Bool[Array, "users group seq"]]:
+    """Log-probs of sampled summaries, all G of a user behind one copy of the signals; the mask holds the end token."""
+    batch = users.index.shape[0]
+    turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, batch))
+    answers = jax.tree.map(lambda x: x[:, None], rollouts.summaries)
+    scores, _ = answer_logps(params, users.context, turns, answers, model=model, temperature=temperature)
+    return scores.logps[:, 0], scores.mask[:, 0]

@@ -1,0 +1,109 @@
+"""The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from popi_jax.arrays import Metrics, UserBatch
+from popi_jax.config import Config, Phase
+from popi_jax.losses.dpo import preference_margins
+from popi_jax.losses.masked import metric
+from popi_jax.models.decode import Sampling
+from popi_jax.models.transformer import TransformerConfig
+from popi_jax.training.rollout import Glue, pair_logps, reference_logps, rollout, splice
+from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms
+from popi_jax.training.steps import generator_step, inference_step
+
+
+class Parts(NamedTuple):
+    """The static half of an update, bound once."""
+
+    model: TransformerConfig
+    transforms: Transforms
+    glue: Glue
+    sampling: Sampling
+    cfg: Config
+    first_step: int  # updates of the stages before this one
+
+
+def role_turns(phases: tuple[Phase, ...]) -> np.ndarray:
+    """bool[updates, 2]: whether each update of the main stage trains (inference, generator)."""
+    rows: list[tuple[bool, bool]] = []
+    for phase in phases:
+        cycle = {
+            "inference": [(True, False)],
+            "generator": [(False, True)],
+            "joint": [(True, True)],
+            "alternate": [(True, False)] * phase.num_inference + [(False, True)] * phase.num_generator,
+        }[phase.mode]
+        rows += [cycle[i % len(cycle)] for i in range(phase.steps)]
+    return np.array(rows, bool).reshape(-1, 2)
+
+
+def phase_at(step: Int[Array, ""], phases: tuple[Phase, ...]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether the update numbered `step` in the main stage trains (inference, generator)."""
+    table = jnp.asarray(role_turns(phases))
+    row = table[jnp.clip(step, 0, table.shape[0] - 1)]
+    return row[0], row[1]
+
+
+def popi_update(
+    state: TrainState, frozen: Frozen, users: UserBatch, *, parts: Parts, phases: tuple[Phase, ...]
+) -> tuple[TrainState, Metrics]:
+    """One update of one role or both, on one batch of users (POPI, arXiv 2510.17881 v1).
+
+    Samples G summaries per user; if it is the inference model's turn, rewards them by the present generator's objective on K of the
+    user's pairs and takes a policy-gradient step; if it is the generator's turn, takes a DPO step on the same pairs behind
+    the first summary of each group. In a joint update both see the models as they were before it.
+    """
+    cfg = parts.cfg
+    train_inference, train_generator = phase_at(state.step - parts.first_step, phases)
+    key = jax.random.fold_in(state.key, state.step)
+    rollouts = rollout(
+        state.inference.params,
+        users,
+        key,
+        model=parts.model,
+        glue=parts.glue,
+        sampling=parts.sampling,
+        group_size=cfg.inference.group_size,
+    )
+    contexts = splice(parts.glue.generator_prefix, rollouts.summaries, rollouts.finished)
+    reference = reference_logps(frozen.generator, users, parts.glue, model=parts.model)
+
+    def of_inference(role: RoleState) -> tuple[RoleState, Metrics]:
+        policy = pair_logps(state.generator.params, contexts, users, model=parts.model)
+        margins = preference_margins(policy, reference, beta=cfg.generator.beta)
+        return inference_step(
+            role,
+            frozen.inference,
+            margins,
+            rollouts,
+            users,
+            model=parts.model,
+            tx=parts.transforms.inference,
+            glue=parts.glue,
+            cfg=cfg,
+        )
+
+    def of_generator(role: RoleState) -> tuple[RoleState, Metrics]:
+        first = jax.tree.map(lambda x: x[:, :1], contexts)
+        return generator_step(
+            role, reference, first, users, model=parts.model, tx=parts.transforms.generator, cfg=cfg
+        )
+
+    def when(turn: Bool[Array, ""], step: object, role: RoleState) -> tuple[RoleState, Metrics]:
+        shapes = jax.eval_shape(step, role)[1]  # type: ignore[arg-type]
+        skip = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(turn, step, lambda r: (r, skip), role)  # type: ignore[arg-type]
+
+    inference, metrics = when(train_inference, of_inference, state.inference)
+    generator, more = when(train_generator, of_generator, state.generator)
+    counts = {
+        "turn/inference": metric(train_inference.astype(jnp.float32)),
+        "turn/generator": metric(train_generator.astype(jnp.float32)),
+    }
+    return TrainState(inference, generator, state.step + 1, state.key), metrics | more | counts
