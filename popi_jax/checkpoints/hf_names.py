@@ -4,6 +4,7 @@ Hugging Face stores a kernel as [out, in], one tensor per layer and heads flatte
 axis and layers stacked. The arrays here are of numpy: no device is used.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def to_hf(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndar
     if extra:
         raise ValueError(f"parameters that the table does not know: {sorted(extra)}")
     for row in rows:
-        leaf = np.asarray(_get(params, row.path))
+        leaf = np.asarray(functools.reduce(lambda node, part: node[part], row.path, params))
         names = _names(row, cfg)
         layers = leaf if "{i}" in row.name else leaf[None]
         if layers.shape != (len(names), *row.shape):
@@ -90,13 +91,6 @@ def from_hf(get: Callable[[str], np.ndarray], cfg: TransformerConfig, dtype: typ
 
 def _names(row: Row, cfg: TransformerConfig) -> list[str]:
     return [row.name.format(i=i) for i in range(cfg.num_layers)] if "{i}" in row.name else [row.name]
-
-
-def _get(params: Params, path: tuple[str, ...]) -> np.ndarray:
-    node = params
-    for part in path:
-        node = node[part]
-    return node
 
 
 def _leaf_paths(tree: Params, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -243,7 +243,7 @@ def _reader(workdir: str) -> Iterator[ocp.CheckpointManager]:
     folder = epath.Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f'config.workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run')
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         yield manager
 

@@ -1,0 +1,119 @@
+"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers and vLLM load: one per role."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from popi_jax import cli
+from popi_jax.config import Config, from_json
+from popi_jax.errors import UserError
+
+_OUT = flags.DEFINE_string("out", "", "folder of the exports; empty: <workdir>/export")
+_ROLE = flags.DEFINE_enum("role", "both", ["inference", "generator", "both"], "which model to export")
+
+
+def main(config: Config) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # copying files needs no accelerator, and one may be busy with training
+    from popi_jax.checkpoints.manager import ROLES, full_disk_told
+
+    workdir = Path(config.workdir)
+    out = Path(_OUT.value) if _OUT.value else workdir / "export"
+    roles = ROLES if _ROLE.value == "both" else (_ROLE.value,)
+    with full_disk_told(out):
+        for role in roles:
+            export_role(workdir, role, out / role)
+
+
+def export_role(workdir: Path, role: str, target: Path) -> None:
+    """Writes config.json, weights, tokenizer and model card of one role; an earlier export in `target` is replaced.
+
+    Everything but the place comes from the run itself, so the flags of the training need not be repeated.
+    Raises: UserError if the folder holds no run, or a file of it is missing or broken.
+    """
+    from jax import tree
+
+    from popi_jax.checkpoints import hf_io, manager, model_card
+    from popi_jax.data import tokenizer as tokenizers
+
+    step, params = manager.restore_params(str(workdir), role)
+    run, data = stored_run(workdir)
+    if not (workdir / "tokenizer").is_dir():
+        raise UserError(
+            f"{workdir / 'tokenizer'}: not found; give the --config.workdir of a run, which stores it there"
+        )
+    tokenizer = tokenizers.load(workdir / "tokenizer")
+    cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
+    lengths = run.data
+    max_len = lengths.context_len + lengths.summary_len + lengths.turn_len + lengths.answer_len
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    num_params = sum(math.prod(x.shape) for x in tree.leaves(params))
+    card = model_card.render(
+        run,
+        role=role,
+        step=step,
+        num_params=num_params,
+        dtype=run.model.dtype,
+        data=data,
+        results=read_results(workdir / "results.json"),
+    )
+    with hf_io.new_export(target) as folder:
+        hf_io.write_model(
+            folder,
+            params,
+            cfg,
+            dtype=run.model.dtype,
+            max_len=max_len,
+            special_ids={name: value for name, value in ids.items() if value is not None},
+            mark={"role": role, "step": step, "run": run.name, "data": data},
+        )
+        tokenizer.save(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"{target}: {role} model of step {step}, {num_params:,} parameters as {run.model.dtype}")
+
+
+def stored_run(workdir: Path) -> tuple[Config, str]:
+    """Returns the configuration that the newest checkpoint was trained with, and the kind of its data ("" unknown)."""
+    from popi_jax.checkpoints import manager
+
+    stored = manager.stored_config(str(workdir))
+    if stored is None:
+        raise UserError(f'config.workdir: no checkpoint in "{workdir}" can be read; train first')
+    dataset = stored.pop("dataset", {})
+    return from_json(json.dumps(stored)), dataset.get("data", "")
+
+
+def model_config(run: Config, vocab_size: int) -> Any:
+    """Returns the TransformerConfig of a run; its shape is that of the base weights when it started from some."""
+    import dataclasses
+
+    from popi_jax.checkpoints import hf_io
+    from popi_jax.models.transformer import TransformerConfig
+
+    model = run.model
+    if model.checkpoint:
+        return hf_io.read_config(model.checkpoint, dtype=model.dtype, remat=model.remat)
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    shape = {name: value for name, value in dataclasses.asdict(model).items() if name in names}
+    return TransformerConfig(**shape | {"vocab_size": vocab_size})
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an evaluation, [] if there was none. Raises: UserError if the file is broken."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}; evaluate again, or remove the file") from e
+    rows = rows.get("rows", []) if isinstance(rows, dict) else rows
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a list of objects; evaluate again, or remove the file")
+    return rows
+
+
+if __name__ == "__main__":
+    cli.run(main, description=__doc__)
