@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 _PINNED_DATE = datetime.datetime(2024, 7, 26)  # for templates that write today's date: prompts must be reproducible
-_SENTINEL = re.compile("(\ue000Content[0-9]+\ue001)")  # stands for a message's content while the template is rendered
+_SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")  # stands for a message's content while the template is rendered
 
 
 class Tokenizer:
@@ -46,6 +46,7 @@ class Tokenizer:
         self._plain = _backend(tokenizer_json, source)
         self._plain.encode_special_tokens = True
         self._template = _compile(chat_template, source)
+        self._frames: dict[tuple[str, ...], list[list[int] | int]] = {}  # a memo: templates are slow to render
         self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._id(bos, "bos_token") if bos else None
         self.eos_id = self._reply_end()
@@ -71,13 +72,12 @@ class Tokenizer:
 
         Raises: UserError when the template refuses the conversation, or drops, repeats or changes a content.
         """
-        rendered = self._fill([m["role"] for m in messages], add_generation_prompt=True)
         pieces: list[list[int]] = [[]]
-        for part in _SENTINEL.split(rendered):
-            if not _SENTINEL.fullmatch(part):
-                pieces[-1] += self._control.encode(part, add_special_tokens=False).ids
+        for part in self._frame(tuple(m["role"] for m in messages)):
+            if isinstance(part, list):
+                pieces[-1] += part
                 continue
-            head, *rest = messages[int(part[len("\ue000Content") : -1])]["content"].strip().split(cut)
+            head, *rest = messages[part]["content"].strip().split(cut)
             pieces[-1] += self.encode(head)
             pieces += [self.encode(text) for text in rest]
         return tuple(pieces)
@@ -118,10 +118,19 @@ class Tokenizer:
             raise UserError(f'{self.source}: {field} "{token}" is not in the vocabulary of tokenizer.json')
         return found
 
-    def _fill(self, roles: list[str], *, add_generation_prompt: bool) -> str:
+    def _frame(self, roles: tuple[str, ...]) -> list[list[int] | int]:
+        """What the template writes around messages with these roles: token ids, and message numbers in their place."""
+        if roles not in self._frames:
+            parts = _SENTINEL.split(self._fill(roles, add_generation_prompt=True))
+            self._frames[roles] = [
+                int(part) if i % 2 else self._control.encode(part, add_special_tokens=False).ids
+                for i, part in enumerate(parts)
+            ]
+        return self._frames[roles]
+
+    def _fill(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
         """The rendered template of messages with these roles, with a sentinel in place of each content."""
-        sentinels = [f"\ue000Content{i}\ue001" for i in range(len(roles))]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, sentinels, strict=True)]
+        messages = [{"role": role, "content": f"\ue000Content{i}\ue001"} for i, role in enumerate(roles)]
         try:
             text = self._template.render(
                 messages=messages,
@@ -132,16 +141,17 @@ class Tokenizer:
                 pad_token=self.pad,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:
-            raise UserError(f"{self.source}: the chat template refuses the roles {roles}: {e}") from None
-        if sorted(_SENTINEL.findall(text)) != sorted(sentinels):
+            raise UserError(f"{self.source}: the chat template refuses the roles {', '.join(roles)}: {e}") from None
+        found = [int(number) for number in _SENTINEL.findall(text)]
+        if sorted(found) != list(range(len(roles))):
             raise UserError(
                 f"{self.source}: the chat template must write the content of each message once and unchanged; of a "
-                f"conversation with the roles {roles} it writes {len(_SENTINEL.findall(text))} of {len(roles)} contents"
+                f"conversation with the roles {', '.join(roles)} it writes {len(found)} of {len(roles)} contents"
             )
         return text
 
     def _reply_end(self) -> int:
-        after = _SENTINEL.split(self._fill(["user", "assistant"], add_generation_prompt=False))[-1]
+        after = _SENTINEL.split(self._fill(("user", "assistant"), add_generation_prompt=False))[-1]
         control = {i for i, token in self._control.get_added_tokens_decoder().items() if token.special}
         for i in self._control.encode(after, add_special_tokens=False).ids:
             if i in control:
