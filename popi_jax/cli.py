@@ -40,9 +40,9 @@ class Field(NamedTuple):
 
 
 def run(main: Callable[[Config], None], *, description: str, example: str = "") -> None:
-    """Parses the command line, calls `main` and exits.
+    """Parses the command line and calls `main`; returns when all went well.
 
-    Exit status: 0, 1 for a full disk, 2 for a mistake of the user, 130 for Ctrl-C. A defect of ours keeps its
+    Exit status otherwise: 1 for a full disk, 2 for a mistake of the user, 130 for Ctrl-C. A defect of ours keeps its
     traceback.
     """
     argv = sys.argv
@@ -229,6 +229,7 @@ def _load_file(spec: str) -> ConfigDict:
         raise UserError(_broken_file(path, e)) from None
     if not isinstance(c, ConfigDict):
         raise UserError(f"--config={spec}: get_config of {path} returns {type(c).__name__}, not a ConfigDict")
+    c.name = c.get("name") or path.stem
     return c
 
 

@@ -1,0 +1,210 @@
+"""What a user sees who mistypes something: one line, exit status 2, no traceback. And `--help`: useful and quick."""
+
+import errno
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from popi_jax import cli
+from popi_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = '''
+"""Prints what it was given."""
+import errno, os, sys
+from absl import flags
+from popi_jax import cli
+
+_USERS = flags.DEFINE_string("users", "", "file of users")
+_RAISE = flags.DEFINE_string("raise", "", "what to raise")
+
+def main(config):
+    if _RAISE.value == "full":
+        raise ValueError("could not save") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if _RAISE.value == "interrupt":
+        raise KeyboardInterrupt
+    if _RAISE.value == "defect":
+        raise ValueError("ours")
+    print(config.name, config.seed, config.data.download, config.schedule.phases, _USERS.value)
+
+if __name__ == "__main__":
+    cli.run(main, description=__doc__)
+'''
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("command") / "show.py"
+    path.write_text(COMMAND)
+    return path
+
+
+def run(command: pathlib.Path, *args: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, str(command), *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "printed"),
+    [
+        ([], "prism 0 True ('inference 240', 'alternate 2:1 60') "),
+        (["--config=jsonl"], "jsonl 0 False ('inference 240', 'alternate 2:1 60') "),
+        (["--config.seed=3", "--config=configs/prism.py:schedule=inference_only"], "prism 3 True ('inference 300',) "),
+        (["--config", "jsonl:", "--config.seed", "5", "--config.data.download"], "jsonl 5 True ('inf"),
+        (
+            ["--noconfig.data.download", "--users=a.jsonl", "--config.schedule.phases=('joint 2',)"],
+            "prism 0 False ('joint 2',) a.js",
+        ),
+        (["--config.schedule.phases=inference 2, joint 1"], "prism 0 True ('inference 2', 'joint 1')"),
+    ],
+)
+def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed: str) -> None:
+    done = run(command, *args)
+    assert done.stdout.startswith(printed), done.stderr
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.sed=3"], '--config.sed: there is no such field. Did you mean "seed"?'),
+        (
+            ["--config.group_size=4"],
+            '--config.group_size: there is no such field. Did you mean "inference.group_size"?',
+        ),
+        (["--config.inference=4"], "--config.inference is a section; set one of its fields, e.g. --config.inference."),
+        (["--config.seed=1.5"], 'config.seed = "1.5": must be a whole number, like its default 0'),
+        (["--config.seed=true"], 'config.seed = "true": must be a whole number'),
+        (["--config.generator.beta=big"], 'config.generator.beta = "big": must be a number, like its default 0.3'),
+        (["--config.generator.beta=nan"], "config.generator.beta = NaN: must be a finite number"),
+        (["--config.data.download=maybe"], 'config.data.download = "maybe": must be true or false'),
+        (["--config.schedule.phases=(1,)"], "config.schedule.phases = [1]: must be a tuple of strings"),
+        (["--config.inference.group_size=1"], "config.inference.group_size = 1: must be at least 2"),
+        (["--config=prims"], "--config=prims: there is no file prims; configurations are"),
+        (["--config=configs/none.py"], "--config=configs/none.py: there is no file configs/none.py"),
+        (["--config=models"], "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke"),
+        (["--config=prism:modle=tiny"], '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale'),
+        (["--config=prism:model=tini"], 'must be one of tiny, small, pretrained. Did you mean "tiny"?'),
+        (["--confg=prism"], '--confg: there is no such flag. Did you mean "config"?'),
+        (["--confg.seed=3"], '--confg.seed: there is no such flag. Did you mean "config.seed"?'),
+        (["--user=x"], '--user: there is no such flag. Did you mean "users"?'),
+        (["seed=3"], 'unexpected argument "seed=3"; fields are set with --config.section.field=value'),
+        (["--config"], "--config needs a value"),
+        (["--users"], "Missing value for flag --users"),
+        (["--config.workdir=Makefile/run"], 'config.workdir = "Makefile/run": Makefile is a file, a folder is needed'),
+    ],
+)
+def test_mistake_is_one_line(command: pathlib.Path, args: list[str], message: str) -> None:
+    done = run(command, *args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.inference.group_sice = 3", 'line 4: there is no field "group_sice". Did you mean "group_size"?'),
+        ("c.seed = 'x'", "line 4: TypeError"),
+        ("c.seed = 1 / 0", "line 4: ZeroDivisionError: division by zero"),
+        ("c.seed = = 1", "line 4: SyntaxError"),
+        ("import no_such_module", "line 4: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("c = None", "returns NoneType, not a ConfigDict"),
+        ("c.data.path = ''", 'config.data.path = "": must name'),
+    ],
+)
+def test_mistake_in_own_config_file_names_file_and_line(tmp_path: pathlib.Path, line: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"from configs.base import compose\ndef get_config(arg=''):\n    c = compose(arg)\n    {line}\n    return c\n"
+    )
+    with pytest.raises(UserError) as error:
+        cli.load_config(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "mine.py" in str(error.value) or message.startswith("config.")
+
+
+def test_own_config_file_from_another_folder(command: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from configs.base import compose\ndef get_config(arg=''):\n    c = compose(arg)\n    return c\n"
+    )
+    assert run(command, "--config=mine.py", cwd=tmp_path).stdout.startswith("mine 0")
+    assert run(command, "--config=smoke", cwd=tmp_path).stdout.startswith("smoke 0")
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "last"),
+    [("full", 1, "error: no space left on the disk: could not save"), ("interrupt", 130, "interrupted")],
+)
+def test_full_disk_and_interrupt_are_told_in_one_line(command: pathlib.Path, what: str, status: int, last: str) -> None:
+    done = run(command, f"--raise={what}")
+    assert (done.returncode, done.stderr) == (status, last + "\n")
+
+
+def test_defects_keep_their_traceback(command: pathlib.Path) -> None:
+    done = run(command, "--raise=defect")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: ours" in done.stderr
+
+
+def test_disk_is_full() -> None:
+    assert cli.disk_is_full(OSError(errno.EDQUOT, "quota"))
+    assert cli.disk_is_full(RuntimeError("write failed: No space left on device"))
+    assert not cli.disk_is_full(OSError(errno.ENOENT, "no file"))
+
+
+def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(command, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    for part in (
+        "Prints what it was given.",
+        "--users=",
+        "example: python -m popi_jax.show",
+        "configs/base.py",
+        "prism, smoke",
+    ):
+        assert part in done.stdout
+    assert "  inference.group_size = 8 " in done.stdout and "summaries sampled per user (G)" in done.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 0.5
+
+
+def test_help_lists_every_field_with_its_default() -> None:
+    c = json.loads(cli.to_json(cli.load_config("prism:scale=laptop")))
+    found = {field.name: field.default for field in cli.base_fields()}
+    flat = {f"{s}.{n}" for s, v in c.items() if isinstance(v, dict) for n in v} | {
+        n for n in c if not isinstance(c[n], dict)
+    }
+    assert set(found) == flat
+    assert found["schedule.phases"] == repr(tuple(c["schedule"]["phases"]))
+
+
+def test_print_config_can_be_read_back_and_closed_pipe_is_quiet(command: pathlib.Path) -> None:
+    done = run(command, "--config=smoke", "--print_config", "--config.seed=9")
+    assert json.loads(done.stdout)["seed"] == 9
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    piped = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {command} --help | true"], env=env, cwd=ROOT, capture_output=True
+    )
+    assert piped.stderr == b""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "summarize", "generate", "export", "prepare"])
+def test_help_of_every_command(name: str) -> None:
+    if not (ROOT / "popi_jax" / f"{name}.py").exists():
+        pytest.skip(f"{name}.py is not there")
+    code = (
+        f"import atexit, runpy, sys; sys.argv = ['{name}', '--help'];"
+        "atexit.register(lambda: print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr));"
+        f"runpy.run_module('popi_jax.{name}', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: python -m popi_jax.{name}" in done.stdout
+    assert done.stderr.split() == ["False", "False"]
