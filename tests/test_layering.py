@@ -1,6 +1,7 @@
 """Who may import whom, as docs/design.md says; and the environment that conftest.py promises to every test."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -18,6 +19,8 @@ ALLOWED = {
     "cli": {"config", "errors"},
     "metric_writer": set(),
     "progress": set(),
+    "distributed": set(),
+    "build": {"arrays", "config", "data", "distributed", "errors", "models", "sharding", "training"},
     "sharding": {"arrays", "config", "errors"},
     "losses": {"arrays"},
     "data": {"arrays", "config", "errors"},
@@ -27,7 +30,7 @@ ALLOWED = {
     "evals": {"arrays", "config", "errors", "sharding", "models", "losses", "data"},
 }
 # single files that may import more than their folder
-ALSO = {"training/loop.py": {"data", "checkpoints", "evals", "metric_writer", "progress"}}
+ALSO = {"training/loop.py": {"build", "checkpoints", "data", "distributed", "evals", "metric_writer", "progress"}}
 FLAX = {"models/transformer.py", "sharding.py"}
 HEAVY = {"jax", "numpy", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tokenizers", "safetensors"}
 
@@ -97,6 +100,18 @@ def test_what_runs_before_main_imports_nothing_heavy(name: str) -> None:
 def test_configs_import_no_package_of_ours_and_no_jax(path: pathlib.Path) -> None:
     roots = {module.split(".")[0] for module in imports(path)}
     assert not roots & {"popi_jax", *HEAVY}
+
+
+def test_no_cycles() -> None:
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.stem != "__init__"
+    }
+
+    def uses(name: str) -> set[str]:
+        found = imports(names[name])
+        return {other for other in names if other in found or any(i.startswith(f"{other}.") for i in found)}
+
+    graphlib.TopologicalSorter({name: uses(name) for name in names}).prepare()  # raises CycleError
 
 
 def test_packages_do_not_export() -> None:
