@@ -78,7 +78,7 @@ def from_hf(get: Callable[[str], np.ndarray], cfg: TransformerConfig, dtype: typ
     params: Params = {}
     for row in table(cfg):
         names = _names(row, cfg)
-        leaf = np.empty((len(names), *row.shape), dtype)
+        leaf: np.ndarray = np.empty((len(names), *row.shape), dtype)
         for i, name in enumerate(names):
             x = get(name)
             leaf[i] = x.T.reshape(row.shape) if row.inputs else x

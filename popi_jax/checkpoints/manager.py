@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -34,13 +33,13 @@ from popi_jax.errors import UserError
 ROLES = ("inference", "generator")
 
 # Fields that a continued run may change: where things are, how fast, and what is looked at, not what is learned.
+# `data.workers` is none of them: the position of an iterator with workers means nothing to one without.
 _FREE = (
     "name",
     "workdir",
     "data.path",
     "data.prepared",
     "data.download",
-    "data.workers",
     "model.remat",
     "schedule.log_every",
     "schedule.save_every",
@@ -76,7 +75,8 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str) -> None:
     """Starts to write `step` and returns once the arrays are copied; a step that exists already is left alone.
 
-    `iterator` is a Grain iterator, or None. A failure of the write in the background is raised by the next call.
+    `iterator` is a Grain iterator whose position is the same in every process, or None. A failure of the write in the
+    background is raised by the next call.
     Raises: UserError if the disk is full; older steps stay as they are.
     """
     steps = manager.all_steps()
@@ -88,7 +88,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, c
     items["optimizer"] = ocp.args.StandardSave(_with_params(state, {role: {} for role in ROLES}))
     items["config"] = ocp.args.JsonSave(json.loads(config_json))
     if iterator is not None:
-        items["data"] = grain.checkpoint.CheckpointSave(iterator)
+        items["data"] = ocp.args.JsonSave(json.loads(json.dumps(iterator.get_state())))
     with full_disk_told(manager.directory):
         manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -117,13 +117,15 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
         items = {role: ocp.args.StandardRestore(params) for role, params in _params(abstract_state).items()}
         items["optimizer"] = ocp.args.StandardRestore(_with_params(abstract_state, {role: {} for role in ROLES}))
         if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            items["data"] = ocp.args.JsonRestore()
         restored = manager.restore(step, args=ocp.args.Composite(**items))
         state = _with_params(restored["optimizer"], {role: restored[role] for role in ROLES})
         # without one of its small files Orbax returns a key as plain numbers instead of failing
         kinds = jax.tree.map(lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state)
         if not jax.tree.all(kinds):
             raise ValueError("an array has another shape or type than it was saved with")
+        if iterator is not None:
+            iterator.set_state(restored["data"])
         return state
 
     steps = sorted(manager.all_steps(), reverse=True)
@@ -278,15 +280,15 @@ def _set_aside(path: epath.Path) -> None:
 @contextlib.contextmanager
 def full_disk_told(folder: os.PathLike) -> Iterator[None]:
     """Raises UserError of one line in place of an error, of whatever type, that says that the disk is full."""
-    folder = epath.Path(folder)
+    where = epath.Path(folder)
     try:
         yield
     except Exception as e:
         if not _is_full_disk(e):
             raise
-        free = next((shutil.disk_usage(p).free for p in (folder, *folder.parents) if p.exists()), 0)
+        free = next((shutil.disk_usage(p).free for p in (where, *where.parents) if p.exists()), 0)
         raise UserError(
-            f'config.workdir: no space left to write "{folder}" ({free:,} bytes free); what was complete is intact; '
+            f'config.workdir: no space left to write "{where}" ({free:,} bytes free); what was complete is intact; '
             "free some space and run the same command again"
         ) from e
 

@@ -174,7 +174,7 @@ def test_restores_on_another_mesh(tmp_path):
 def test_a_damaged_newest_step_is_set_aside_and_written_again(tmp_path, item, caplog):
     following = write_run(tmp_path, 3)
     if item == "data":
-        next((tmp_path / "checkpoints/3/data").glob("*.json")).write_text("{")
+        (tmp_path / "checkpoints/3/data/metadata").write_text("{")
     elif item == "optimizer":
         shutil.rmtree(tmp_path / "checkpoints/3/optimizer")
     elif item == "key":  # the file that says that the key is a key
@@ -321,6 +321,7 @@ def test_reference_round_trip(tmp_path):
         manager.restore_frozen(str(tmp_path), abstract(frozen))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the threads that failed
 def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_stays(tmp_path, caplog):
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
