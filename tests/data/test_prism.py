@@ -128,11 +128,15 @@ def test_context_is_the_earlier_half(tmp_path: Path) -> None:
     assert (user.profile, user.oracle, user.readings) == ("I am user0.", "", ())
 
 
-@pytest.mark.parametrize(("conversations", "shots", "pairs"), [(2, 1, 1), (5, 2, 3), (6, 3, 3), (7, 2, 4), (9, 2, 4)])
-def test_many_conversations_give_exactly_num_shots(tmp_path: Path, conversations: int, shots: int, pairs: int) -> None:
-    limit = 2 if conversations > 6 else 3
-    (user,) = load(tmp_path, world(conversations), num_shots=limit, num_pairs=4)
-    assert (len(user.shots), len(user.pairs)) == (shots, pairs)
+@pytest.mark.parametrize(
+    ("conversations", "num_shots", "num_pairs", "expected"),
+    [(2, 3, 4, (1, 1)), (5, 3, 4, (2, 3)), (6, 3, 4, (3, 3)), (6, 2, 4, (2, 4)), (9, 2, 4, (2, 4)), (6, 4, 1, (4, 1))],
+)
+def test_half_of_the_conversations_or_num_shots(
+    tmp_path: Path, conversations: int, num_shots: int, num_pairs: int, expected: tuple[int, int]
+) -> None:
+    (user,) = load(tmp_path, world(conversations), num_shots=num_shots, num_pairs=num_pairs)
+    assert (len(user.shots), len(user.pairs)) == expected
 
 
 def test_equal_times_are_ordered_by_number(tmp_path: Path) -> None:
@@ -188,6 +192,16 @@ def test_later_turns_continue_the_chosen_reply(tmp_path: Path) -> None:
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "question 9.1"},
     ]
+
+
+def test_shots_come_from_opening_turns(tmp_path: Path) -> None:
+    rows = world(1)
+    add_conversation(rows, 9, "user0", [[("a", 50), ("b", 50)], [("c", 90), ("d", 10)]], day=20)
+    add_conversation(rows, 10, "user0", [[("e", 90), ("f", 10)]], day=21)
+    add_conversation(rows, 11, "user0", [[("g", 90), ("h", 10)]], day=22)
+    (user,) = load(tmp_path, rows, turns="all")
+    assert [s.prompt for s in user.shots] == ["question 0.0"]
+    assert [c.comment for c in user.comments] == ["feedback 0", "feedback 9"]
 
 
 def test_no_history_no_later_turn(tmp_path: Path) -> None:
