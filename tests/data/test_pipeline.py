@@ -135,6 +135,7 @@ def test_turns_lose_old_messages_then_the_start_of_the_last(
     last = templates.generator_turn(tokenizer, prompt[-1:])
     assert turn_at(len(whole)) == whole
     assert turn_at(len(whole) - 1) == templates.generator_turn(tokenizer, prompt[1:])
+    assert turn_at(len(templates.generator_turn(tokenizer, prompt[1:])) - 1) == last  # no answer without its question
     assert turn_at(len(last)) == last
     shortened = turn_at(len(last) - 1)
     assert shortened == last[:2] + last[3:]  # end, header, then the content without its first token
