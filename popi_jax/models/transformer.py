@@ -6,6 +6,7 @@ K kv_heads, G heads per kv_head, H head_dim, F mlp, V vocab.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -84,8 +85,10 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(kernel_init(self.contract), self.names)
         kernel = self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
-        axes = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        fan_in = math.prod(self.shape[: self.contract])
+        # one plain matrix product: on CPUs several times faster than a contraction of many axes, elsewhere the same
+        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1)
+        return y.reshape(*x.shape[: x.ndim - self.contract], *self.shape[self.contract :])
 
 
 class RMSNorm(nn.Module):

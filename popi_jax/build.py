@@ -1,0 +1,84 @@
+"""From a configuration to everything that a command runs with: devices, data, tokenizer, model. One way for all commands."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from popi_jax import distributed
+from popi_jax.config import Config, resolve_mesh
+from popi_jax.data import templates, tokenizer
+from popi_jax.data.pipeline import fitted_lengths
+from popi_jax.data.prepare import Dataset, prepare
+from popi_jax.data.tokenizer import Tokenizer
+from popi_jax.models.decode import Sampling
+from popi_jax.models.transformer import TransformerConfig
+from popi_jax.sharding import make_mesh
+from popi_jax.training.rollout import Glue
+
+VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
+
+
+class Built(NamedTuple):
+    config: Config  # with the padded lengths fitted to the data
+    config_json: str  # as given, for checkpoints
+    mesh: Mesh  # set as the current mesh
+    dataset: Dataset
+    tokenizer: Tokenizer
+    model: TransformerConfig
+    glue: Glue
+    sampling: Sampling
+
+
+def start_devices(config: Config) -> Mesh:
+    """Starts JAX as the configuration asks, before any array exists, and sets the mesh.
+
+    Raises: UserError when the mesh does not fit the devices.
+    """
+    if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+        jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.prepared).parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    distributed.start()
+    mesh = make_mesh(*resolve_mesh(config.mesh, jax.device_count()))
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def model_config(config: Config, vocab_size: int) -> TransformerConfig:
+    m = config.model
+    shared = {f.name: getattr(m, f.name) for f in dataclasses.fields(TransformerConfig) if f.name != "vocab_size"}
+    return TransformerConfig(vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **shared)
+
+
+def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
+    """The run's own tokenizer, else the checkpoint's, else one trained on the training split (and kept with the run)."""
+    folder = Path(config.workdir) / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        return tokenizer.load(folder)
+    if config.model.checkpoint:
+        made = tokenizer.load(config.model.checkpoint)
+    else:
+        made = tokenizer.train(templates.training_texts(dataset.splits["train"]), config.model.vocab_size)
+    if jax.process_index() == 0:
+        made.save(folder)
+    return made
+
+
+def build(config: Config, config_json: str) -> Built:
+    """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
+    mesh = start_devices(config)
+    on_laptop = jax.default_backend() == "cpu" and jax.process_count() == 1
+    dataset = prepare(config.data, allow_sample=on_laptop)
+    if dataset.data == "sample":
+        logging.warning("Training on the made PRISM-format sample, not on real data.")
+    words = load_tokenizer(config, dataset)
+    data = fitted_lengths(dataset.splits["train"], words, config)
+    config = dataclasses.replace(config, data=data)
+    glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words)))
+    sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)
+    return Built(config, config_json, mesh, dataset, words, model_config(config, words.vocab_size), glue, sampling)

@@ -1,0 +1,226 @@
+"""The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the jitted programs."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from popi_jax import distributed
+from popi_jax.arrays import Metrics
+from popi_jax.build import Built
+from popi_jax.checkpoints import manager as checkpoints
+from popi_jax.config import parse_phases
+from popi_jax.data import pipeline
+from popi_jax.metric_writer import MetricWriter
+from popi_jax.progress import Progress
+from popi_jax.sharding import place_batch
+from popi_jax.training import optim
+from popi_jax.training.schedule import Parts, popi_update, role_turns
+from popi_jax.training.state import (
+    Frozen,
+    TrainState,
+    Transforms,
+    abstract_state,
+    init_state,
+    restart_optimizers,
+    shardings_of,
+)
+from popi_jax.training.steps import warmup_step
+
+SHOWN = {
+    "warmup/generator_nll": "generator nll",
+    "warmup/inference_nll": "inference nll",
+    "generator/loss": "loss",
+    "inference/reward": "reward",
+    "inference/accuracy": "accuracy",
+}  # metric -> its name beside the progress bar
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; the same command continues it."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}; saved at step {step}: the same command continues")
+        self.signal_number = signal_number
+
+
+class NotFinite(Exception):
+    """A metric became infinite or not a number; nothing was saved after it."""
+
+
+class Trained(NamedTuple):
+    state: TrainState
+    frozen: Frozen
+
+
+class StagedBatches:
+    """The batches of both stages behind one position, which a checkpoint stores."""
+
+    def __init__(self, warmup: Any, main: Any, warmup_steps: int) -> None:
+        self._warmup, self._main = iter(warmup), iter(main)
+        self._warmup_steps, self._step = warmup_steps, 0
+
+    def __next__(self) -> Any:
+        source = self._warmup if self._step < self._warmup_steps else self._main
+        batch = next(source)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> bytes:
+        states = {"step": self._step, "warmup": self._warmup.get_state(), "main": self._main.get_state()}
+        return json.dumps(states).encode()
+
+    def set_state(self, state: bytes) -> None:
+        states = json.loads(state)
+        self._step = states["step"]
+        self._warmup.set_state(states["warmup"])
+        self._main.set_state(states["main"])
+
+
+def open_batches(built: Built) -> StagedBatches:
+    cfg, users = built.config, built.dataset.splits["train"]
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    items = pipeline.summary_items(users) if cfg.warmup.steps else ()
+    warmup = pipeline.warmup_batches(users, built.tokenizer, cfg, seed=cfg.seed, items=items, **place)
+    main = pipeline.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
+    return StagedBatches(warmup, main, cfg.warmup.steps)
+
+
+def make_parts(built: Built) -> tuple[Parts, Transforms]:
+    """The static parts of the main stage, and the optimizers of the warm-up."""
+    cfg = built.config
+    turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
+    main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
+    warmup = optim.warmup_transform(cfg)
+    parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps)
+    return parts, Transforms(warmup, warmup)
+
+
+def train(built: Built) -> Trained:
+    """Runs or continues both stages to their end.
+
+    Raises:
+      Stopped: on SIGINT or SIGTERM, after saving.
+      NotFinite: when a metric is not finite.
+      UserError: as the checkpoint manager does.
+    """
+    cfg = built.config
+    parts, warmup_transforms = make_parts(built)
+    phases = parse_phases(cfg.schedule.phases)
+    warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
+    abstract = abstract_state(built.model, parts.transforms, built.mesh)
+    frozen_shape = Frozen(abstract.inference.params, abstract.generator.params)
+
+    manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
+    batches = open_batches(built)
+    restored = checkpoints.restore_latest(manager, abstract, batches)
+    if restored is None:
+        first = warmup_transforms if warmup_steps else parts.transforms
+        init = partial(init_state, model=built.model, transforms=first)
+        step, state = 0, jax.jit(init, out_shardings=shardings_of(abstract))(jnp.int32(cfg.seed))
+    else:
+        step, state = restored
+        logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
+
+    stop = distributed.StopRequest()
+    with MetricWriter(cfg.workdir, enabled=distributed.is_main_process()) as writer:
+        writer.resume(step)
+        save = partial(_save, manager, batches, built.config_json)
+        loop = partial(_run, built=built, batches=batches, writer=writer, stop=stop, save=save)
+        try:
+            if step < warmup_steps:
+                update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
+                program = jax.jit(update, donate_argnums=0)
+                step, state = loop(program, state, step, warmup_steps, label="warm-up")
+            frozen = checkpoints.restore_frozen(cfg.workdir, frozen_shape) if step > warmup_steps else None
+            if frozen is None:
+                frozen = jax.tree.map(jnp.copy, Frozen(state.inference.params, state.generator.params))
+                checkpoints.save_frozen(cfg.workdir, frozen, built.config_json)
+                restart = partial(restart_optimizers, transforms=parts.transforms)
+                state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
+            if step < last_step:
+                program = jax.jit(partial(popi_update, parts=parts, phases=phases), donate_argnums=0)
+                main = lambda state, batch: program(state, frozen, batch)  # noqa: E731
+                step, state = loop(main, state, step, last_step, label="popi")
+        finally:
+            stop.close()
+            checkpoints.close(manager)
+    return Trained(state, frozen)
+
+
+def _save(manager: Any, batches: StagedBatches, config_json: str, step: int, state: TrainState) -> None:
+    checkpoints.save(manager, step, state, batches, config_json)
+
+
+def _run(
+    program: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    step: int,
+    last_step: int,
+    *,
+    built: Built,
+    batches: Iterator[Any],
+    writer: MetricWriter,
+    stop: distributed.StopRequest,
+    save: Callable[[int, TrainState], None],
+    label: str,
+) -> tuple[int, TrainState]:
+    """Runs one stage. Metrics of a step are read only after the next one is dispatched, so the device never waits."""
+    schedule = built.config.schedule
+    pending: list[tuple[int, Metrics]] = []
+    tokens, since = 0, time.monotonic()
+    batch = next(batches)
+    with Progress(last_step, initial=step, label=label, enabled=distributed.is_main_process()) as progress:
+        while step < last_step:
+            tokens += _num_tokens(batch)
+            state, metrics = program(state, place_batch(batch, built.mesh))
+            step += 1
+            saving = step % schedule.save_every == 0 or step == last_step
+            number = stop.agreed() if saving or step % schedule.log_every == 0 or jax.process_count() == 1 else 0
+            pending.append((step, metrics))
+            if saving or number:
+                _write(pending, writer)
+                pending = []
+                save(step, state)
+                if number and step < last_step:
+                    raise Stopped(number, step)
+            elif len(pending) > schedule.log_every:
+                values = _write(pending[:-1], writer)
+                pending = pending[-1:]
+                rate = {"tokens/s": tokens / max(time.monotonic() - since, 1e-9)}
+                tokens, since = 0, time.monotonic()
+                progress.update(step, {SHOWN[k]: v for k, v in values.items() if k in SHOWN} | rate)
+            else:
+                progress.update(step)
+            if step < last_step:
+                batch = next(batches)
+    return step, state
+
+
+def _num_tokens(batch: Any) -> int:
+    """Tokens of data in a batch of this process, padding left out."""
+    lengths = [x for path, x in jax.tree.leaves_with_path(batch) if "lengths" in jax.tree_util.keystr(path)]
+    return int(sum(x.sum() for x in lengths)) * jax.process_count()
+
+
+def _write(pending: list[tuple[int, Metrics]], writer: MetricWriter) -> dict[str, float]:
+    """Writes the metrics of some steps; returns their means over these steps.
+
+    Raises: NotFinite.
+    """
+    totals: dict[str, list[float]] = {}
+    for step, metrics in jax.device_get(pending):
+        values = {name: float(m.total) / float(m.weight) for name, m in metrics.items() if float(m.weight) > 0}
+        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if bad:
+            raise NotFinite(f"step {step}: {', '.join(bad)} is not finite; lower the learning rate of that role")
+        writer.write(step, values)
+        for name, value in values.items():
+            totals.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in totals.items()}
