@@ -211,8 +211,6 @@ def _load_file(spec: str) -> ConfigDict:
         names = _config_names()
         hint = did_you_mean(path.stem, names)
         raise UserError(f"--config={spec}: there is no file {name}; configurations are {', '.join(names)}.{hint}")
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
