@@ -18,7 +18,7 @@ from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import make_mesh
-from popi_jax.training.rollout import Glue
+from popi_jax.models.roles import Glue
 
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
@@ -77,7 +77,14 @@ def build(config: Config, config_json: str) -> Built:
     if dataset.data == "sample":
         logging.warning("Training on the made PRISM-format sample, not on real data.")
     words = load_tokenizer(config, dataset)
-    data = fitted_lengths(dataset.splits["train"], words, config)
+    data, cut = fitted_lengths(dataset.splits["train"], words, config)
+    if cut.contexts or cut.turns or cut.answers:
+        logging.warning(
+            "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), %d prompts of %d "
+            "(data.turn_len = %d), %d replies of %d (data.answer_len = %d).",
+            *(cut.users, cut.contexts, config.data.context_len, cut.turns, cut.pairs, config.data.turn_len),
+            *(cut.answers, 2 * cut.pairs, config.data.answer_len),
+        )
     config = dataclasses.replace(config, data=data)
     glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words)))
     sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)

@@ -17,6 +17,8 @@ from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
 _MAX_CACHED_USERS = 20_000  # about 5 kB each; later users of a larger set are encoded anew each time
+_MEASURED_USERS = 4096
+_LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 _GUESS_SLOTS = 8  # most items that guess noise adds to a summary
 _SEPARATOR = " ; "  # of the items of a summary
 
@@ -100,6 +102,39 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
 def truncations(users: Iterable[EncodedUser]) -> Truncations:
     """Sums of what was shortened over some users, for a report."""
     return Truncations(*np.sum([(0,) * 6, *(u.truncations for u in users)], axis=0).tolist())
+
+
+def fitted_lengths(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> tuple[Any, Truncations]:
+    """`cfg.data` with the padded lengths lowered to what the longest texts need, and what had to be shortened.
+
+    At most `_MEASURED_USERS` users, evenly spaced, are measured; later ones that are longer are shortened like any other.
+    """
+    stride = -(-len(users) // _MEASURED_USERS)
+    encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
+    turns = [ids for u in encoded for ids in (*u.turns, *(turn for turn, _ in u.readings))]
+    answers = [ids for u in encoded for ids in (*u.chosen, *u.rejected)]
+
+    def fitted(limit: int, rows: list[Ids], least: int) -> int:
+        longest = max(map(len, rows), default=least)
+        return min(limit, max(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, least))
+
+    data = dataclasses.replace(
+        cfg.data,
+        context_len=fitted(cfg.data.context_len, [u.context for u in encoded], 1),
+        turn_len=fitted(cfg.data.turn_len, [*turns, templates.summary_turn(tokenizer)], 1),
+        answer_len=fitted(cfg.data.answer_len, answers, 2),
+    )
+    return data, truncations(encoded)
+
+
+def summary_items(users: Iterable[User]) -> tuple[str, ...]:
+    """All items of the users' oracle summaries, in an order that agrees with that within each summary where one exists."""
+    after: dict[str, set[str]] = {}
+    for user in users:
+        items = user.oracle.split(" ; ") if user.oracle else []
+        for i, item in enumerate(items):
+            after.setdefault(item, set()).update(items[i + 1 :])
+    return tuple(sorted(after, key=lambda item: (-len(after[item]), item)))
 
 
 def user_batches(

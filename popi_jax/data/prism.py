@@ -17,7 +17,7 @@ from popi_jax.errors import UserError
 FILES = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")
 LATENTS = "latents.jsonl"  # only beside made data: the truth behind each user
 
-SILENT = ("unsure", "", "prefer not to say", "unsure")  # answers that say nothing
+SILENT = ("", "prefer not to say", "unsure")  # answers that say nothing
 ANSWERS = ("age", "gender", "employment_status", "education", "marital_status", "english_proficiency")
 GROUPS = (
     ("religion", "simplified"),

@@ -4,6 +4,7 @@ Each conversation is cut where its context ends (docs/design.md): the generator'
 inference model after the signals u. Refuses to shorten anything; that is the pipeline's work.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from popi_jax.data.records import Messages, User
@@ -19,6 +20,17 @@ def signals_text(user: User) -> str:
     parts += [f"about: {c.prompt}\nwrote: {c.comment}" for c in user.comments]
     parts += [f"asked: {s.prompt}\nliked: {s.chosen}\ndisliked: {s.rejected}" for s in user.shots]
     return "\n".join(parts)
+
+
+def training_texts(users: Iterable[User]) -> Iterator[str]:
+    """All that a tokenizer made for these users must be able to say."""
+    for user in users:
+        yield signals_text(user)
+        yield from (user.oracle, user.stated)
+        yield from (text for r in user.readings for text in (r.question, r.answer))
+        for pair in user.pairs:
+            yield from (m["content"] for m in pair.prompt)
+            yield from (pair.chosen, pair.rejected)
 
 
 def inference_context(tokenizer: Tokenizer, cfg: Any, signals: str) -> list[int]:

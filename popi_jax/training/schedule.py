@@ -13,7 +13,7 @@ from popi_jax.losses.dpo import preference_margins
 from popi_jax.losses.masked import metric
 from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.training.rollout import Glue, pair_logps, reference_logps, rollout, splice
+from popi_jax.models.roles import Glue, pair_logps, reference_logps, rollout, splice
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms
 from popi_jax.training.steps import generator_step, inference_step
 

@@ -15,7 +15,7 @@ from popi_jax.losses.masked import masked_mean, metric
 from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.training.rollout import Glue, pair_logps, summary_logps
+from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.training.state import RoleState, TrainState, Transforms
 
 

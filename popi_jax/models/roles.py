@@ -1,4 +1,4 @@
-"""From users to rewarded summaries: sample, splice into the generator's context, score the user's pairs. No gradient."""
+"""What each role does, as pure functions: write summaries of users, score pairs behind a summary. No gradient is taken here.
 
 from typing import NamedTuple
 
