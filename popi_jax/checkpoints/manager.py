@@ -75,8 +75,8 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str) -> None:
     """Starts to write `step` and returns once the arrays are copied; a step that exists already is left alone.
 
-    `iterator` is a Grain iterator whose position is the same in every process, or None. A failure of the write in the
-    background is raised by the next call.
+    `iterator` tells its position, which is the same in every process, by `get_state() -> bytes` of UTF-8 and goes there
+    by `set_state(bytes)`; None: there is none. A failure of the write in the background is raised by the next call.
     Raises: UserError if the disk is full; older steps stay as they are.
     """
     steps = manager.all_steps()
@@ -88,7 +88,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, c
     items["optimizer"] = ocp.args.StandardSave(_with_params(state, {role: {} for role in ROLES}))
     items["config"] = ocp.args.JsonSave(json.loads(config_json))
     if iterator is not None:
-        items["data"] = ocp.args.JsonSave(json.loads(json.dumps(iterator.get_state())))
+        items["data"] = ocp.args.JsonSave({"position": iterator.get_state().decode()})
     with full_disk_told(manager.directory):
         manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -125,7 +125,7 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
         if not jax.tree.all(kinds):
             raise ValueError("an array has another shape or type than it was saved with")
         if iterator is not None:
-            iterator.set_state(restored["data"])
+            iterator.set_state(restored["data"]["position"].encode())
         return state
 
     steps = sorted(manager.all_steps(), reverse=True)

@@ -52,8 +52,18 @@ def make_state(seed: int, rows: int = 16) -> TrainState:
     )
 
 
-def make_iterator():
-    return iter(grain.MapDataset.range(100).seed(1).shuffle().batch(4).to_iter_dataset())
+class Batches:
+    def __init__(self) -> None:
+        self._iterator = iter(grain.MapDataset.range(100).seed(1).shuffle().batch(4).to_iter_dataset())
+
+    def __next__(self) -> np.ndarray:
+        return next(self._iterator)
+
+    def get_state(self) -> bytes:
+        return json.dumps(self._iterator.get_state()).encode()
+
+    def set_state(self, state: bytes) -> None:
+        self._iterator.set_state(json.loads(state))
 
 
 def abstract(tree):
@@ -73,8 +83,8 @@ def assert_same(a, b) -> None:
 
 def write_run(folder: Path, steps: int, keep: int = 5) -> list:
     """Saves states 1..steps, each after one more batch; returns the batch that follows each step."""
-    m, iterator, following = manager.open_manager(str(folder), keep, CONFIG_JSON), make_iterator(), []
-    twin = make_iterator()
+    m, iterator, following = manager.open_manager(str(folder), keep, CONFIG_JSON), Batches(), []
+    twin = Batches()
     next(twin)
     for step in range(1, steps + 1):
         next(iterator)
@@ -85,7 +95,7 @@ def write_run(folder: Path, steps: int, keep: int = 5) -> list:
 
 
 def restore(folder: Path):
-    iterator = make_iterator()
+    iterator = Batches()
     m = manager.open_manager(str(folder), 5, CONFIG_JSON)
     found = manager.restore_latest(m, abstract(make_state(0)), iterator)
     return m, found, iterator
@@ -207,7 +217,7 @@ def test_if_no_step_can_be_read_nothing_is_moved(tmp_path):
 
 def test_the_leftover_of_a_killed_save_is_ignored_and_removed(tmp_path):
     write_run(tmp_path, 2)
-    leftover = tmp_path / "checkpoints/3.orbax-checkpoint-tmp"
+    leftover = tmp_path / "checkpoints/9.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints/2", leftover)
     shutil.rmtree(leftover / "optimizer")
     m, (step, _), iterator = restore(tmp_path)
