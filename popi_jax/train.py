@@ -1,0 +1,43 @@
+"""Trains both models of POPI: warm-up (from random weights), then alternating updates; evaluates and reports at the end.
+
+The same command again continues a run that was stopped. Results lie in the work directory: results.json, summaries.jsonl,
+metrics.jsonl, tensorboard/, checkpoints/.
+"""
+
+import sys
+
+from popi_jax import cli
+from popi_jax.config import Config
+
+
+def main(config: Config) -> None:
+    import jax
+    from absl import logging
+
+    from popi_jax.build import build
+    from popi_jax.config import to_json
+    from popi_jax.evals.report import evaluate_run
+    from popi_jax.training.loop import NotFinite, Stopped, train
+
+    logging.set_verbosity(logging.INFO)
+    built = build(config, to_json(config))
+    logging.info("%s: %d device(s), mesh %s", config.name, jax.device_count(), dict(built.mesh.shape))
+    try:
+        trained = train(built)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
+    except NotFinite as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(1)
+    evaluate_run(
+        built,
+        step=int(trained.state.step),
+        inference=trained.state.inference.params,
+        generator=trained.state.generator.params,
+        frozen=trained.frozen,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, description=__doc__)
