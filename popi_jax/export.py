@@ -1,4 +1,4 @@
-"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers and vLLM load: one per role."""
+"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers loads: one per role."""
 
 import json
 import math
@@ -116,4 +116,4 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, description=__doc__)
+    cli.run(main, description=__doc__, example="python -m popi_jax.export --config=prism --config.workdir=work/prism")
