@@ -48,6 +48,8 @@ def grpo_loss(
     Sums over tokens are divided by the number of samples, not of tokens: no length bias within a group (Dr. GRPO,
     arXiv 2503.20783, up to its constant).
     """
+    # what stands in the padding must not reach exp: the gradient of an infinity that is masked is not a number
+    logps, old_logps, reference_logps = (jnp.where(mask, x, 0.0) for x in (logps, old_logps, reference_logps))
     tokens = policy_losses(logps, old_logps, advantages, clip_eps=clip_eps)
     tokens = tokens + kl_coef * kl_estimates(logps, reference_logps)
     samples = jnp.sum(jnp.where(mask, tokens, 0.0), axis=-1)
