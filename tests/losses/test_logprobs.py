@@ -1,0 +1,57 @@
+"""Log-probs of tokens: the equation, and that chunks change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from popi_jax.losses import logprobs
+from tests.oracles import losses as oracle
+
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(3, 7, 8)).astype(np.float32)
+HEAD = (3 * RNG.normal(size=(8, 20))).astype(np.float32)
+IDS = RNG.integers(0, 20, (3, 7))
+
+
+def value_and_grad(temperature: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=IDS.shape), jnp.float32)
+
+    def total(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logps = logprobs.token_logps(hidden, head, jnp.asarray(IDS), temperature=temperature)
+        return jnp.sum(weights * logps), logps
+
+    grads, logps = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(jnp.asarray(HIDDEN), jnp.asarray(HEAD))
+    return np.asarray(logps), [np.asarray(g) for g in grads]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_equals_the_equation(temperature: float) -> None:
+    logps, _ = value_and_grad(temperature)
+    assert logps.dtype == np.float32
+    np.testing.assert_allclose(logps, oracle.token_logps(HIDDEN, HEAD, IDS, temperature), atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 20])  # with a rest, without, and a rest of one token
+def test_chunks_change_neither_value_nor_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, whole_grads = value_and_grad(1.0)
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    text = str(jax.make_jaxpr(lambda: logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS)))())
+    assert "f32[21,20]" not in text  # logits of all tokens at once
+    chunked, chunked_grads = value_and_grad(1.0)
+    np.testing.assert_allclose(chunked, whole, atol=1e-5)
+    for a, b in zip(chunked_grads, whole_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return jnp.sum(logprobs.token_logps(hidden, head, jnp.asarray(IDS), temperature=0.7) ** 2)
+
+    check_grads(total, (jnp.asarray(HIDDEN), jnp.asarray(HEAD)), order=1, modes=["rev"], rtol=2e-2)
+
+
+def test_large_logits_stay_finite() -> None:
+    logps = logprobs.token_logps(1e4 * jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))
+    assert np.isfinite(logps).all()
