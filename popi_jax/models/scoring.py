@@ -7,6 +7,7 @@ scoring each (context, turn, answer) alone.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -33,7 +34,7 @@ class AnswerLogps(NamedTuple):
 
 
 def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
-    return jnp.arange(tokens.ids.shape[-1]) < tokens.lengths[..., None]
+    return jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1) < tokens.lengths[..., None]
 
 
 def tree_mask(context_len: int, num_turns: int, turn_len: int, num_answers: int, answer_len: int) -> np.ndarray:
