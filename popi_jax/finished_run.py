@@ -1,0 +1,103 @@
+"""Opens the run of a work directory for use: its configuration, data, tokenizer and models; summarises users."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from popi_jax.arrays import Params
+from popi_jax.build import Built, build
+from popi_jax.checkpoints import manager
+from popi_jax.config import Config, to_json
+from popi_jax.data.pipeline import eval_batches, fitted_lengths
+from popi_jax.data.records import User
+from popi_jax.errors import UserError
+from popi_jax.evals.suites import place, summarize, summarizer
+from popi_jax.progress import Progress
+from popi_jax.training.loop import make_parts
+from popi_jax.training.state import Frozen, TrainState, abstract_state
+
+
+class Restored(NamedTuple):
+    """What the newest checkpoint holds of both roles, and the models that the main stage started from."""
+
+    step: int
+    inference: Params
+    generator: Params
+    frozen: Frozen
+
+
+def open_run(config: Config) -> Built:
+    """Builds everything but the parameters; nothing in the workdir is changed.
+
+    Raises: UserError when the workdir holds no run, or one with other settings or other data.
+    """
+    stored = manager.stored_config(config.workdir)
+    if stored is None:
+        raise UserError(f'config.workdir: no run in "{config.workdir}"; train first, or give the WORKDIR of a run')
+    settings = json.loads(to_json(config))
+    same_data = {"dataset": stored["dataset"]} if "dataset" in stored else {}
+    manager.check_same_run(config.workdir, json.dumps(settings | same_data))  # before any data are prepared
+    built = build(config, to_json(config))
+    manager.check_same_run(config.workdir, built.config_json)
+    return built
+
+
+def restore_role(built: Built, role: str) -> tuple[int, Params]:
+    """(step, parameters) of one role from the newest checkpoint, laid out on the mesh.
+
+    Raises: UserError when none can be read.
+    """
+    return manager.restore_params(built.config.workdir, role, getattr(_abstract(built), role).params)
+
+
+def restore_run(built: Built) -> Restored:
+    """Raises: UserError when the checkpoint cannot be read, or the run has not reached its main stage."""
+    abstract = _abstract(built)
+    frozen = manager.restore_frozen(built.config.workdir, Frozen(abstract.inference.params, abstract.generator.params))
+    if frozen is None:
+        raise UserError(
+            f'config.workdir: the run in "{built.config.workdir}" is still in its warm-up; continue the training'
+        )
+    (step, inference), (other_step, generator) = restore_role(built, "inference"), restore_role(built, "generator")
+    if step != other_step:
+        raise UserError(
+            f'config.workdir: in "{built.config.workdir}" the newest checkpoints of the two models that can be read are of '
+            f"steps {step} and {other_step}; try again if the run is being trained, else continue the training"
+        )
+    return Restored(step, inference, generator, frozen)
+
+
+def summaries_of(
+    users: Sequence[User], built: Built, params: Params, *, lengths: Config, temperature: float
+) -> list[dict[str, Any]]:
+    """One {"user_id", "summary", "tokens"} per user; `lengths` is the configuration with the limits as they were given.
+
+    The padded lengths of the run fit its training users, so they are fitted anew to these users.
+    """
+    words = built.tokenizer
+    users = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
+    data, cut = fitted_lengths(users, words, lengths)
+    if cut.contexts:
+        logging.warning(
+            "The signals of %d of %d users were too long and lost their end (data.context_len = %d).",
+            *(cut.contexts, cut.users, lengths.data.context_len),
+        )
+    config = dataclasses.replace(lengths, data=dataclasses.replace(data, num_pairs=1))
+    placed = [place(batch.batch, built.mesh) for batch in eval_batches(users, words, config)]
+    sampling = built.sampling._replace(temperature=temperature)
+    program = summarizer(model=built.model, glue=built.glue, sampling=sampling, seed=config.seed, mesh=built.mesh)
+    with Progress(len(placed), label="summaries", enabled=jax.process_index() == 0) as progress:
+        done = iter(range(1, len(placed) + 1))
+        texts = summarize(program, params, placed, len(users), lambda: progress.update(next(done)))
+    return [
+        {"user_id": user.user_id, "summary": words.decode(ids[:length]).strip(), "tokens": int(length)}
+        for user, ids, length in zip(users, *texts, strict=True)
+    ]
+
+
+def _abstract(built: Built) -> TrainState:
+    return abstract_state(built.model, make_parts(built)[0].transforms, built.mesh)

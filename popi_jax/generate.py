@@ -1,0 +1,127 @@
+"""Answers a prompt for a user: prints the summary that the generator sees, and the answer.
+
+The summary is that of a user of the run's data (--user), of a file (--users and --user), your own words (--summary), or
+empty.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from popi_jax import cli
+from popi_jax.config import Config
+from popi_jax.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from popi_jax.arrays import Params
+    from popi_jax.build import Built
+    from popi_jax.data.records import User
+
+_EXAMPLE = 'python -m popi_jax.generate --config=prism --prompt="tell me about tea" --user=prism/user7'
+
+_PROMPT = flags.DEFINE_string("prompt", "", "the question, in quotes")
+_USER = flags.DEFINE_string("user", "", "user_id of the person who asks")
+_USERS = flags.DEFINE_string("users", "", "file that --user is in, as for summarize; empty: the data of the run")
+_SUMMARY = flags.DEFINE_string("summary", "", "summary to use instead of that of a user")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the answer; 0 takes the likeliest tokens", lower_bound=0.0)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0)
+_NUM = flags.DEFINE_integer("num", 1, "how many answers to sample", lower_bound=1)
+
+
+def main(config: Config) -> None:
+    if not _PROMPT.value.strip():
+        raise UserError(f"--prompt is missing; say what to answer, e.g. {_EXAMPLE}")
+    if _SUMMARY.value and (_USER.value or _USERS.value):
+        raise UserError("--summary stands in place of a user's; leave out --user and --users, or --summary")
+    if _USERS.value and not _USER.value:
+        raise UserError(f"--users={_USERS.value} needs the person who asks: --user=ID")
+    if _NUM.value > 1 and _TEMPERATURE.value == 0:
+        raise UserError(f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1")
+
+    from popi_jax.data.user_file import read_users
+
+    people = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
+
+    import jax
+
+    from popi_jax.finished_run import open_run, restore_role, summaries_of
+
+    built = open_run(config)
+    summary = _SUMMARY.value.strip()
+    if _USER.value:
+        splits = [people] if people else [built.dataset.splits[name] for name in ("test", "validation", "train")]
+        user = find_user(_USER.value, (user for split in splits for user in split))
+        one_batch = dataclasses.replace(config.evaluation, batch_users=_rows(built))
+        lengths = dataclasses.replace(config, evaluation=one_batch)
+        _, params = restore_role(built, "inference")
+        summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0]["summary"]
+    _, params = restore_role(built, "generator")
+    texts = answers(
+        built,
+        params,
+        prompt=_PROMPT.value,
+        summary=summary,
+        temperature=_TEMPERATURE.value,
+        max_tokens=_MAX_TOKENS.value or config.data.answer_len,
+        num=_NUM.value,
+    )
+    if jax.process_index() == 0:
+        print(f"summary: {summary or '(none)'}")
+        for text in texts:
+            print(f"answer: {text}")
+
+
+def find_user(user_id: str, users: "Iterable[User]") -> "User":
+    """The first user of that name. Raises: UserError."""
+    seen = []
+    for user in users:
+        if user.user_id == user_id:
+            return user
+        seen.append(user.user_id)
+    raise UserError(f"--user={user_id}: not among the {len(seen)} users.{did_you_mean(user_id, seen)}")
+
+
+def answers(
+    built: "Built", params: "Params", *, prompt: str, summary: str, temperature: float, max_tokens: int, num: int
+) -> list[str]:
+    """Answers of the generator; one that reached `max_tokens` before its end is cut there."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from popi_jax.arrays import Rollouts, Tokens
+    from popi_jax.data import templates
+    from popi_jax.evals.suites import place
+    from popi_jax.models.decode import Sampling, sample, sample_keys
+    from popi_jax.sharding import replicated
+
+    words = built.tokenizer
+    rows = _rows(built)
+
+    def repeated(ids: list[int]) -> Tokens:
+        return place(Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32)), built.mesh)
+
+    context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
+    turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
+    sampling = Sampling(temperature, max_tokens, words.eos_id)
+
+    def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
+        keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)
+        return sample(params, context, turn, keys, model=built.model, sampling=sampling)
+
+    drawn = jax.device_get(jax.jit(program, out_shardings=replicated(built.mesh))(params, context, turn))
+    first = zip(drawn.summaries.ids[0], drawn.summaries.lengths[0], strict=True)
+    return [words.decode(ids[:length]).strip() for ids, length in first]
+
+
+def _rows(built: "Built") -> int:
+    """The least rows of a batch that divide over the mesh."""
+    return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
+
+
+if __name__ == "__main__":
+    cli.run(main, description=__doc__, example=_EXAMPLE)

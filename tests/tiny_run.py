@@ -1,0 +1,96 @@
+"""A run with random weights on a few made people, as training leaves it, for the tests of what uses a run."""
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+from absl import flags
+
+from popi_jax import build as builds
+from popi_jax import cli
+from popi_jax.build import Built
+from popi_jax.checkpoints import manager
+from popi_jax.config import Config, to_json
+from popi_jax.training.loop import make_parts
+from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
+
+STEP = 7
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    own = {
+        "workdir": folder / "run",
+        "data.path": folder / "nothing",
+        "data.prepared": folder / "prepared",
+        "data.download": "false",
+        "data.sample_people": 60,
+        "data.test_fraction": 0.3,
+        "data.num_pairs": 3,
+        "data.num_shots": 1,
+        "model.vocab_size": 400,
+        "mesh.num_devices": 0,
+        "evaluation.max_users": 0,
+    }
+    return cli.load_config("smoke:scale=laptop", [*(f"--config.{k}={v}" for k, v in own.items()), *overrides])
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """Gives the mesh and the compilation cache, which `build` sets for a whole process, back to the other tests."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        yield
+    finally:
+        jax.set_mesh(None)
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def make_run(folder: Path, *overrides: str) -> tuple[Built, TrainState, Frozen]:
+    """Writes the checkpoint and the reference; the two roles, now and then, have four sets of weights."""
+    config = config_of(folder, *overrides)
+    built = builds.build(config, to_json(config))
+    parts, _ = make_parts(built)
+    abstract = abstract_state(built.model, parts.transforms, built.mesh)
+
+    def init(seed: int) -> TrainState:
+        def make() -> TrainState:
+            return init_state(jax.numpy.int32(seed), model=built.model, transforms=parts.transforms)
+
+        return jax.jit(make, out_shardings=shardings_of(abstract))()
+
+    now, before = init(1), init(2)
+    frozen = Frozen(before.inference.params, before.generator.params)
+    steps = manager.open_manager(config.workdir, 1, built.config_json)
+    manager.save(steps, STEP, now, None, built.config_json)
+    manager.close(steps)
+    manager.save_frozen(config.workdir, frozen, built.config_json)
+    return built, now, frozen
+
+
+def command(name: str) -> ModuleType:
+    """Imports an entry point. Two of them may define a flag of one name: a process of a user runs only one."""
+    for flag in flags.FLAGS:
+        flags.FLAGS[flag].allow_override = True
+    return importlib.import_module(f"popi_jax.{name}")
+
+
+@contextlib.contextmanager
+def flags_set(*args: str) -> Iterator[None]:
+    """Parses flags as the command line does, and forgets them at the end."""
+    flags.FLAGS(["test", *args])
+    try:
+        yield
+    finally:
+        for name in {arg.lstrip("-").split("=")[0] for arg in args}:
+            flags.FLAGS[name].unparse()
+        flags.FLAGS.mark_as_parsed()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
