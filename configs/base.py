@@ -64,6 +64,8 @@ def base() -> ConfigDict:
     w.generator_users = 24  # users per step
     w.inference_users = 32  # users per step
     w.readings = 4  # reading exercises per user
+    w.short_steps = 200  # first steps, in which a user shows at most short_shots past pairs
+    w.short_shots = 2
     w.guess = 0.1  # probability that a summary names something that nothing supports
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.learning_rate = 3e-3

@@ -1,6 +1,7 @@
 """From a configuration to everything that a command runs with: devices, data, tokenizer, model. One way for all commands."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,13 @@ from absl import logging
 from jax.sharding import Mesh
 
 from popi_jax import distributed
+from popi_jax.checkpoints.hf_io import read_config
 from popi_jax.config import Config, resolve_mesh
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.pipeline import fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
+from popi_jax.errors import UserError
 from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import make_mesh
@@ -50,7 +53,19 @@ def start_devices(config: Config) -> Mesh:
 
 
 def model_config(config: Config, vocab_size: int) -> TransformerConfig:
+    """The shape of both models: that of the base checkpoint, else the configuration's.
+
+    Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens.
+    """
     m = config.model
+    if m.checkpoint:
+        model = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
+        if model.vocab_size < vocab_size:
+            raise UserError(
+                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, the embedding only {model.vocab_size}; "
+                "give a folder whose tokenizer and weights belong together"
+            )
+        return model
     shared = {f.name: getattr(m, f.name) for f in dataclasses.fields(TransformerConfig) if f.name != "vocab_size"}
     return TransformerConfig(vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **shared)
 
@@ -88,4 +103,6 @@ def build(config: Config, config_json: str) -> Built:
     config = dataclasses.replace(config, data=data)
     glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words)))
     sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)
+    origin = {"data": dataset.data, "prepared": dataset.prepared.name}
+    config_json = json.dumps(json.loads(config_json) | {"dataset": origin})  # stored with each checkpoint
     return Built(config, config_json, mesh, dataset, words, model_config(config, words.vocab_size), glue, sampling)

@@ -68,6 +68,8 @@ class WarmupConfig:
     generator_users: int
     inference_users: int
     readings: int
+    short_steps: int
+    short_shots: int
     guess: float
     no_summary: float
     learning_rate: float
@@ -179,7 +181,7 @@ WORDS = {
 # least value -> fields; the reason, where one is needed, is in REASONS
 AT_LEAST: dict[int, list[str]] = {
     0: (
-        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.lr_warmup_steps generator.lr_warmup_steps"
+        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.short_steps warmup.short_shots warmup.lr_warmup_steps generator.lr_warmup_steps"
         " inference.kl_coef inference.length_penalty inference.lr_warmup_steps optimizer.weight_decay mesh.num_devices"
         " evaluation.max_users"
     ).split(),

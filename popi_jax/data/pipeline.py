@@ -48,7 +48,7 @@ class EncodedUser(NamedTuple):
     stated: Ids  # without end token; [] = the data has none
     stated_text: str  # guess noise is added before it is encoded
     profile: Ids  # its first summary_len - 1 tokens
-    readings: list[tuple[Ids, Ids]]  # turn, answer
+    readings: list[tuple[Ids, Ids]]  # turn, answer; [] when the context was shortened
     truncations: Truncations
 
 
@@ -87,7 +87,7 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         stated=tokenizer.encode(user.stated.strip())[: d.summary_len],
         stated_text=user.stated,
         profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
-        readings=[_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
+        readings=[] if context_cut else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
         truncations=Truncations(
             contexts=int(context_cut),
             turns=sum(cut for _, cut in turns),
@@ -185,7 +185,9 @@ def warmup_batches(
     `warmup.no_summary` with nothing. The answers are the chosen replies to K = `batch.pairs` random prompts.
     Inference: the first answer is the summary of what is stated, to which guess noise adds Binomial(8, `warmup.guess`)
     of the `items` that are not stated, all then in the order of `items`; data that states nothing is summarised by the
-    start of its profile. The other answers are those to `warmup.readings` random reading questions.
+    start of its profile. The other answers are those to `warmup.readings` random reading questions. In the first
+    `warmup.short_steps` steps the signals hold at most `warmup.short_shots` random past pairs and are padded to a shorter
+    length: reading is learned on few pairs first.
 
     Raises: UserError as `user_batches`.
     """
@@ -193,6 +195,7 @@ def warmup_batches(
     of_generator = _process_rows(w.generator_users, "warmup.generator_users", process_index, process_count)
     of_inference = _process_rows(w.inference_users, "warmup.inference_users", process_index, process_count)
     users = _EncodedUsers(source, tokenizer, cfg)
+    short_cfg = _short_contexts(source, tokenizer, cfg) if w.short_steps else cfg
     prefix = templates.generator_prefix(tokenizer, cfg)
     summary_turn = templates.summary_turn(tokenizer)
     if len(summary_turn) > cfg.data.turn_len:
@@ -210,23 +213,27 @@ def warmup_batches(
         lengths = len(prefix) + cfg.data.summary_len, cfg.data.turn_len, cfg.data.answer_len
         return _demonstrations(contexts, turns, answers, cfg.batch.pairs, lengths, tokenizer.pad_id)
 
-    def inference(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
+    def few_shots(i: int, rng: np.random.Generator) -> EncodedUser:
+        return encode_user(_few_shots(source[int(i)], w.short_shots, rng), tokenizer, short_cfg)
+
+    def inference(members: np.ndarray, rngs: list[np.random.Generator], short: bool) -> Demonstrations:
+        drawn = [few_shots(i, rng) for i, rng in zip(members, rngs, strict=True)] if short else users.take(members)
         contexts, turns, answers = [], [], []
-        for user, rng in zip(users.take(members), rngs, strict=True):
+        for user, rng in zip(drawn, rngs, strict=True):
             summary = _summary_target(user, items, w.guess, rng, tokenizer)
             picks = rng.permutation(len(user.readings))[: w.readings]
             contexts.append(user.context)
             turns.append([summary_turn, *(user.readings[k][0] for k in picks)])
             answers.append([summary[: cfg.data.summary_len], *(user.readings[k][1] for k in picks)])
         answer_len = max(cfg.data.summary_len, cfg.data.answer_len) if w.readings else cfg.data.summary_len
-        lengths = cfg.data.context_len, cfg.data.turn_len, answer_len
+        lengths = (short_cfg if short else cfg).data.context_len, cfg.data.turn_len, answer_len
         return _demonstrations(contexts, turns, answers, 1 + w.readings, lengths, tokenizer.pad_id)
 
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> WarmupBatch:
         first, second = members[: w.generator_users], members[w.generator_users :]
         return WarmupBatch(
             generator(first[of_generator], rngs[: w.generator_users][of_generator]),
-            inference(second[of_inference], rngs[w.generator_users :][of_inference]),
+            inference(second[of_inference], rngs[w.generator_users :][of_inference], step < w.short_steps),
         )
 
     return _steps(len(source), w.generator_users + w.inference_users, make, seed=seed, workers=cfg.data.workers)
@@ -373,6 +380,26 @@ def _summary_target(
         named = {*stated, *(absent[i] for i in added)}
         stated = [item for item in items if item in named]  # words for "nothing stated" are no item
     return templates.answer(tokenizer, _SEPARATOR.join(stated))
+
+
+def _few_shots(user: User, count: int, rng: np.random.Generator) -> User:
+    """The user with 1 to `count` random past pairs and their readings, without held-out pairs."""
+    picks = sorted(rng.permutation(len(user.shots))[: rng.integers(1, count + 1)].tolist()) if count else []
+    aligned = len(user.readings) == len(user.shots)
+    readings = tuple(user.readings[k] for k in picks) if aligned else ()
+    return dataclasses.replace(user, shots=tuple(user.shots[k] for k in picks), readings=readings, pairs=())
+
+
+def _short_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Any:
+    """`cfg` with a context length for the first warm-up steps: what 512 users need with their longest few pairs."""
+    longest = 1
+    for i in range(0, len(source), -(-len(source) // 512)):
+        user = source[i]
+        shots = sorted(user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected))
+        few = dataclasses.replace(user, shots=tuple(shots[len(shots) - min(len(shots), cfg.warmup.short_shots) :]))
+        longest = max(longest, len(_fit_context(few, tokenizer, cfg)[0]))
+    fitted = min(cfg.data.context_len, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE + _LENGTH_MULTIPLE)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context_len=fitted))
 
 
 def _reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, Ids]:

@@ -47,7 +47,8 @@ class User:
     """One person. Missing is "" or (), never None.
 
     `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it, never the inference model.
-    `stated` is a summary of what the survey text alone says, `readings` are reading exercises: both for the warm-up only.
+    `stated` is a summary of what the survey text alone says, `readings` are reading exercises,
+    one for each shot in order: both for the warm-up only.
     """
 
     user_id: str

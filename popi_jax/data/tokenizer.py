@@ -104,6 +104,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": self.chat_template,
             "clean_up_tokenization_spaces": False,
+            **({"add_prefix_space": True} if self.source == _TRAINED else {}),  # transformers 4 overrides tokenizer.json
             "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
         }
         out = pathlib.Path(folder)
@@ -166,6 +167,9 @@ class Tokenizer:
 _FIELDS = ("tokenizer_json", "chat_template", "bos", "eos", "pad", "source")
 
 
+_TRAINED = "trained tokenizer"  # `source` of a tokenizer made here
+
+
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learns a byte-level byte-pair encoding of at most `vocab_size` tokens; the same texts give the same tokenizer.
 
@@ -189,7 +193,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(
-        backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source="trained tokenizer"
+        backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source=_TRAINED
     )
 
 

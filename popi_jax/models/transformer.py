@@ -7,7 +7,7 @@ K kv_heads, G heads per kv_head, H head_dim, F mlp, V vocab.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,7 +64,7 @@ def rope(x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], theta: fl
 def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
     """Normal with standard deviation 1/sqrt(fan in); the fan in is the product of the first `fan_in_axes` axes."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         fan_in = 1
         for size in shape[:fan_in_axes]:
             fan_in *= size

@@ -15,8 +15,10 @@ from popi_jax import distributed
 from popi_jax.arrays import Metrics
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager as checkpoints
+from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import parse_phases
 from popi_jax.data import pipeline
+from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.progress import Progress
 from popi_jax.sharding import place_batch
@@ -28,6 +30,7 @@ from popi_jax.training.state import (
     Transforms,
     abstract_state,
     init_state,
+    new_state,
     restart_optimizers,
     shardings_of,
 )
@@ -121,9 +124,7 @@ def train(built: Built) -> Trained:
     batches = open_batches(built)
     restored = checkpoints.restore_latest(manager, abstract, batches)
     if restored is None:
-        first = warmup_transforms if warmup_steps else parts.transforms
-        init = partial(init_state, model=built.model, transforms=first)
-        step, state = 0, jax.jit(init, out_shardings=shardings_of(abstract))(jnp.int32(cfg.seed))
+        step, state = 0, _first_state(built, warmup_transforms if warmup_steps else parts.transforms, abstract)
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
@@ -139,6 +140,11 @@ def train(built: Built) -> Trained:
                 program = jax.jit(update, donate_argnums=0)
                 step, state = loop(program, state, step, warmup_steps, label="warm-up")
             frozen = checkpoints.restore_frozen(cfg.workdir, frozen_shape) if step > warmup_steps else None
+            if frozen is None and step > warmup_steps:
+                raise UserError(
+                    f'config.workdir: "{cfg.workdir}/reference" is gone, without which the run cannot continue; '
+                    "put it back, or start again in another WORKDIR"
+                )
             if frozen is None:
                 frozen = jax.tree.map(jnp.copy, Frozen(state.inference.params, state.generator.params))
                 checkpoints.save_frozen(cfg.workdir, frozen, built.config_json)
@@ -152,6 +158,17 @@ def train(built: Built) -> Trained:
             stop.close()
             checkpoints.close(manager)
     return Trained(state, frozen)
+
+
+def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> TrainState:
+    cfg, layout = built.config, shardings_of(abstract)
+    if not cfg.model.checkpoint:
+        init = partial(init_state, model=built.model, transforms=transforms)
+        return jax.jit(init, out_shardings=layout)(jnp.int32(cfg.seed))
+    base = read_params(cfg.model.checkpoint, built.model)
+    roles = (jax.device_put(base, layout.inference.params), jax.device_put(base, layout.generator.params))
+    start = partial(new_state, transforms=transforms)
+    return jax.jit(start, out_shardings=layout, donate_argnums=(0, 1))(*roles, jax.random.key(cfg.seed))
 
 
 def _save(manager: Any, batches: StagedBatches, config_json: str, step: int, state: TrainState) -> None:

@@ -43,15 +43,20 @@ class Transforms(NamedTuple):
     generator: optax.GradientTransformation
 
 
-def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms) -> TrainState:
-    key = jax.random.key(seed)
+def new_state(inference: Params, generator: Params, key: Key[Array, ""], *, transforms: Transforms) -> TrainState:
+    """The state at step 0 with given parameters."""
     zero = jnp.int32(0)
+    roles = (
+        RoleState(zero, params, tx.init(params)) for params, tx in zip((inference, generator), transforms, strict=True)
+    )
+    return TrainState(*roles, zero, jax.random.fold_in(key, 2))
 
-    def role(number: int, tx: optax.GradientTransformation) -> RoleState:
-        params = unbox(init_boxed(jax.random.fold_in(key, number), model))
-        return RoleState(zero, params, tx.init(params))
 
-    return TrainState(role(0, transforms.inference), role(1, transforms.generator), zero, jax.random.fold_in(key, 2))
+def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms) -> TrainState:
+    """The state at step 0 with random parameters."""
+    key = jax.random.key(seed)
+    inference, generator = (unbox(init_boxed(jax.random.fold_in(key, role), model)) for role in range(2))
+    return new_state(inference, generator, key, transforms=transforms)
 
 
 def restart_optimizers(state: TrainState, *, transforms: Transforms) -> TrainState:
