@@ -1,4 +1,4 @@
-"""Opens the run of a work directory for use: its configuration, data, tokenizer and models; summarises users."""
+"""Opens the run of a work directory for use: its configuration, data and models; writes summaries and answers."""
 
 import dataclasses
 import json
@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
-from popi_jax.arrays import Params
+from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.build import Built, build
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config, to_json
+from popi_jax.data import templates
 from popi_jax.data.pipeline import eval_batches, fitted_lengths
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals.suites import place, summarize, summarizer
+from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.progress import Progress
+from popi_jax.sharding import replicated
 from popi_jax.training.loop import make_parts
 from popi_jax.training.state import Frozen, TrainState, abstract_state
 
@@ -65,8 +70,8 @@ def restore_run(built: Built) -> Restored:
     (step, inference), (other_step, generator) = restore_role(built, "inference"), restore_role(built, "generator")
     if step != other_step:
         raise UserError(
-            f'config.workdir: in "{built.config.workdir}" the newest checkpoints of the two models that can be read are of '
-            f"steps {step} and {other_step}; try again if the run is being trained, else continue the training"
+            f'config.workdir: in "{built.config.workdir}" the newest readable checkpoint of one model is of step '
+            f"{step}, of the other {other_step}; try again if the run is being trained, else continue the training"
         )
     return Restored(step, inference, generator, frozen)
 
@@ -97,6 +102,33 @@ def summaries_of(
         {"user_id": user.user_id, "summary": words.decode(ids[:length]).strip(), "tokens": int(length)}
         for user, ids, length in zip(users, *texts, strict=True)
     ]
+
+
+def answers(
+    built: Built, params: Params, *, prompt: str, summary: str, temperature: float, max_tokens: int, num: int
+) -> list[str]:
+    """`num` answers of the generator; one that reached `max_tokens` before its end is cut there."""
+    words, rows = built.tokenizer, rows_of(built)
+
+    def repeated(ids: list[int]) -> Tokens:
+        return place(Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32)), built.mesh)
+
+    context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
+    turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
+    sampling = Sampling(temperature, max_tokens, words.eos_id)
+
+    def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
+        keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)
+        return sample(params, context, turn, keys, model=built.model, sampling=sampling)
+
+    drawn = jax.device_get(jax.jit(program, out_shardings=replicated(built.mesh))(params, context, turn))
+    ids, lengths = drawn.summaries.ids[0], drawn.summaries.lengths[0]
+    return [words.decode(row[:length]).strip() for row, length in zip(ids, lengths, strict=True)]
+
+
+def rows_of(built: Built) -> int:
+    """The least rows of a batch that divide over the mesh."""
+    return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
 
 
 def _abstract(built: Built) -> TrainState:

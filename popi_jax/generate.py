@@ -17,8 +17,6 @@ from popi_jax.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from popi_jax.arrays import Params
-    from popi_jax.build import Built
     from popi_jax.data.records import User
 
 _EXAMPLE = 'python -m popi_jax.generate --config=prism --prompt="tell me about tea" --user=prism/user7'
@@ -48,14 +46,14 @@ def main(config: Config) -> None:
 
     import jax
 
-    from popi_jax.finished_run import open_run, restore_role, summaries_of
+    from popi_jax.finished_run import answers, open_run, restore_role, rows_of, summaries_of
 
     built = open_run(config)
     summary = _SUMMARY.value.strip()
     if _USER.value:
         splits = [people] if people else [built.dataset.splits[name] for name in ("test", "validation", "train")]
         user = find_user(_USER.value, (user for split in splits for user in split))
-        one_batch = dataclasses.replace(config.evaluation, batch_users=_rows(built))
+        one_batch = dataclasses.replace(config.evaluation, batch_users=rows_of(built))
         lengths = dataclasses.replace(config, evaluation=one_batch)
         _, params = restore_role(built, "inference")
         summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0]["summary"]
@@ -83,44 +81,6 @@ def find_user(user_id: str, users: "Iterable[User]") -> "User":
             return user
         seen.append(user.user_id)
     raise UserError(f"--user={user_id}: not among the {len(seen)} users.{did_you_mean(user_id, seen)}")
-
-
-def answers(
-    built: "Built", params: "Params", *, prompt: str, summary: str, temperature: float, max_tokens: int, num: int
-) -> list[str]:
-    """Answers of the generator; one that reached `max_tokens` before its end is cut there."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from popi_jax.arrays import Rollouts, Tokens
-    from popi_jax.data import templates
-    from popi_jax.evals.suites import place
-    from popi_jax.models.decode import Sampling, sample, sample_keys
-    from popi_jax.sharding import replicated
-
-    words = built.tokenizer
-    rows = _rows(built)
-
-    def repeated(ids: list[int]) -> Tokens:
-        return place(Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32)), built.mesh)
-
-    context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
-    turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
-    sampling = Sampling(temperature, max_tokens, words.eos_id)
-
-    def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
-        keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)
-        return sample(params, context, turn, keys, model=built.model, sampling=sampling)
-
-    drawn = jax.device_get(jax.jit(program, out_shardings=replicated(built.mesh))(params, context, turn))
-    first = zip(drawn.summaries.ids[0], drawn.summaries.lengths[0], strict=True)
-    return [words.decode(ids[:length]).strip() for ids, length in first]
-
-
-def _rows(built: "Built") -> int:
-    """The least rows of a batch that divide over the mesh."""
-    return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Writes the preference summary of each user: of the run's test users, or of a file of users.
 
-A file has one JSON object a line: {"user_id": "ann", "signals": {"profile": "…", "survey": "…",
-"comments": [{"prompt": "…", "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}; each part of
-the signals may be left out. Lines of training data are accepted too; equal users are summarised once.
+A file has one JSON object a line, {"user_id": "ann", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt":
+"…", "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}; each part of the signals may be
+left out. Lines of training data are accepted too; equal users are summarised once.
 """
 
 from pathlib import Path

@@ -98,11 +98,11 @@ def render(results: dict[str, Any]) -> str:
     parts += [f"**{MADE_DATA}**"] if results["data"] == "sample" else []
     parts += [aligned([header, *body])]
     bayes = [f"{value:.3f} {_BAYES[name]}" for name, value in results["bayes"].items() if value is not None]
-    parts += [f"Best accuracy that any model could reach on these pairs: {', '.join(bayes)}."] if bayes else []
+    parts += [f"Best accuracy that any model could reach: {', '.join(bayes)}."] if bayes else []
     parts += ["Accuracy ± standard error, clustered by user."]
     parts += [
         "\n".join(
-            f"- {e['user_id']}: {e['summary'] or '(empty)'}\n  (truth: {e['truth'] or 'unknown'})"
+            f"- {e['user_id']}: {' '.join(e['summary'].split()) or '(empty)'}\n  (truth: {e['truth'] or 'unknown'})"
             for e in results["examples"]
         )
     ]

@@ -26,6 +26,7 @@ from popi_jax.models.roles import Glue, pair_logps, rollout, splice
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import replicated, spec
 
+CONDITIONS = ("no_signals", "raw_signals", "summary_before_rl", "summary", "other_user_summary", "oracle")
 _KEY = 3  # folded into the key of the seed; training uses 0 to 2
 
 
@@ -122,13 +123,10 @@ def evaluate(
     oracle = Tokens(*(np.concatenate(parts)[:num_users] for parts in zip(*(b.oracle for b in batches), strict=True)))
     known = mask & (oracle.lengths > 0)[:, None]
     texts.append(("oracle", "none", oracle, known))
-    texts.sort(key=lambda text: CONDITIONS.index(text[0]))
+    texts.sort(key=lambda text: CONDITIONS.index(text[0]))  # keeps greedy before sampled
     rows = [row(*text, trained.generator) for text in texts if text[3].any()]
     drifted = {"oracle": row("oracle", "none", oracle, known, before.generator)} if known.any() else {}
     return Evaluation(rows, drifted, of_trained["greedy"])
-
-
-CONDITIONS = ("no_signals", "raw_signals", "summary_before_rl", "summary", "other_user_summary", "oracle")
 
 
 def summarizer(
