@@ -1,13 +1,19 @@
 """A run with random weights on a few made people, as training leaves it, for the tests of what uses a run."""
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from popi_jax import build as builds
@@ -19,13 +25,23 @@ from popi_jax.training.loop import make_parts
 from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
 
 STEP = 7
+CACHE = Path(__file__).parents[1] / ".pytest_cache"  # beside prepared data, `build` keeps what was compiled
 
 
-def config_of(folder: Path, *overrides: str) -> Config:
+class Run(NamedTuple):
+    """The two roles, now and at the start of the main stage, have four different sets of weights."""
+
+    workdir: Path
+    built: Built
+    now: TrainState
+    frozen: Frozen
+
+
+def config_of(workdir: Path, *overrides: str) -> Config:
     own = {
-        "workdir": folder / "run",
-        "data.path": folder / "nothing",
-        "data.prepared": folder / "prepared",
+        "workdir": workdir,
+        "data.path": CACHE / "nothing",
+        "data.prepared": CACHE / "prepared",
         "data.download": "false",
         "data.sample_people": 60,
         "data.test_fraction": 0.3,
@@ -51,26 +67,25 @@ def undone() -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def make_run(folder: Path, *overrides: str) -> tuple[Built, TrainState, Frozen]:
-    """Writes the checkpoint and the reference; the two roles, now and then, have four sets of weights."""
-    config = config_of(folder, *overrides)
-    built = builds.build(config, to_json(config))
-    parts, _ = make_parts(built)
-    abstract = abstract_state(built.model, parts.transforms, built.mesh)
-
-    def init(seed: int) -> TrainState:
-        def make() -> TrainState:
-            return init_state(jax.numpy.int32(seed), model=built.model, transforms=parts.transforms)
-
-        return jax.jit(make, out_shardings=shardings_of(abstract))()
-
-    now, before = init(1), init(2)
-    frozen = Frozen(before.inference.params, before.generator.params)
-    steps = manager.open_manager(config.workdir, 1, built.config_json)
-    manager.save(steps, STEP, now, None, built.config_json)
-    manager.close(steps)
-    manager.save_frozen(config.workdir, frozen, built.config_json)
-    return built, now, frozen
+@functools.cache
+def shared_run() -> Run:
+    """One run for all tests of a process; it has the checkpoint, the reference and the tokenizer."""
+    workdir = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, workdir, ignore_errors=True)
+    config = config_of(workdir)
+    with undone():
+        built = builds.build(config, to_json(config))
+        parts, _ = make_parts(built)
+        layout = shardings_of(abstract_state(built.model, parts.transforms, built.mesh))
+        init = functools.partial(init_state, model=built.model, transforms=parts.transforms)
+        program = jax.jit(init, out_shardings=layout)
+        now, before = program(jnp.int32(1)), program(jnp.int32(2))
+        frozen = Frozen(before.inference.params, before.generator.params)
+        steps = manager.open_manager(config.workdir, 1, built.config_json)
+        manager.save(steps, STEP, now, None, built.config_json)
+        manager.close(steps)
+        manager.save_frozen(config.workdir, frozen, built.config_json)
+    return Run(workdir, built, now, frozen)
 
 
 def command(name: str) -> ModuleType:
