@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from popi_jax import finished_run
+from popi_jax.errors import UserError
+from tests.tiny_run import Run, command, config_of, flags_set, shared_run, undone
+
+generate = command("generate")
+ASK = "--prompt=tell me about tea"
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    with undone():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return shared_run()
+
+
+def test_an_answer_for_a_user_of_the_run(run, capsys):
+    user = run.built.dataset.splits["test"][0]
+    with flags_set(ASK, f"--user={user.user_id}"):
+        generate.main(config_of(run.workdir))
+    printed = capsys.readouterr().out
+    built = finished_run.open_run(config_of(run.workdir))
+    _, inference = finished_run.restore_role(built, "inference")
+    _, generator = finished_run.restore_role(built, "generator")
+    config = config_of(run.workdir)
+    summary = finished_run.summaries_of([user], built, inference, lengths=config, temperature=0.0)[0]["summary"]
+    options = {"prompt": "tell me about tea", "temperature": 0.0, "max_tokens": config.data.answer_len, "num": 1}
+    (answer,) = finished_run.answers(built, generator, summary=summary, **options)
+    assert printed == f"summary: {summary}\nanswer: {answer}\n"
+    (other,) = finished_run.answers(built, generator, summary="", **options)
+    assert answer != other
+
+
+def test_samples_of_a_user_of_a_file(run, tmp_path, capsys):
+    path = tmp_path / "people.jsonl"
+    path.write_text(json.dumps({"user_id": "ann", "signals": {"profile": "i like bullet points ."}}) + "\n")
+    with flags_set(ASK, f"--users={path}", "--user=ann", "--num=3", "--temperature=1", "--max_tokens=4"):
+        generate.main(config_of(run.workdir))
+    lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("answer: ")]
+    assert len(lines) == len(set(lines)) == 3
+
+
+def test_your_own_summary(run, capsys):
+    with flags_set(ASK, "--summary=brief answers"):
+        generate.main(config_of(run.workdir))
+    assert capsys.readouterr().out.startswith("summary: brief answers\nanswer: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--prompt is missing; say what to answer, e.g. python -m"),
+        ([ASK, "--summary=x", "--user=y"], "--summary stands in place of a user's"),
+        ([ASK, "--users=x"], "--users=x needs the person who asks: --user=ID"),
+        ([ASK, "--num=2"], "all answers at temperature 0 are equal"),
+        ([ASK, "--user=prism/user_"], 'not among the 60 users. Did you mean "prism/user'),
+    ],
+)
+def test_what_cannot_be_answered_is_told(run, args, message):
+    with flags_set(*args), pytest.raises(UserError) as e:
+        generate.main(config_of(run.workdir))
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_the_command_without_a_prompt_ends_with_one_line():
+    done = subprocess.run([sys.executable, "-m", "popi_jax.generate"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --prompt is missing")
+    assert done.stderr.count("\n") == 1
