@@ -61,11 +61,11 @@ def base() -> ConfigDict:
 
     c.warmup = w = ConfigDict()  # likelihood training of both roles from random weights
     w.steps = 450  # 0 = off; must be 0 with a checkpoint
-    w.generator_users = 24  # users per step
-    w.inference_users = 32  # users per step
-    w.readings = 4  # reading exercises per user
-    w.short_steps = 200  # first steps, in which a user shows at most short_shots past pairs
-    w.short_shots = 2
+    w.generator_users = 16  # users per step
+    w.summary_users = 16  # users per step whose signals the inference model summarises
+    w.readings = 2  # reading exercises on the signals of each of them
+    w.reading_users = 64  # users per step of whom it reads a few past pairs without the rest of the signals
+    w.reading_shots = 1  # most past pairs in such an exercise
     w.guess = 0.1  # probability that a summary names something that nothing supports
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.learning_rate = 3e-3

@@ -19,7 +19,8 @@ def _slice(devices: int, users: int) -> dict[str, object]:
         "model.dtype": "bfloat16",
         "batch.users": users,
         "warmup.generator_users": users,
-        "warmup.inference_users": users,
+        "warmup.summary_users": users,
+        "warmup.reading_users": users,
         "evaluation.batch_users": users,
     }
 

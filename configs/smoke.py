@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     users = max(8, c.mesh.fsdp)
     c.warmup.steps = 0 if c.model.checkpoint else 4
     c.warmup.generator_users = users
-    c.warmup.inference_users = users
+    c.warmup.summary_users = c.warmup.reading_users = users
     c.inference.group_size = 4
     c.batch.users = users
     c.batch.pairs = 2

@@ -46,8 +46,11 @@ class Demonstrations(NamedTuple):
 
 
 class WarmupBatch(NamedTuple):
+    """Demonstrations for the generator (replies) and the inference model (summaries of signals, readings of past pairs)."""
+
     generator: Demonstrations
-    inference: Demonstrations
+    summary: Demonstrations
+    reading: Demonstrations
 
 
 class Rollouts(NamedTuple):

@@ -66,10 +66,10 @@ class ModelConfig:
 class WarmupConfig:
     steps: int
     generator_users: int
-    inference_users: int
+    summary_users: int
     readings: int
-    short_steps: int
-    short_shots: int
+    reading_users: int
+    reading_shots: int
     guess: float
     no_summary: float
     learning_rate: float
@@ -181,14 +181,14 @@ WORDS = {
 # least value -> fields; the reason, where one is needed, is in REASONS
 AT_LEAST: dict[int, list[str]] = {
     0: (
-        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.short_steps warmup.short_shots warmup.lr_warmup_steps generator.lr_warmup_steps"
+        "seed data.num_shots data.workers warmup.steps warmup.readings warmup.lr_warmup_steps generator.lr_warmup_steps"
         " inference.kl_coef inference.length_penalty inference.lr_warmup_steps optimizer.weight_decay mesh.num_devices"
         " evaluation.max_users"
     ).split(),
     1: (
         "data.num_pairs data.score_margin data.sample_people data.context_len data.turn_len model.num_layers"
         " model.embed_dim model.num_heads model.num_kv_heads model.mlp_dim warmup.generator_users"
-        " warmup.inference_users batch.users batch.pairs schedule.log_every schedule.save_every schedule.keep"
+        " warmup.summary_users warmup.reading_users warmup.reading_shots batch.users batch.pairs schedule.log_every schedule.save_every schedule.keep"
         " evaluation.batch_users"
     ).split(),
     2: "data.answer_len data.summary_len model.head_dim inference.group_size".split(),
@@ -275,7 +275,7 @@ def check_mesh(config: Config, num_devices: int) -> None:
     batches = {"batch.users": config.batch.users, "evaluation.batch_users": config.evaluation.batch_users}
     if config.warmup.steps:
         batches |= {"warmup.generator_users": config.warmup.generator_users}
-        batches |= {"warmup.inference_users": config.warmup.inference_users}
+        batches |= {f"warmup.{name}": getattr(config.warmup, name) for name in ("summary_users", "reading_users")}
     for name, users in batches.items():
         rule = f"must be a multiple of {data * fsdp}, the devices along mesh.data and mesh.fsdp"
         _check(users % (data * fsdp) == 0, name, users, rule)

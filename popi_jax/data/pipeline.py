@@ -183,25 +183,21 @@ def warmup_batches(
 
     Generator: the context ends with the oracle summary, else what is stated, else nothing; with probability
     `warmup.no_summary` with nothing. The answers are the chosen replies to K = `batch.pairs` random prompts.
-    Inference: the first answer is the summary of what is stated, to which guess noise adds Binomial(8, `warmup.guess`)
-    of the `items` that are not stated, all then in the order of `items`; data that states nothing is summarised by the
-    start of its profile. The other answers are those to `warmup.readings` random reading questions. In the first
-    `warmup.short_steps` steps the signals hold at most `warmup.short_shots` random past pairs and are padded to a shorter
-    length: reading is learned on few pairs first.
+    Summary: the answer is what is stated, to which guess noise adds Binomial(8, `warmup.guess`) of the `items` that are not
+    stated, all then in the order of `items`; data that states nothing is summarised by the start of its profile.
+    Up to `warmup.readings` reading exercises on the same signals follow. Reading: the signals hold nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for; data
+    without reading exercises has only masked rows.
 
     Raises: UserError as `user_batches`.
     """
     w = cfg.warmup
-    of_generator = _process_rows(w.generator_users, "warmup.generator_users", process_index, process_count)
-    of_inference = _process_rows(w.inference_users, "warmup.inference_users", process_index, process_count)
+    fields = ("generator_users", "summary_users", "reading_users")
+    sizes = [getattr(w, field) for field in fields]
+    own_rows = [_process_rows(n, f"warmup.{f}", process_index, process_count) for n, f in zip(sizes, fields, strict=True)]
     users = _EncodedUsers(source, tokenizer, cfg)
-    short_cfg = _short_contexts(source, tokenizer, cfg) if w.short_steps else cfg
     prefix = templates.generator_prefix(tokenizer, cfg)
     summary_turn = templates.summary_turn(tokenizer)
-    if len(summary_turn) > cfg.data.turn_len:
-        raise UserError(
-            f"data.turn_len: {cfg.data.turn_len} is less than the {len(summary_turn)} tokens of the headers"
-        )
+    reading_cfg = _reading_contexts(source, tokenizer, cfg)
 
     def generator(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
@@ -213,30 +209,35 @@ def warmup_batches(
         lengths = len(prefix) + cfg.data.summary_len, cfg.data.turn_len, cfg.data.answer_len
         return _demonstrations(contexts, turns, answers, cfg.batch.pairs, lengths, tokenizer.pad_id)
 
-    def few_shots(i: int, rng: np.random.Generator) -> EncodedUser:
-        return encode_user(_few_shots(source[int(i)], w.short_shots, rng), tokenizer, short_cfg)
-
-    def inference(members: np.ndarray, rngs: list[np.random.Generator], short: bool) -> Demonstrations:
-        drawn = [few_shots(i, rng) for i, rng in zip(members, rngs, strict=True)] if short else users.take(members)
+    def summary(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
-        for user, rng in zip(drawn, rngs, strict=True):
-            summary = _summary_target(user, items, w.guess, rng, tokenizer)
+        for user, rng in zip(users.take(members), rngs, strict=True):
+            target = _summary_target(user, items, w.guess, rng, tokenizer)[: cfg.data.summary_len]
             picks = rng.permutation(len(user.readings))[: w.readings]
             contexts.append(user.context)
             turns.append([summary_turn, *(user.readings[k][0] for k in picks)])
-            answers.append([summary[: cfg.data.summary_len], *(user.readings[k][1] for k in picks)])
+            answers.append([target, *(user.readings[k][1] for k in picks)])
         answer_len = max(cfg.data.summary_len, cfg.data.answer_len) if w.readings else cfg.data.summary_len
-        lengths = (short_cfg if short else cfg).data.context_len, cfg.data.turn_len, answer_len
+        lengths = cfg.data.context_len, cfg.data.turn_len, answer_len
         return _demonstrations(contexts, turns, answers, 1 + w.readings, lengths, tokenizer.pad_id)
 
-    def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> WarmupBatch:
-        first, second = members[: w.generator_users], members[w.generator_users :]
-        return WarmupBatch(
-            generator(first[of_generator], rngs[: w.generator_users][of_generator]),
-            inference(second[of_inference], rngs[w.generator_users :][of_inference], step < w.short_steps),
-        )
+    def reading(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
+        rows = [_reading_exercise(source[int(i)], w.reading_shots, rng) for i, rng in zip(members, rngs, strict=True)]
+        encoded = [encode_user(user, tokenizer, reading_cfg) for user in rows]
+        turns = [[turn for turn, _ in u.readings[:1]] for u in encoded]
+        answers = [[answer for _, answer in u.readings[:1]] for u in encoded]
+        lengths = reading_cfg.data.context_len, cfg.data.turn_len, cfg.data.answer_len
+        return _demonstrations([u.context for u in encoded], turns, answers, 1, lengths, tokenizer.pad_id)
 
-    return _steps(len(source), w.generator_users + w.inference_users, make, seed=seed, workers=cfg.data.workers)
+    def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> WarmupBatch:
+        parts, start = [], 0
+        for task, size, rows in zip((generator, summary, reading), sizes, own_rows, strict=True):
+            part = slice(start, start + size)
+            parts.append(task(members[part][rows], rngs[part][rows]))
+            start += size
+        return WarmupBatch(*parts)
+
+    return _steps(len(source), sum(sizes), make, seed=seed, workers=cfg.data.workers)
 
 
 def eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Iterator[EvalBatch]:
@@ -382,23 +383,26 @@ def _summary_target(
     return templates.answer(tokenizer, _SEPARATOR.join(stated))
 
 
-def _few_shots(user: User, count: int, rng: np.random.Generator) -> User:
-    """The user with 1 to `count` random past pairs and their readings, without held-out pairs."""
-    picks = sorted(rng.permutation(len(user.shots))[: rng.integers(1, count + 1)].tolist()) if count else []
-    aligned = len(user.readings) == len(user.shots)
-    readings = tuple(user.readings[k] for k in picks) if aligned else ()
-    return dataclasses.replace(user, shots=tuple(user.shots[k] for k in picks), readings=readings, pairs=())
+def _reading_exercise(user: User, most: int, rng: np.random.Generator) -> User:
+    """The user reduced to 1 to `most` random past pairs and the exercise on one of them."""
+    picks = rng.permutation(len(user.shots))[: rng.integers(1, most + 1)].tolist()
+    aligned = bool(picks) and len(user.readings) == len(user.shots)
+    readings = (user.readings[picks[0]],) if aligned else ()
+    shots = tuple(user.shots[k] for k in sorted(picks))
+    return dataclasses.replace(user, profile="", survey="", comments=(), shots=shots, readings=readings, pairs=())
 
 
-def _short_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Any:
-    """`cfg` with a context length for the first warm-up steps: what 512 users need with their longest few pairs."""
+def _reading_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Any:
+    """`cfg` with the context length of reading exercises: what the longest few past pairs of 512 users need."""
     longest = 1
-    for i in range(0, len(source), -(-len(source) // 512)):
+    for i in range(0, len(source), max(len(source) // 512, 1)):
         user = source[i]
-        shots = sorted(user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected))
-        few = dataclasses.replace(user, shots=tuple(shots[len(shots) - min(len(shots), cfg.warmup.short_shots) :]))
-        longest = max(longest, len(_fit_context(few, tokenizer, cfg)[0]))
-    fitted = min(cfg.data.context_len, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE + _LENGTH_MULTIPLE)
+        if user.readings:
+            shots = sorted(user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected))
+            few = tuple(shots[max(len(shots) - cfg.warmup.reading_shots, 0) :])
+            only = dataclasses.replace(user, profile="", survey="", comments=(), shots=few)
+            longest = max(longest, len(_fit_context(only, tokenizer, cfg)[0]))
+    fitted = min(cfg.data.context_len, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context_len=fitted))
 
 

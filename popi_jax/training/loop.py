@@ -38,7 +38,8 @@ from popi_jax.training.steps import warmup_step
 
 SHOWN = {
     "warmup/generator_nll": "generator nll",
-    "warmup/inference_nll": "inference nll",
+    "warmup/summary_nll": "summary nll",
+    "warmup/reading_nll": "reading nll",
     "generator/loss": "loss",
     "inference/reward": "reward",
     "inference/accuracy": "accuracy",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from popi_jax.arrays import Demonstrations, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
+from popi_jax.arrays import Demonstrations, Mean, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.losses.dpo import PairLogps, dpo_losses, preference_margins
 from popi_jax.losses.grpo import group_advantages, grpo_loss, kl_estimates
@@ -104,29 +104,34 @@ def inference_step(
 
 def demonstration_loss(
     params: Params, batch: Demonstrations, *, model: TransformerConfig
-) -> tuple[Float[Array, ""], Metrics]:
-    """Mean negative log-likelihood of the answers' tokens (nats per token)."""
+) -> tuple[Float[Array, ""], Mean]:
+    """Mean negative log-likelihood of the answers' tokens (nats per token), as a loss and as a metric."""
     answers = jax.tree.map(lambda x: x[:, :, None], batch.answers)
     scores, _ = answer_logps(params, batch.context, batch.turns, answers, model=model)
     mask = scores.mask & batch.mask[:, :, None, None]
-    return -masked_mean(scores.logps, mask), {"nll": metric(-scores.logps, mask)}
+    return -masked_mean(scores.logps, mask), metric(-scores.logps, mask)
 
 
 def warmup_step(
     state: TrainState, batch: WarmupBatch, *, model: TransformerConfig, transforms: Transforms
 ) -> tuple[TrainState, Metrics]:
-    """One likelihood step of both roles on their demonstrations."""
+    """One likelihood step of both roles; the inference model's two tasks, summaries and readings, weigh the same."""
 
     def role_step(
-        role: RoleState, demonstrations: Demonstrations, tx: optax.GradientTransformation, name: str
+        role: RoleState, tasks: dict[str, Demonstrations], tx: optax.GradientTransformation, name: str
     ) -> tuple[RoleState, Metrics]:
         def loss_fn(params: Params) -> tuple[Array, Metrics]:
-            return demonstration_loss(params, demonstrations, model=model)
+            losses = {task: demonstration_loss(params, data, model=model) for task, data in tasks.items()}
+            metrics = {f"warmup/{task}_nll": nll for task, (_, nll) in losses.items()}
+            return sum(loss for loss, _ in losses.values()), metrics
 
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(role.params)
         role, norm = apply_gradients(role, grads, tx)
-        return role, {f"warmup/{name}_nll": metrics["nll"], f"warmup/{name}_grad_norm": metric(norm)}
+        return role, metrics | {f"warmup/{name}_grad_norm": metric(norm)}
 
-    inference, of_inference = role_step(state.inference, batch.inference, transforms.inference, "inference")
-    generator, of_generator = role_step(state.generator, batch.generator, transforms.generator, "generator")
+    tasks = {"summary": batch.summary, "reading": batch.reading}
+    inference, of_inference = role_step(state.inference, tasks, transforms.inference, "inference")
+    generator, of_generator = role_step(
+        state.generator, {"generator": batch.generator}, transforms.generator, "generator"
+    )
     return TrainState(inference, generator, state.step + 1, state.key), of_inference | of_generator
