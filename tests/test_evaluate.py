@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -8,20 +7,21 @@ import pytest
 from popi_jax import finished_run
 from popi_jax.data.sample import bayes_optimum
 from popi_jax.errors import UserError
-from tests.tiny_run import STEP, Run, command, config_of, flags_set, read_jsonl, shared_run, undone
+from popi_jax.evals.report import evaluate_run
+from tests.tiny_run import STEP, Run, command, config_of, flags_set, on_devices, read_jsonl, shared_run
 
 evaluate = command("evaluate")
 
 
 @pytest.fixture(autouse=True)
 def restored():
-    with undone():
+    with on_devices(1):
         yield
 
 
 @pytest.fixture
 def run() -> Run:
-    return shared_run()
+    return shared_run(1)
 
 
 def test_results_of_the_test_users(run, capsys):
@@ -63,9 +63,6 @@ def test_both_roles_and_the_reference_come_back(run):
     jax.tree.map(np.testing.assert_array_equal, restored.inference, run.now.inference.params)
     jax.tree.map(np.testing.assert_array_equal, restored.generator, run.now.generator.params)
     jax.tree.map(np.testing.assert_array_equal, restored.frozen, run.frozen)
-    kernel = restored.generator["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding == run.now.generator.params["layers"]["mlp"]["up"]["kernel"].sharding
-    assert not kernel.sharding.is_fully_replicated
 
 
 def test_a_folder_without_a_run_stays_empty(tmp_path):
@@ -89,23 +86,19 @@ def test_other_settings_and_other_data_are_refused(run):
 
 
 def test_a_run_in_its_warm_up_has_nothing_to_compare_with(run, tmp_path):
-    shutil.copytree(run.workdir, tmp_path / "run", ignore=shutil.ignore_patterns("reference"))
-    built = finished_run.open_run(config_of(tmp_path / "run"))
+    built = run.built._replace(config=config_of(tmp_path))
     with pytest.raises(UserError, match="still in its warm-up"):
         finished_run.restore_run(built)
 
 
 def test_roles_of_different_steps_are_not_mixed(run, monkeypatch):
-    built = finished_run.open_run(config_of(run.workdir))
     steps = {"inference": 7, "generator": 5}
     monkeypatch.setattr(finished_run, "restore_role", lambda built, role: (steps[role], {}))
     with pytest.raises(UserError, match="of step 7, of the other 5"):
-        finished_run.restore_run(built)
+        finished_run.restore_run(run.built)
 
 
 def test_an_empty_split_is_told(run):
     built = run.built._replace(dataset=run.built.dataset._replace(splits={"test": ()}))
-    from popi_jax.evals.report import evaluate_run
-
     with pytest.raises(UserError, match="data.test_fraction: the test split holds no user"):
         evaluate_run(built, step=1, inference={}, generator={}, frozen=run.frozen)

@@ -6,7 +6,7 @@ import pytest
 
 from popi_jax import finished_run
 from popi_jax.errors import UserError
-from tests.tiny_run import Run, command, config_of, flags_set, shared_run, undone
+from tests.tiny_run import Run, command, config_of, flags_set, on_devices, shared_run
 
 generate = command("generate")
 ASK = "--prompt=tell me about tea"
@@ -14,13 +14,13 @@ ASK = "--prompt=tell me about tea"
 
 @pytest.fixture(autouse=True)
 def restored():
-    with undone():
+    with on_devices(1):
         yield
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return shared_run()
+    return shared_run(1)
 
 
 def test_an_answer_for_a_user_of_the_run(run, capsys):
@@ -28,15 +28,12 @@ def test_an_answer_for_a_user_of_the_run(run, capsys):
     with flags_set(ASK, f"--user={user.user_id}"):
         generate.main(config_of(run.workdir))
     printed = capsys.readouterr().out
-    built = finished_run.open_run(config_of(run.workdir))
-    _, inference = finished_run.restore_role(built, "inference")
-    _, generator = finished_run.restore_role(built, "generator")
-    config = config_of(run.workdir)
-    summary = finished_run.summaries_of([user], built, inference, lengths=config, temperature=0.0)[0]["summary"]
+    roles, config = (run.now.inference.params, run.now.generator.params), config_of(run.workdir)
+    summary = finished_run.summaries_of([user], run.built, roles[0], lengths=config, temperature=0.0)[0]["summary"]
     options = {"prompt": "tell me about tea", "temperature": 0.0, "max_tokens": config.data.answer_len, "num": 1}
-    (answer,) = finished_run.answers(built, generator, summary=summary, **options)
+    (answer,) = finished_run.answers(run.built, roles[1], summary=summary, **options)
     assert printed == f"summary: {summary}\nanswer: {answer}\n"
-    (other,) = finished_run.answers(built, generator, summary="", **options)
+    (other,) = finished_run.answers(run.built, roles[1], summary="", **options)
     assert answer != other
 
 
@@ -70,6 +67,17 @@ def test_what_cannot_be_answered_is_told(run, args, message):
         generate.main(config_of(run.workdir))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.slow
+def test_on_several_devices(capsys):
+    """A single row would not divide over them."""
+    with on_devices(8):
+        many = shared_run(8)
+        for arg in (f"--user={many.built.dataset.splits['test'][0].user_id}", "--summary=brief answers"):
+            with flags_set(ASK, arg):
+                generate.main(config_of(many.workdir))
+    assert capsys.readouterr().out.count("answer: ") == 2
 
 
 def test_the_command_without_a_prompt_ends_with_one_line():

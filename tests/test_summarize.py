@@ -2,6 +2,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from popi_jax import finished_run
@@ -9,20 +10,20 @@ from popi_jax.data import jsonl
 from popi_jax.data.records import Comment, Shot
 from popi_jax.data.user_file import read_users
 from popi_jax.errors import UserError
-from tests.tiny_run import STEP, Run, command, config_of, flags_set, read_jsonl, shared_run, undone
+from tests.tiny_run import STEP, Run, command, config_of, flags_set, on_devices, read_jsonl, shared_run
 
 summarize = command("summarize")
 
 
 @pytest.fixture(autouse=True)
 def restored():
-    with undone():
+    with on_devices(1):
         yield
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return shared_run()
+    return shared_run(1)
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -54,38 +55,30 @@ def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
 
 def test_sampling_differs_from_greedy_and_repeats(run):
     users = list(run.built.dataset.splits["test"])[:3]
-    built = finished_run.open_run(config_of(run.workdir))
-    _, params = finished_run.restore_role(built, "inference")
+    params, config = run.now.inference.params, config_of(run.workdir)
 
     def texts(temperature: float) -> list[str]:
-        config = config_of(run.workdir)
-        rows = finished_run.summaries_of(users, built, params, lengths=config, temperature=temperature)
+        with jax.set_mesh(run.built.mesh):
+            rows = finished_run.summaries_of(users, run.built, params, lengths=config, temperature=temperature)
         return [row["summary"] for row in rows]
 
     assert texts(1.0) == texts(1.0) != texts(0.0)
 
 
-def test_signals_longer_than_any_of_training_are_read(run, tmp_path, caplog):
+def test_signals_longer_than_any_of_training_are_read(run, monkeypatch):
     """The padded length of the run fits its training users; a longer user is cut at the limit that was configured."""
-    short = run.built.config.data.context_len
-    built = run.built
-    words = ["tea"] * (short + 4)
-    shown = {}
+    seen = []
+
+    def spy(program, params, placed, num_users, advance):
+        seen.append(int(placed[0].context.lengths[0]))
+        return jax.tree.map(lambda x: x[:num_users], placed[0].context)
+
+    monkeypatch.setattr(finished_run, "summarize", spy)
+    user = dataclasses.replace(run.built.dataset.splits["test"][0], profile="tea " * 330, shots=())
     for limit in (320, 400):
         config = config_of(run.workdir, f"--config.data.context_len={limit}")
-        users = [dataclasses.replace(built.dataset.splits["test"][0], profile=" ".join(words))]
-        seen = []
-
-        def spy(program, params, placed, num_users, advance, seen=seen):
-            seen.append(placed[0].context)
-            return finished_run.Tokens(placed[0].context.ids[:1], placed[0].context.lengths[:1])
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finished_run, "summarize", spy)
-            finished_run.summaries_of(users, built, {}, lengths=config, temperature=0.0)
-        shown[limit] = int(seen[0].lengths[0])
-    assert short < shown[320] <= 320
-    assert shown[400] > 320
+        finished_run.summaries_of([user], run.built, {}, lengths=config, temperature=0.0)
+    assert run.built.config.data.context_len < seen[0] <= 320 < seen[1] <= 400
 
 
 def test_reading_a_file_of_users(tmp_path):

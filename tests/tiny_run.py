@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 from absl import flags
 
 from popi_jax import build as builds
@@ -21,6 +22,7 @@ from popi_jax import cli
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config, to_json
+from popi_jax.sharding import MESH_AXES
 from popi_jax.training.loop import make_parts
 from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
 
@@ -55,25 +57,30 @@ def config_of(workdir: Path, *overrides: str) -> Config:
 
 
 @contextlib.contextmanager
-def undone() -> Iterator[None]:
-    """Gives the mesh and the compilation cache, which `build` sets for a whole process, back to the other tests."""
+def on_devices(count: int) -> Iterator[None]:
+    """Lets `build` see so many of the simulated devices, and at the end undoes what it sets for a whole process."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    try:
+
+    def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+        axes = (jax.sharding.AxisType.Auto,) * 3
+        return jax.make_mesh((1, count, 1), MESH_AXES, axis_types=axes, devices=jax.devices()[:count])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builds, "make_mesh", make_mesh)
         yield
-    finally:
-        jax.set_mesh(None)
-        for name, value in before.items():
-            jax.config.update(name, value)
+    jax.set_mesh(None)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @functools.cache
-def shared_run() -> Run:
+def shared_run(num_devices: int) -> Run:
     """One run for all tests of a process; it has the checkpoint, the reference and the tokenizer."""
     workdir = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, workdir, ignore_errors=True)
     config = config_of(workdir)
-    with undone():
+    with on_devices(num_devices):
         built = builds.build(config, to_json(config))
         parts, _ = make_parts(built)
         layout = shardings_of(abstract_state(built.model, parts.transforms, built.mesh))
@@ -102,7 +109,7 @@ def flags_set(*args: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in {arg.lstrip("-").split("=")[0] for arg in args}:
+        for name in {arg[2:].split("=")[0] for arg in args}:
             flags.FLAGS[name].unparse()
         flags.FLAGS.mark_as_parsed()
 

@@ -34,7 +34,7 @@ def evaluate(run: Run, trained: Models, users: list, calls: list) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return shared_run()
+    return shared_run(8)
 
 
 @pytest.fixture(scope="module")
