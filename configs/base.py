@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     m.tied_embeddings = True
     m.dtype = "float32"  # of compute: float32 | bfloat16; parameters and losses are float32
     m.remat = "none"  # none | dots | full
-    m.summary_instruction = ""  # text before the signals in the inference model's context
+    m.summary_instruction = "summary ?"  # text after the signals that asks the inference model for a summary
     m.answer_instruction = ""  # text before the summary in the generator's context
 
     c.warmup = w = ConfigDict()  # likelihood training of both roles from random weights
@@ -68,6 +68,8 @@ def base() -> ConfigDict:
     w.reading_shots = 1  # most past pairs in such an exercise
     w.guess = 0.1  # probability that a summary names something that nothing supports
     w.no_summary = 0.1  # probability that the generator sees no summary
+    w.drop = 0.25  # probability that the generator's summary lacks an item
+    w.wrong = 0.05  # the generator's summary gets Binomial(8, wrong) random items
     w.learning_rate = 3e-3
     w.lr_warmup_steps = 20
 
@@ -79,7 +81,7 @@ def base() -> ConfigDict:
     c.inference = i = ConfigDict()
     i.group_size = 8  # summaries sampled per user (G)
     i.temperature = 1.0  # of sampling and of the log-probs that are trained
-    i.advantage_scale = "group"  # group | none: divisor of the centred rewards
+    i.advantage_scale = "group"  # group | batch | none: whose standard deviation divides the centred rewards
     i.clip_eps = 0.2  # of the probability ratio
     i.kl_coef = 0.01  # per nat of KL to the reference inference model
     i.length_penalty = 0.0  # reward lost per token of the summary

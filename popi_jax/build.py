@@ -78,7 +78,7 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     if config.model.checkpoint:
         made = tokenizer.load(config.model.checkpoint)
     else:
-        made = tokenizer.train(templates.training_texts(dataset.splits["train"]), config.model.vocab_size)
+        made = tokenizer.train(templates.training_texts(dataset.splits["train"], config), config.model.vocab_size)
     if jax.process_index() == 0:
         made.save(folder)
     return made
@@ -101,7 +101,7 @@ def build(config: Config, config_json: str) -> Built:
             *(cut.answers, 2 * cut.pairs, config.data.answer_len),
         )
     config = dataclasses.replace(config, data=data)
-    glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words)))
+    glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words, config)))
     sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = json.dumps(json.loads(config_json) | {"dataset": origin})  # stored with each checkpoint

@@ -72,6 +72,8 @@ class WarmupConfig:
     reading_shots: int
     guess: float
     no_summary: float
+    drop: float
+    wrong: float
     learning_rate: float
     lr_warmup_steps: int
 
@@ -175,7 +177,7 @@ WORDS = {
     "data.turns": ("first", "all"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "inference.advantage_scale": ("group", "none"),
+    "inference.advantage_scale": ("group", "batch", "none"),
 }
 
 # least value -> fields; the reason, where one is needed, is in REASONS
@@ -204,7 +206,7 @@ ABOVE_ZERO = (
     "model.rope_theta model.norm_eps warmup.learning_rate generator.beta generator.learning_rate inference.temperature "
     "inference.clip_eps inference.learning_rate optimizer.clip_norm"
 ).split()
-FRACTIONS = "data.validation_fraction data.test_fraction warmup.guess warmup.no_summary optimizer.final_lr".split()
+FRACTIONS = "data.validation_fraction data.test_fraction warmup.guess warmup.no_summary warmup.drop warmup.wrong optimizer.final_lr".split()
 BELOW_ONE = "optimizer.b1 optimizer.b2 data.test_fraction data.validation_fraction".split()
 
 

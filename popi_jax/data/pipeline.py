@@ -45,6 +45,7 @@ class EncodedUser(NamedTuple):
     chosen: list[Ids]  # one per pair; ends with the end token unless shortened
     rejected: list[Ids]  # one per pair, as `chosen`
     oracle: Ids  # without end token; [] = unknown
+    oracle_text: str
     stated: Ids  # without end token; [] = the data has none
     stated_text: str  # guess noise is added before it is encoded
     profile: Ids  # its first summary_len - 1 tokens
@@ -84,6 +85,7 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         chosen=[ids[: d.answer_len] for ids in chosen],
         rejected=[ids[: d.answer_len] for ids in rejected],
         oracle=oracle[: d.summary_len],
+        oracle_text=user.oracle,
         stated=tokenizer.encode(user.stated.strip())[: d.summary_len],
         stated_text=user.stated,
         profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
@@ -121,7 +123,7 @@ def fitted_lengths(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> tup
     data = dataclasses.replace(
         cfg.data,
         context_len=fitted(cfg.data.context_len, [u.context for u in encoded], 1),
-        turn_len=fitted(cfg.data.turn_len, [*turns, templates.summary_turn(tokenizer)], 1),
+        turn_len=fitted(cfg.data.turn_len, [*turns, templates.summary_turn(tokenizer, cfg)], 1),
         answer_len=fitted(cfg.data.answer_len, answers, 2),
     )
     return data, truncations(encoded)
@@ -196,13 +198,13 @@ def warmup_batches(
     own_rows = [_process_rows(n, f"warmup.{f}", process_index, process_count) for n, f in zip(sizes, fields, strict=True)]
     users = _EncodedUsers(source, tokenizer, cfg)
     prefix = templates.generator_prefix(tokenizer, cfg)
-    summary_turn = templates.summary_turn(tokenizer)
+    summary_turn = templates.summary_turn(tokenizer, cfg)
     reading_cfg = _reading_contexts(source, tokenizer, cfg)
 
     def generator(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
         contexts, turns, answers = [], [], []
         for user, rng in zip(users.take(members), rngs, strict=True):
-            contexts.append(prefix + ((user.oracle or user.stated) if rng.random() >= w.no_summary else []))
+            contexts.append(prefix + _known(user, items, w, rng, tokenizer)[: cfg.data.summary_len])
             picks = rng.permutation(len(user.turns))[: cfg.batch.pairs]
             turns.append([user.turns[k] for k in picks])
             answers.append([user.chosen[k] for k in picks])
@@ -368,6 +370,17 @@ def _pad_nested(rows: list[list[Ids]], count: int, length: int, pad_id: int) -> 
     return Tokens(flat.ids.reshape(len(rows), count, length), flat.lengths.reshape(len(rows), count))
 
 
+def _known(user: EncodedUser, items: tuple[str, ...], w: Any, rng: np.random.Generator, tokenizer: Tokenizer) -> Ids:
+    """What the generator is told of a user in the warm-up: the oracle summary, at times incomplete, partly wrong or absent."""
+    told = user.oracle_text or user.stated_text
+    if not told or rng.random() < w.no_summary:
+        return []
+    kept = {item for item in told.split(" ; ") if rng.random() >= w.drop}
+    kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_GUESS_SLOTS, w.wrong)]}
+    named = [item for item in items if item in kept] if items else [told]
+    return tokenizer.encode(" ; ".join(named)) if named else []
+
+
 def _summary_target(
     user: EncodedUser, items: tuple[str, ...], guess: float, rng: np.random.Generator, tokenizer: Tokenizer
 ) -> Ids:
@@ -418,7 +431,7 @@ def _fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]
     limit = cfg.data.context_len
 
     def encode(some: User) -> Ids:
-        return templates.inference_context(tokenizer, cfg, templates.signals_text(some))
+        return templates.inference_context(tokenizer, templates.signals_text(some))
 
     def with_survey(text: str) -> Ids:
         return encode(dataclasses.replace(user, survey=text))

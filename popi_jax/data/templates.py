@@ -22,9 +22,10 @@ def signals_text(user: User) -> str:
     return "\n".join(parts)
 
 
-def training_texts(users: Iterable[User]) -> Iterator[str]:
+def training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
     """All that a tokenizer made for these users must be able to say."""
     for user in users:
+        yield from (cfg.model.summary_instruction, cfg.model.answer_instruction)
         yield signals_text(user)
         yield from (user.oracle, user.stated)
         yield from (text for r in user.readings for text in (r.question, r.answer))
@@ -33,21 +34,23 @@ def training_texts(users: Iterable[User]) -> Iterator[str]:
             yield from (pair.chosen, pair.rejected)
 
 
-def inference_context(tokenizer: Tokenizer, cfg: Any, signals: str) -> list[int]:
-    """Start of the inference model's conversation: one user message of the instruction and the signals, still open."""
-    content = _lines(cfg.model.summary_instruction, _clean(signals)) + _CUT
-    return tokenizer.render([{"role": "user", "content": content}], cut=_CUT)[0]
+def inference_context(tokenizer: Tokenizer, signals: str) -> list[int]:
+    """Start of the inference model's conversation: one user message with the signals, still open."""
+    return tokenizer.render([{"role": "user", "content": _clean(signals) + _CUT}], cut=_CUT)[0]
 
 
-def summary_turn(tokenizer: Tokenizer) -> list[int]:
-    """From the end of the signals to the header of the summary."""
-    return tokenizer.render([{"role": "user", "content": _CUT}], cut=_CUT)[1]
+def summary_turn(tokenizer: Tokenizer, cfg: Any) -> list[int]:
+    """From the end of the signals, through the instruction that asks for a summary, to the header of the summary."""
+    return _asked(tokenizer, cfg.model.summary_instruction)
 
 
 def reading_turn(tokenizer: Tokenizer, question: str) -> list[int]:
-    """From the end of the signals, through a further user message with the question, to the header of the answer."""
-    messages = [{"role": "user", "content": _CUT}, {"role": "user", "content": _clean(question)}]
-    return tokenizer.render(messages, cut=_CUT)[1]
+    """The same with a question about the signals, up to the header of the answer."""
+    return _asked(tokenizer, _clean(question))
+
+
+def _asked(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.render([{"role": "user", "content": _CUT + text}], cut=_CUT)[1]
 
 
 def generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:

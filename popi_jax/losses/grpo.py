@@ -5,10 +5,13 @@ from jaxtyping import Array, Bool, Float
 
 
 def group_advantages(rewards: Float[Array, "users group"], *, scale: str) -> Float[Array, "users group"]:
-    """Rewards less the mean of their group; with scale "group" over the group's standard deviation (unbiased, + 1e-4)."""
+    """Rewards less the mean of their group; with scale "group" over the group's standard deviation (unbiased, + 1e-4), with "batch" over that of all
+    centred rewards: a group whose summaries hardly differ then weighs little."""
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     if scale == "none":
         return centred
+    if scale == "batch":
+        return centred / (jnp.std(centred) + 1e-4)
     return centred / (jnp.std(rewards, axis=-1, keepdims=True, ddof=1) + 1e-4)
 
 
