@@ -6,6 +6,7 @@ absl flags at the top of that module. Imports no jax and no numpy: `--help` and 
 
 import ast
 import errno
+import logging
 import os
 import pathlib
 import re
@@ -51,6 +52,7 @@ def run(main: Callable[[Config], None], *, description: str, example: str = "") 
             print(help_text(argv[0], description, example))
         else:
             config = parse(argv)
+            _log_plainly()
             if flags.FLAGS.print_config:
                 print(to_json(config), end="")
             else:
@@ -174,6 +176,14 @@ def disk_is_full(error: BaseException) -> bool:
             return True
         link = link.__cause__ or link.__context__
     return False
+
+
+def _log_plainly() -> None:
+    """Log lines go to stderr without prefix: ours, and of the libraries only warnings and errors."""
+    handler = logging.StreamHandler()
+    ours = str(ROOT / "popi_jax") + os.sep
+    handler.addFilter(lambda record: record.levelno > logging.INFO or record.pathname.startswith(ours))
+    logging.basicConfig(format="%(message)s", handlers=[handler])
 
 
 def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:

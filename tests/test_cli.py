@@ -30,6 +30,13 @@ def main(config):
         raise KeyboardInterrupt
     if _RAISE.value == "defect":
         raise ValueError("ours")
+    if _RAISE.value == "log":
+        from absl import logging
+        logging.set_verbosity(logging.INFO)
+        log = 'logging.info("info of {0}"); logging.warning("warning of {0}")'
+        for name, file in (("us", os.path.join(os.path.dirname(cli.__file__), "x.py")), ("a library", "library.py")):
+            exec(compile(log.format(name), file, "exec"))
+        return
     print(config.name, config.seed, config.data.download, config.schedule.phases, _USERS.value)
 
 if __name__ == "__main__":
@@ -149,6 +156,11 @@ def test_full_disk_and_interrupt_are_told_in_one_line(command: pathlib.Path, wha
 def test_defects_keep_their_traceback(command: pathlib.Path) -> None:
     done = run(command, "--raise=defect")
     assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: ours" in done.stderr
+
+
+def test_log_is_plain_and_leaves_out_the_chatter_of_libraries(command: pathlib.Path) -> None:
+    done = run(command, "--raise=log")
+    assert done.stderr.splitlines() == ["info of us", "warning of us", "warning of a library"]
 
 
 def test_disk_is_full() -> None:
