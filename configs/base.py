@@ -66,7 +66,7 @@ def base() -> ConfigDict:
     w.readings = 2  # reading exercises on the signals of each of them
     w.reading_users = 64  # users per step of whom it reads a few past pairs without the rest of the signals
     w.reading_shots = 1  # most past pairs in such an exercise
-    w.guess = 0.1  # probability that a summary names something that nothing supports
+    w.guess = 0.5  # probability that a summary names one side, at random, of a contrast that past pairs show
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.drop = 0.25  # probability that the generator's summary lacks an item
     w.wrong = 0.05  # the generator's summary gets Binomial(8, wrong) random items

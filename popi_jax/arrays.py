@@ -1,8 +1,8 @@
 """The arrays that pass between the parts, as NamedTuples. Imports nothing of ours.
 
-Shape words, the same everywhere: `users` (examples of a batch), `pairs` (K preference pairs of a user), `group` (G summaries
-of a user), `batch` (any leading rows), `turns` (prompts that continue one context), `answers` (replies to one turn),
-`seq` (tokens, padded).
+Shape words, the same everywhere: `users` (examples of a batch), `pairs` (K preference pairs of a user), `group` (G
+summaries of a user), `batch` (any leading rows), `turns` (prompts that continue one context), `answers` (replies to one
+turn), `seq` (tokens, padded).
 
 Padding is always on the right; `lengths` says how many tokens of a row count.
 """
@@ -46,7 +46,7 @@ class Demonstrations(NamedTuple):
 
 
 class WarmupBatch(NamedTuple):
-    """Demonstrations for the generator (replies) and the inference model (summaries of signals, readings of past pairs)."""
+    """Demonstrations for the generator (replies) and the inference model (summaries of signals, readings of pairs)."""
 
     generator: Demonstrations
     summary: Demonstrations

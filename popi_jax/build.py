@@ -1,4 +1,4 @@
-"""From a configuration to everything that a command runs with: devices, data, tokenizer, model. One way for all commands."""
+"""From a configuration to all that a command runs with: devices, data, tokenizer, model. One way for all commands."""
 
 import dataclasses
 import json
@@ -19,9 +19,9 @@ from popi_jax.data.prepare import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 from popi_jax.models.decode import Sampling
+from popi_jax.models.roles import Glue
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import make_mesh
-from popi_jax.models.roles import Glue
 
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
@@ -71,7 +71,7 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
 
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
-    """The run's own tokenizer, else the checkpoint's, else one trained on the training split (and kept with the run)."""
+    """The run's own tokenizer, else the checkpoint's, else one trained on the training split and kept with the run."""
     folder = Path(config.workdir) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return tokenizer.load(folder)
@@ -95,8 +95,8 @@ def build(config: Config, config_json: str) -> Built:
     data, cut = fitted_lengths(dataset.splits["train"], words, config)
     if cut.contexts or cut.turns or cut.answers:
         logging.warning(
-            "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), %d prompts of %d "
-            "(data.turn_len = %d), %d replies of %d (data.answer_len = %d).",
+            "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), "
+            "%d prompts of %d (data.turn_len = %d), %d replies of %d (data.answer_len = %d).",
             *(cut.users, cut.contexts, config.data.context_len, cut.turns, cut.pairs, config.data.turn_len),
             *(cut.answers, 2 * cut.pairs, config.data.answer_len),
         )

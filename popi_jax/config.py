@@ -190,8 +190,8 @@ AT_LEAST: dict[int, list[str]] = {
     1: (
         "data.num_pairs data.score_margin data.sample_people data.context_len data.turn_len model.num_layers"
         " model.embed_dim model.num_heads model.num_kv_heads model.mlp_dim warmup.generator_users"
-        " warmup.summary_users warmup.reading_users warmup.reading_shots batch.users batch.pairs schedule.log_every schedule.save_every schedule.keep"
-        " evaluation.batch_users"
+        " warmup.summary_users warmup.reading_users warmup.reading_shots batch.users batch.pairs"
+        " schedule.log_every schedule.save_every schedule.keep evaluation.batch_users"
     ).split(),
     2: "data.answer_len data.summary_len model.head_dim inference.group_size".split(),
     300: ["model.vocab_size"],
@@ -206,7 +206,10 @@ ABOVE_ZERO = (
     "model.rope_theta model.norm_eps warmup.learning_rate generator.beta generator.learning_rate inference.temperature "
     "inference.clip_eps inference.learning_rate optimizer.clip_norm"
 ).split()
-FRACTIONS = "data.validation_fraction data.test_fraction warmup.guess warmup.no_summary warmup.drop warmup.wrong optimizer.final_lr".split()
+FRACTIONS = (
+    "data.validation_fraction data.test_fraction warmup.guess warmup.no_summary warmup.drop warmup.wrong "
+    "optimizer.final_lr"
+).split()
 BELOW_ONE = "optimizer.b1 optimizer.b2 data.test_fraction data.validation_fraction".split()
 
 

@@ -1,7 +1,7 @@
 """Device meshes, and how logical axes are laid out on them. The only place that decides where an array lives.
 
-Every parameter and a few activations name their axes by logical words; `AXIS_RULES` maps a word to mesh axes. All axes are
-`Auto`: the compiler propagates the layouts and inserts the collectives.
+Every parameter and a few activations name their axes by logical words; `AXIS_RULES` maps a word to mesh axes. All axes
+are `Auto`: the compiler propagates the layouts and inserts the collectives.
 """
 
 from typing import Any
@@ -56,7 +56,7 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of parameters that still carry their logical axis names (boxed by flax)."""
     specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(lambda names: NamedSharding(mesh, spec(tuple(names))), specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(lambda p: NamedSharding(mesh, spec(tuple(p))), specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,7 +70,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def match_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for `tree`: sub-trees that mirror `params` (optimizer moments) follow `shardings`, all else is replicated."""
+    """Shardings for `tree`: sub-trees that mirror `params` (optimizer moments) follow `shardings`, the rest is
+    replicated."""
     structure = jax.tree.structure(params)
 
     def mirrors(x: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Trains both models of POPI: warm-up (from random weights), then alternating updates; evaluates and reports at the end.
+"""Trains both models of POPI: warm-up (from random weights), then alternating updates; then evaluates and reports.
 
-The same command again continues a run that was stopped. Results lie in the work directory: results.json, summaries.jsonl,
-metrics.jsonl, tensorboard/, checkpoints/.
+The same command again continues a run that was stopped. Results lie in the work directory: results.json,
+summaries.jsonl, metrics.jsonl, tensorboard/, checkpoints/.
 """
 
 import sys

@@ -19,7 +19,7 @@ from popi_jax.errors import UserError
 _MAX_CACHED_USERS = 20_000  # about 5 kB each; later users of a larger set are encoded anew each time
 _MEASURED_USERS = 4096
 _LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
-_GUESS_SLOTS = 8  # most items that guess noise adds to a summary
+_WRONG_SLOTS = 8  # most wrong items that the generator's warm-up adds to a summary
 _SEPARATOR = " ; "  # of the items of a summary
 
 Ids = list[int]
@@ -47,7 +47,8 @@ class EncodedUser(NamedTuple):
     oracle: Ids  # without end token; [] = unknown
     oracle_text: str
     stated: Ids  # without end token; [] = the data has none
-    stated_text: str  # guess noise is added before it is encoded
+    stated_text: str  # items separated by " ; "
+    contrasts: list[tuple[str, str]]  # what the replies of each past pair show
     profile: Ids  # its first summary_len - 1 tokens
     readings: list[tuple[Ids, Ids]]  # turn, answer; [] when the context was shortened
     truncations: Truncations
@@ -90,6 +91,7 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         stated_text=user.stated,
         profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
         readings=[] if context_cut else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
+        contrasts=[(r.answer, r.contrast) for r in user.readings],
         truncations=Truncations(
             contexts=int(context_cut),
             turns=sum(cut for _, cut in turns),
@@ -183,12 +185,14 @@ def warmup_batches(
 ) -> grain.IterDataset:
     """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in `user_batches`.
 
-    Generator: the context ends with the oracle summary, else what is stated, else nothing; with probability
-    `warmup.no_summary` with nothing. The answers are the chosen replies to K = `batch.pairs` random prompts.
-    Summary: the answer is what is stated, to which guess noise adds Binomial(8, `warmup.guess`) of the `items` that are not
-    stated, all then in the order of `items`; data that states nothing is summarised by the start of its profile.
-    Up to `warmup.readings` reading exercises on the same signals follow. Reading: the signals hold nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for; data
-    without reading exercises has only masked rows.
+    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`) and with
+    random ones (`warmup.wrong`), or with nothing (`warmup.no_summary`); the answers are the chosen replies to K =
+    `batch.pairs` random prompts.
+    Summary: the answer is what the survey text states; with probability `warmup.guess` each contrast that past pairs show
+    adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that states
+    nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same signals follow.
+    Reading: the signals hold nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for; data
+    without exercises has only masked rows. Summaries list items in the order of `items`.
 
     Raises: UserError as `user_batches`.
     """
@@ -375,10 +379,10 @@ def _known(user: EncodedUser, items: tuple[str, ...], w: Any, rng: np.random.Gen
     told = user.oracle_text or user.stated_text
     if not told or rng.random() < w.no_summary:
         return []
-    kept = {item for item in told.split(" ; ") if rng.random() >= w.drop}
-    kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_GUESS_SLOTS, w.wrong)]}
+    kept = {item for item in told.split(_SEPARATOR) if rng.random() >= w.drop}
+    kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_WRONG_SLOTS, w.wrong)]}
     named = [item for item in items if item in kept] if items else [told]
-    return tokenizer.encode(" ; ".join(named)) if named else []
+    return tokenizer.encode(_SEPARATOR.join(named)) if named else []
 
 
 def _summary_target(
@@ -387,13 +391,12 @@ def _summary_target(
     """The summary that the inference model is taught, with its end token; [] when there is nothing to teach."""
     if not user.stated_text:
         return [*user.profile, tokenizer.eos_id] if user.profile else []
-    stated = user.stated_text.split(_SEPARATOR)
-    absent = [item for item in items if item not in stated]
-    added = rng.permutation(len(absent))[: rng.binomial(_GUESS_SLOTS, guess)]
-    if len(added):
-        named = {*stated, *(absent[i] for i in added)}
-        stated = [item for item in items if item in named]  # words for "nothing stated" are no item
-    return templates.answer(tokenizer, _SEPARATOR.join(stated))
+    named = set(user.stated_text.split(_SEPARATOR))
+    for sides in sorted({tuple(sorted(contrast)) for contrast in user.contrasts}):
+        if rng.random() < guess and not named & {*sides}:
+            named.add(sides[rng.integers(2)])  # either side with the same odds, whichever reply was chosen
+    listed = [item for item in items if item in named]
+    return templates.answer(tokenizer, _SEPARATOR.join(listed) if listed else user.stated_text)
 
 
 def _reading_exercise(user: User, most: int, rng: np.random.Generator) -> User:

@@ -25,7 +25,7 @@ from popi_jax.data.rows import Loaded
 from popi_jax.data.splits import SPLITS
 from popi_jax.errors import UserError, did_you_mean
 
-FORMAT = 1  # raise it whenever a source or `User` changes what it makes of the same files
+FORMAT = 2  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
 OPTIONS = (
     "source on_bad_row split_by validation_fraction test_fraction num_shots num_pairs "

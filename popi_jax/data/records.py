@@ -36,19 +36,20 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A question about the raw signals with its answer; only made data has them (they teach reading, not summarising)."""
+    """A question about the raw signals with its answer; only made data has them: they teach reading, not summarising."""
 
     question: str
-    answer: str
+    answer: str  # what the chosen reply shows
+    contrast: str  # what the rejected reply shows
 
 
 @dataclasses.dataclass(frozen=True)
 class User:
     """One person. Missing is "" or (), never None.
 
-    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it, never the inference model.
-    `stated` is a summary of what the survey text alone says, `readings` are reading exercises,
-    one for each shot in order: both for the warm-up only.
+    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it, never the inference
+    model. `stated` is a summary of what the survey text alone says, `readings` are reading exercises, one for each shot
+    in order: both for the warm-up only.
     """
 
     user_id: str

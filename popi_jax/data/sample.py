@@ -1,9 +1,9 @@
 """The PRISM-format sample: made people with known preferences, in the schema of the published files.
 
 Each person cares about a few of eight style attributes. A self-description states some of them, partly wrong, among
-distractors; in each conversation two replies differ in one attribute that the person cares about, and the scores follow the
-utilities by Bradley-Terry (Gumbel noise on each reply). As the process is known, so is the best accuracy that any model
-could reach: `bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
+distractors; in each conversation two replies differ in one attribute that the person cares about, and the scores follow
+the utilities by Bradley-Terry (Gumbel noise on each reply). As the process is known, so is the best accuracy that any
+model could reach: `bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
 """
 
 import itertools
@@ -98,9 +98,9 @@ NOTHING_STATED = "no strong preference"  # the stated summary of a self-descript
 
 TOPICS = tuple(
     "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers gravity honey islands jazz "
-    "kites lasers lemons magnets maps mirrors moths mountains museums oceans olives opera owls paper pearls pianos planets "
-    "poetry pottery rain rivers robots salt sharks silk sleep snow soap spices spiders steam storms sugar tea tides trains "
-    "trees tunnels vaccines violins whales wheat wind wolves yoga".split()
+    "kites lasers lemons magnets maps mirrors moths mountains museums oceans olives opera owls paper pearls pianos "
+    "planets poetry pottery rain rivers robots salt sharks silk sleep snow soap spices spiders steam storms sugar tea "
+    "tides trains trees tunnels vaccines violins whales wheat wind wolves yoga".split()
 )
 PROMPTS = ("tell me about {}", "what should i know about {} ?", "explain {} please")
 STATEMENTS = ("i like {} .", "please give me {} .", "i prefer {} .")
@@ -108,14 +108,17 @@ FACTS = tuple(
     f"{fact} ."
     for fact in (
         "i have two cats|i work as a nurse|i live near the sea|i play the drums|i cycle to work|my kitchen is blue|"
-        "i grew up on a farm|i drink green tea|i have three sisters|i read at night|i walk my dog early|i bake bread on sundays|"
-        "i study at home|my car is old|i swim in the lake|i sing in a choir|i paint small boats|i travel by train"
+        "i grew up on a farm|i drink green tea|i have three sisters|i read at night|i walk my dog early|"
+        "i bake bread on sundays|i study at home|my car is old|i swim in the lake|i sing in a choir|"
+        "i paint small boats|i travel by train"
     ).split("|")
 )
 AGES = ("18-24 years old", "25-34 years old", "35-44 years old", "45-54 years old", "55-64 years old", "65+ years old")
 PREFERENCES = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
-LOCATION = ("birth_country", "birth_countryISO", "birth_subregion", "reside_country", "reside_countryISO")
-LOCATION += ("reside_subregion", "same_birth_reside_country", "special_region")
+LOCATION = (
+    "birth_country birth_countryISO birth_subregion reside_country reside_countryISO reside_subregion "
+    "same_birth_reside_country special_region"
+).split()
 
 
 class Person(NamedTuple):
@@ -179,7 +182,7 @@ def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dic
         "english_proficiency": "Native speaker",
         "religion": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
         "ethnicity": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
-        "location": {k: "Prefer not to say" for k in LOCATION},
+        "location": dict.fromkeys(LOCATION, "Prefer not to say"),
         "study_id": "sample",
         "study_locale": "sample",
         "generated_datetime": "2023-11-22 00:00:00",
@@ -223,7 +226,11 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             conversation_id = f"c{conversation_number}"
             conversation_number += 1
             prompt, replies, scores, won = _conversation(rng, person, str(topic))
-            readings[conversation_id] = {"question": str(topic), "answer": _summary([won])}
+            readings[conversation_id] = {
+                "question": str(topic),
+                "answer": _summary([won]),
+                "contrast": _summary([(won[0], 1 - won[1])]),
+            }
             when = f"2023-11-{22 + i // 7} {8 + i % 7:02d}:00:00"
             best = int(scores[1] > scores[0])
             history: list[dict[str, Any]] = [{"turn": 0, "role": "user", "content": prompt}]
@@ -234,13 +241,14 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
                 history.append({"turn": 0, "role": "model", "content": replies[j], **model, **verdict})
                 yield (
                     "utterances.jsonl",
-                    {"utterance_id": f"ut{utterance_number}", "interaction_id": f"int{conversation_number - 1}", **shared}
+                    {"utterance_id": f"ut{utterance_number}", "interaction_id": f"int{conversation_number - 1}"}
+                    | shared
                     | {"turn": 0, "conversation_type": "unguided", "user_prompt": prompt, "model_response": replies[j]}
                     | model
                     | verdict,
                 )
                 utterance_number += 1
-            none = {k: None for k in ("values", "fluency", "factuality", "safety", "diversity", "creativity", "helpfulness")}
+            none = dict.fromkeys(p for p in PREFERENCES if p != "personalisation")
             yield (
                 "conversations.jsonl",
                 shared
@@ -257,7 +265,8 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
-    """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl: what only the maker knows."""
+    """Writes survey.jsonl, conversations.jsonl and utterances.jsonl as published, and latents.jsonl, which holds what only
+    the maker knows."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl", "latents.jsonl")
     files = {name: (folder / name).open("w", encoding="utf-8") for name in names}
@@ -281,7 +290,9 @@ _STATES = [
     for poles in itertools.product(range(2), repeat=NUM_ACTIVE)
 ]
 # pole that each state prefers in each attribute, -1 where it does not care
-_POLES = np.array([[dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))] for s in _STATES])
+_POLES = np.array(
+    [[dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))] for s in _STATES]
+)
 _PRIOR = np.prod([np.where(_POLES[:, a] == 0, x.prior, np.where(_POLES[:, a] == 1, 1 - x.prior, 1.0))
                   for a, x in enumerate(ATTRIBUTES)], axis=0)  # fmt: skip
 _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
@@ -320,8 +331,8 @@ def _accuracies(weights: np.ndarray, user: User) -> list[float]:
 
 
 def bayes_optimum(users: Iterable[User]) -> dict[str, float]:
-    """Expected accuracy on the users' held-out pairs of the best classifier that sees nothing of the user ("no_signals"), the
-    self-description and past pairs ("signals"), or the true preferences ("latent")."""
+    """Expected accuracy on the users' held-out pairs of the best classifier that sees nothing of the user ("no_signals"),
+    the self-description and past pairs ("signals"), or the true preferences ("latent")."""
     values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
     for user in users:
         truth = {_ITEM[item] for item in user.oracle.split(SEPARATOR)}

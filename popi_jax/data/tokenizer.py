@@ -104,7 +104,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": self.chat_template,
             "clean_up_tokenization_spaces": False,
-            **({"add_prefix_space": True} if self.source == _TRAINED else {}),  # transformers 4 overrides tokenizer.json
+            # transformers 4 overrides tokenizer.json with it
+            **({"add_prefix_space": True} if self.source == _TRAINED else {}),
             "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
         }
         out = pathlib.Path(folder)
@@ -192,9 +193,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(
-        backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source=_TRAINED
-    )
+    return Tokenizer(backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source=_TRAINED)
 
 
 def load(folder: str | pathlib.Path) -> Tokenizer:

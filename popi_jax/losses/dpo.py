@@ -2,8 +2,8 @@
 
 L = -E log sigmoid(beta * [(log pi(y_w|x,z) - log ref(y_w|x)) - (log pi(y_l|x,z) - log ref(y_l|x))])
 
-(POPI, arXiv 2510.17881 v1; the sigmoid loss of DPO, arXiv 2305.18290 equation 7.) The reference does not see z: it is the
-generator at the start of training with an empty summary, so the margin measures what the summary adds. Whether the
+(POPI, arXiv 2510.17881 v1; the sigmoid loss of DPO, arXiv 2305.18290 equation 7.) The reference does not see z: it is
+the generator at the start of training with an empty summary, so the margin measures what the summary adds. Whether the
 paper conditions its reference on z could not be read in its abstract; this is a choice of this project.
 """
 

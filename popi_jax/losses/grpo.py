@@ -5,8 +5,8 @@ from jaxtyping import Array, Bool, Float
 
 
 def group_advantages(rewards: Float[Array, "users group"], *, scale: str) -> Float[Array, "users group"]:
-    """Rewards less the mean of their group; with scale "group" over the group's standard deviation (unbiased, + 1e-4), with "batch" over that of all
-    centred rewards: a group whose summaries hardly differ then weighs little."""
+    """Rewards less the mean of their group. Scale "group" divides by the group's standard deviation (unbiased, + 1e-4),
+    "batch" by that of all centred rewards: a group whose summaries hardly differ then weighs little."""
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     if scale == "none":
         return centred

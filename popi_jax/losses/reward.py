@@ -16,7 +16,8 @@ def summary_rewards(
 ) -> Float[Array, "users group"]:
     """Mean over the user's pairs of log sigmoid(margin), less `length_penalty` per token: nats, <= 0.
 
-    It is the negative of the generator's preference loss, so both models ascend one objective (POPI, arXiv 2510.17881 v1).
+    It is the negative of the generator's preference loss, so that both models ascend one objective (POPI, arXiv
+    2510.17881 v1).
     """
     mask = jnp.broadcast_to(pair_mask[:, None, :], margins.shape)
     return masked_mean_last(jax.nn.log_sigmoid(margins), mask) - length_penalty * lengths.astype(jnp.float32)

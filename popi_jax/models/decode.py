@@ -49,8 +49,8 @@ def sample(
 ) -> Rollouts:
     """Draws one answer per key. Shapes: context [batch seq], turn [batch seq].
 
-    The cache holds [context | turn | step 0 of all samples | step 1 of all samples | ...], so each step writes one slice.
-    Stops early when every sample has ended.
+    The cache holds [context | turn | step 0 of all samples | step 1 of all samples | ...], so that each step writes one
+    slice. Stops early when every sample has ended.
     """
     batch, group = keys.shape
     prefix_len = context.ids.shape[1] + turn.ids.shape[1]

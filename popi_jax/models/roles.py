@@ -1,4 +1,4 @@
-"""What each role does, as pure functions: write summaries of users, score pairs behind a summary. No gradient is taken here."""
+"""What each role does, as pure functions: write summaries of users, score pairs behind a summary. No gradients here."""
 
 from typing import NamedTuple
 

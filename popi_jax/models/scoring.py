@@ -1,8 +1,8 @@
 """Log-probs of answers to turns that continue one context, every shared prefix computed once.
 
-The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the earlier tokens of its
-own node and all of its ancestors, at the positions that a separate sequence would have, so the result equals that of
-scoring each (context, turn, answer) alone.
+The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the earlier tokens of
+its own node and all of its ancestors, at the positions that a separate sequence would have, so the result equals that
+of scoring each (context, turn, answer) alone.
 """
 
 from typing import NamedTuple
@@ -56,7 +56,10 @@ def tree_mask(context_len: int, num_turns: int, turn_len: int, num_answers: int,
 
 
 def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packed:
-    """Lays a tree out as [context | turns | answers]. Shapes: [batch seq], [batch turns seq], [batch turns answers seq]."""
+    """Lays a tree out as [context | turns | answers].
+
+    Shapes: [batch seq], [batch turns seq], [batch turns answers seq].
+    """
     batch, context_len = context.ids.shape
     _, num_turns, turn_len = turns.ids.shape
     if answers is None:

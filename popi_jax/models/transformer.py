@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         x = constrain(embedding, ("vocab", "embed_unsharded"))[ids].astype(c.dtype)
         block = Block
         if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)  # type: ignore[assignment]
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

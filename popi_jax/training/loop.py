@@ -70,6 +70,9 @@ class StagedBatches:
         self._warmup, self._main = iter(warmup), iter(main)
         self._warmup_steps, self._step = warmup_steps, 0
 
+    def __iter__(self) -> "StagedBatches":
+        return self
+
     def __next__(self) -> Any:
         source = self._warmup if self._step < self._warmup_steps else self._main
         batch = next(source)

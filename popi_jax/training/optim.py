@@ -8,7 +8,7 @@ from popi_jax.config import Config, OptimizerConfig
 def adamw(
     cfg: OptimizerConfig, learning_rate: float, lr_warmup_steps: int, total_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip by global norm; linear warm-up, then cosine to `final_lr` of the peak at `total_steps` updates."""
+    """AdamW behind a clip by global norm; linear warm-up, then cosine to `final_lr` of the peak at `total_steps`."""
     total = max(total_steps, lr_warmup_steps + 1)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if lr_warmup_steps else learning_rate,

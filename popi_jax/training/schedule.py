@@ -1,5 +1,6 @@
 """The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from popi_jax.config import Config, Phase
 from popi_jax.losses.dpo import preference_margins
 from popi_jax.losses.masked import metric
 from popi_jax.models.decode import Sampling
-from popi_jax.models.transformer import TransformerConfig
 from popi_jax.models.roles import Glue, pair_logps, reference_logps, rollout, splice
+from popi_jax.models.transformer import TransformerConfig
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms
 from popi_jax.training.steps import generator_step, inference_step
 
@@ -55,9 +56,9 @@ def popi_update(
 ) -> tuple[TrainState, Metrics]:
     """One update of one role or both, on one batch of users (POPI, arXiv 2510.17881 v1).
 
-    Samples G summaries per user; if it is the inference model's turn, rewards them by the present generator's objective on K of the
-    user's pairs and takes a policy-gradient step; if it is the generator's turn, takes a DPO step on the same pairs behind
-    the first summary of each group. In a joint update both see the models as they were before it.
+    Samples G summaries per user; if it is the inference model's turn, rewards them by the present generator's objective
+    on K of the user's pairs and takes a policy-gradient step; if it is the generator's turn, takes a DPO step on the
+    same pairs behind the first summary of each group. In a joint update both see the models as they were before it.
     """
     cfg = parts.cfg
     train_inference, train_generator = phase_at(state.step - parts.first_step, phases)
@@ -91,14 +92,14 @@ def popi_update(
 
     def of_generator(role: RoleState) -> tuple[RoleState, Metrics]:
         first = jax.tree.map(lambda x: x[:, :1], contexts)
-        return generator_step(
-            role, reference, first, users, model=parts.model, tx=parts.transforms.generator, cfg=cfg
-        )
+        return generator_step(role, reference, first, users, model=parts.model, tx=parts.transforms.generator, cfg=cfg)
 
-    def when(turn: Bool[Array, ""], step: object, role: RoleState) -> tuple[RoleState, Metrics]:
-        shapes = jax.eval_shape(step, role)[1]  # type: ignore[arg-type]
+    def when(
+        turn: Bool[Array, ""], step: Callable[[RoleState], tuple[RoleState, Metrics]], role: RoleState
+    ) -> tuple[RoleState, Metrics]:
+        shapes = jax.eval_shape(step, role)[1]
         skip = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(turn, step, lambda r: (r, skip), role)  # type: ignore[arg-type]
+        return jax.lax.cond(turn, step, lambda r: (r, skip), role)
 
     inference, metrics = when(train_inference, of_inference, state.inference)
     generator, more = when(train_generator, of_generator, state.generator)

@@ -46,10 +46,12 @@ class Transforms(NamedTuple):
 def new_state(inference: Params, generator: Params, key: Key[Array, ""], *, transforms: Transforms) -> TrainState:
     """The state at step 0 with given parameters."""
     zero = jnp.int32(0)
-    roles = (
-        RoleState(zero, params, tx.init(params)) for params, tx in zip((inference, generator), transforms, strict=True)
+    return TrainState(
+        RoleState(zero, inference, transforms.inference.init(inference)),
+        RoleState(zero, generator, transforms.generator.init(generator)),
+        zero,
+        jax.random.fold_in(key, 2),
     )
-    return TrainState(*roles, zero, jax.random.fold_in(key, 2))
 
 
 def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms) -> TrainState:

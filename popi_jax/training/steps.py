@@ -13,9 +13,9 @@ from popi_jax.losses.dpo import PairLogps, dpo_losses, preference_margins
 from popi_jax.losses.grpo import group_advantages, grpo_loss, kl_estimates
 from popi_jax.losses.masked import masked_mean, metric
 from popi_jax.losses.reward import summary_rewards
+from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.training.state import RoleState, TrainState, Transforms
 
 
@@ -71,9 +71,7 @@ def inference_step(
 ) -> tuple[RoleState, Metrics]:
     """GRPO on sampled summaries; `margins` are the generator's on the users' held-out pairs behind each summary."""
     c = cfg.inference
-    rewards = summary_rewards(
-        margins, users.pair_mask, rollouts.summaries.lengths, length_penalty=c.length_penalty
-    )
+    rewards = summary_rewards(margins, users.pair_mask, rollouts.summaries.lengths, length_penalty=c.length_penalty)
     advantages = group_advantages(rewards, scale=c.advantage_scale)
     reference, mask = summary_logps(
         reference_params, users, rollouts, model=model, glue=glue, temperature=c.temperature
