@@ -1,0 +1,125 @@
+"""A run of the smallest size: configuration, batch, static parts, state on a mesh."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+from configs.base import base
+from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
+from popi_jax.config import Config, from_config_dict, parse_phases
+from popi_jax.models.decode import Sampling
+from popi_jax.models.roles import Glue
+from popi_jax.sharding import MESH_AXES
+from popi_jax.training import optim
+from popi_jax.training.schedule import Parts
+from popi_jax.training.state import Frozen, TrainState, Transforms, abstract_state, init_state, shardings_of
+from tests.oracles.plain import MODEL
+
+END = 10
+PHASES = ("inference 2", "generator 2", "alternate 2:1 6", "joint 2")
+GLUE = Glue(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
+
+
+def make_config() -> Config:
+    c = base()
+    c.name = "test"
+    c.warmup.steps = 0
+    c.inference.group_size = 3
+    c.inference.temperature = 0.8
+    c.inference.lr_warmup_steps = 0
+    c.inference.kl_coef = 0.05
+    c.inference.length_penalty = 0.01
+    c.generator.lr_warmup_steps = 0
+    c.warmup.lr_warmup_steps = 0
+    c.data.summary_len = 4
+    c.batch.users = 8
+    c.batch.pairs = 2
+    c.schedule.phases = PHASES
+    return from_config_dict(c)
+
+
+def make_parts(cfg: Config, transforms: Transforms | None = None) -> Parts:
+    sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
+    made = Transforms(optim.inference_transform(cfg, 8), optim.generator_transform(cfg, 6))
+    return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0)
+
+
+def random_tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int, *, ended: bool = False) -> Tokens:
+    """Padding holds random ids. ended: the last token that counts is the end token."""
+    ids, lengths = rng.integers(3, 64, (*rows, length)), rng.integers(2, length + 1, rows)
+    if ended:
+        np.put_along_axis(ids, lengths[..., None] - 1, END, axis=-1)
+    return Tokens(ids.astype(np.int32), lengths.astype(np.int32))
+
+
+def user_batch(seed: int, users: int = 8, pairs: int = 2) -> UserBatch:
+    """Numpy; one user has one pair less."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((users, pairs), bool)
+    mask[1, -1] = False
+    return UserBatch(
+        index=(seed * users + np.arange(users)).astype(np.int32),
+        context=random_tokens(rng, (users,), 10),
+        turns=random_tokens(rng, (users, pairs), 5),
+        chosen=random_tokens(rng, (users, pairs), 4, ended=True),
+        rejected=random_tokens(rng, (users, pairs), 4, ended=True),
+        pair_mask=mask,
+    )
+
+
+def warmup_batch(seed: int, rows: int = 8) -> WarmupBatch:
+    rng = np.random.default_rng(seed)
+
+    def demonstrations() -> Demonstrations:
+        mask = np.ones((rows, 2), bool)
+        mask[0, 1] = False
+        return Demonstrations(
+            random_tokens(rng, (rows,), 6),
+            random_tokens(rng, (rows, 2), 3),
+            random_tokens(rng, (rows, 2), 4, ended=True),
+            mask,
+        )
+
+    return WarmupBatch(demonstrations(), demonstrations(), demonstrations())
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The first devices alone, as on a machine that has no more."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """A state and reference policies that differ from it, on the mesh (which must be set)."""
+    shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh))
+    init = jax.jit(partial(init_state, model=parts.model, transforms=parts.transforms), out_shardings=shardings)
+    state, other = init(jnp.int32(0)), init(jnp.int32(1))
+    return state, jax.tree.map(jnp.copy, Frozen(other.inference.params, other.generator.params))
+
+
+def phases() -> tuple:
+    return parse_phases(PHASES)
+
+
+def copied(tree: Any) -> Any:
+    """On the host, so that donation does not matter."""
+    return jax.tree.map(lambda x: np.array(jax.random.key_data(x) if _is_key(x) else x), tree)
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def with_sgd(cfg: Config) -> Parts:
+    """Learning rate 1 and nothing else: the change of the parameters is the negative gradient."""
+    return make_parts(cfg, Transforms(optax.sgd(1.0), optax.sgd(1.0)))
+
+
+def replace(cfg: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)})

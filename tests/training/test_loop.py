@@ -1,0 +1,247 @@
+"""The host loop: what it writes and saves, how it stops, and that a killed run continues as if it never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax.arrays import Mean
+from popi_jax.build import Built
+from popi_jax.checkpoints import manager
+from popi_jax.distributed import StopRequest
+from popi_jax.metric_writer import MetricWriter
+from popi_jax.training import loop
+from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
+from popi_jax.training.state import TrainState
+from tests.training import small
+
+ROOT = Path(__file__).parents[2]
+STATE = TrainState(None, None, None, None)  # the loop only hands it on
+
+
+class Numbers:
+    """0, 1, 2, … with a position, as the iterators of grain have it."""
+
+    def __init__(self, start: int) -> None:
+        self.next = start
+
+    def __iter__(self) -> "Numbers":
+        return self
+
+    def __next__(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def get_state(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def test_batches_of_both_stages_continue_at_their_position() -> None:
+    def staged() -> StagedBatches:
+        return StagedBatches(Numbers(0), Numbers(100), 3)
+
+    batches = staged()
+    assert [next(batches) for _ in range(6)] == [0, 1, 2, 100, 101, 102]
+    for taken in (0, 2, 3, 5):
+        batches, again = staged(), staged()
+        for _ in range(taken):
+            next(batches)
+        again.set_state(batches.get_state())
+        assert [next(again) for _ in range(4)] == [next(batches) for _ in range(4)]
+
+
+class Scripted:
+    """Runs the loop with a program that counts, and at one step does `event`."""
+
+    def __init__(self, folder: Path, *, save_every: int, log_every: int, at: int, event: Any) -> None:
+        self.saved: list[int] = []
+        self.folder, self.at, self.event, self.step = folder, at, event, 0
+        self.cfg = small.replace(small.make_config(), "schedule", save_every=save_every, log_every=log_every)
+
+    def program(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Mean]]:
+        self.step += 1
+        value = self.event() if self.step == self.at else 1.0 / self.step
+        return state, {"loss": Mean(jnp.float32(2 * (value or 0.0)), jnp.float32(2.0)), "idle": Mean(*jnp.zeros(2))}
+
+    def run(self, last_step: int) -> None:
+        mesh = small.make_mesh(1, 1, 1)
+        built = Built(self.cfg, "", mesh, None, None, None, small.GLUE, None)
+        batches: Iterator[Any] = iter([small.user_batch(0)] * last_step)
+        stop = StopRequest()
+        try:
+            with MetricWriter(self.folder) as writer:
+                loop._run(
+                    self.program,
+                    STATE,
+                    0,
+                    last_step,
+                    built=built,
+                    batches=batches,
+                    writer=writer,
+                    stop=stop,
+                    save=lambda step, state: self.saved.append(step),
+                    label="test",
+                )
+        finally:
+            stop.close()
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 50])
+def test_writes_every_step_once_and_before_it_saves(tmp_path: Path, log_every: int) -> None:
+    scripted = Scripted(tmp_path, save_every=3, log_every=log_every, at=0, event=None)
+    scripted.run(8)
+    assert scripted.saved == [3, 6, 8]
+    assert [row["step"] for row in scripted.rows()] == list(range(1, 9))
+    assert [row["loss"] for row in scripted.rows()] == pytest.approx([1 / step for step in range(1, 9)])
+    assert all("idle" not in row for row in scripted.rows())  # weight 0: it does not apply
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_at_the_same_step(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    event = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    scripted = Scripted(tmp_path, save_every=100, log_every=50, at=4, event=event)
+    with pytest.raises(Stopped, match="saved at step 4") as stopped:
+        scripted.run(9)
+    assert stopped.value.signal_number == number
+    assert scripted.saved == [4]
+    assert [row["step"] for row in scripted.rows()] == [1, 2, 3, 4]
+    assert signal.getsignal(number) == before
+
+
+def test_a_metric_that_is_not_finite_ends_the_run_before_it_saves(tmp_path: Path) -> None:
+    scripted = Scripted(tmp_path, save_every=2, log_every=50, at=3, event=lambda: float("nan"))
+    with pytest.raises(NotFinite, match="step 3: loss is not finite"):
+        scripted.run(9)
+    assert scripted.saved == [2]
+    assert [row["step"] for row in scripted.rows()] == [1, 2]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_status_of_a_run_that_was_stopped(number: int, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from popi_jax import train
+
+    def stop(built: Built) -> None:
+        raise Stopped(int(number), 3)
+
+    mesh = small.make_mesh(1, 1, 1)
+    monkeypatch.setattr("popi_jax.build.build", lambda *_: Built(None, "", mesh, None, None, None, None, None))
+    monkeypatch.setattr(loop, "train", stop)
+    with pytest.raises(SystemExit) as exited:
+        train.main(small.make_config())
+    assert exited.value.code == status
+
+
+SETTINGS = {
+    "data.path": ROOT / ".pytest_cache" / "nothing",
+    "data.prepared": ROOT / ".pytest_cache" / "prepared",
+    "data.download": "false",
+    "data.sample_people": 60,
+    "data.test_fraction": 0.3,
+    "model.vocab_size": 400,
+    "warmup.steps": 2,
+    "schedule.phases": "('inference 3', 'alternate 1:1 6', 'joint 3')",
+    "schedule.save_every": 4,
+    "schedule.log_every": 1,
+    "evaluation.max_users": 8,
+}
+LAST = 14
+
+
+def start(workdir: Path, **changed: Any) -> subprocess.Popen:
+    settings = SETTINGS | {"workdir": workdir} | changed
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=600)
+    return process.returncode, errors
+
+
+def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> tuple[int, str]:
+    """Sends a signal as soon as the metrics of a step are there."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and f'{{"step": {step},' in path.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    return end(process)
+
+
+def train_only(workdir: Path) -> None:
+    """Runs to the last checkpoint; what the evaluation does is not tested here."""
+    process = start(workdir)
+    while process.poll() is None and not (workdir / "checkpoints" / str(LAST)).exists():
+        time.sleep(0.05)
+    process.kill()
+    _, errors = end(process)
+    assert (workdir / "checkpoints" / str(LAST)).exists(), errors
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for role in manager.ROLES:
+        (step, params), (other_step, others) = (manager.restore_params(str(w), role) for w in (a, b))
+        assert step == other_step == LAST
+        jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    train_only(workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, LAST + 1))
+    return workdir
+
+
+def test_a_killed_run_continues_as_if_it_never_was(uninterrupted: Path, tmp_path: Path) -> None:
+    status, _ = send_at(start(tmp_path), tmp_path, 7, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert 4 <= max(steps) < LAST
+    train_only(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    status, errors = end(start(uninterrupted, seed=5))
+    assert status == 2
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "seed was 0, is 5" in told[0] and "Traceback" not in errors
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(uninterrupted: Path, tmp_path: Path) -> None:
+    status, _ = send_at(start(tmp_path), tmp_path, 1, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    for step, number, expected in ((3, signal.SIGTERM, 143), (8, signal.SIGINT, 130)):
+        status, errors = send_at(start(tmp_path), tmp_path, step, number)
+        assert status == expected, errors
+        assert "the same command continues" in errors and "Traceback" not in errors
+    train_only(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+    status, errors = end(start(tmp_path))  # nothing is left to train: it evaluates
+    assert status == 0 and (tmp_path / "results.json").exists(), errors
+    assert_same_run(tmp_path, uninterrupted)
