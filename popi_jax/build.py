@@ -14,7 +14,7 @@ from popi_jax import distributed
 from popi_jax.checkpoints.hf_io import read_config
 from popi_jax.config import Config, resolve_mesh
 from popi_jax.data import templates, tokenizer
-from popi_jax.data.pipeline import fitted_lengths
+from popi_jax.data.encoding import fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError

@@ -15,7 +15,8 @@ from popi_jax.build import Built, build
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config, to_json
 from popi_jax.data import templates
-from popi_jax.data.pipeline import eval_batches, fitted_lengths
+from popi_jax.data.encoding import fitted_lengths
+from popi_jax.data.pipeline import eval_batches
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals.suites import place, summarize, summarizer

@@ -12,46 +12,14 @@ import numpy as np
 
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
 from popi_jax.data import templates
-from popi_jax.data.records import Messages, User
+from popi_jax.data.encoding import EncodedUser, Ids, encode_user, fit_context, padded
+from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
 _MAX_CACHED_USERS = 20_000  # about 5 kB each; later users of a larger set are encoded anew each time
-_MEASURED_USERS = 4096
-_LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 _WRONG_SLOTS = 8  # most wrong items that the generator's warm-up adds to a summary
 _SEPARATOR = " ; "  # of the items of a summary
-
-Ids = list[int]
-
-
-class Truncations(NamedTuple):
-    """How many texts were shortened to fit, and of how many."""
-
-    contexts: int
-    turns: int
-    answers: int
-    oracles: int
-    users: int
-    pairs: int
-
-
-class EncodedUser(NamedTuple):
-    """Token ids of one user, each within its limit of the configuration."""
-
-    user_id: str
-    context: Ids
-    turns: list[Ids]  # one per pair
-    chosen: list[Ids]  # one per pair; ends with the end token unless shortened
-    rejected: list[Ids]  # one per pair, as `chosen`
-    oracle: Ids  # without end token; [] = unknown
-    oracle_text: str
-    stated: Ids  # without end token; [] = the data has none
-    stated_text: str  # items separated by " ; "
-    contrasts: list[tuple[str, str]]  # what the replies of each past pair show
-    profile: Ids  # its first summary_len - 1 tokens
-    readings: list[tuple[Ids, Ids]]  # turn, answer; [] when the context was shortened
-    truncations: Truncations
 
 
 class EvalBatch(NamedTuple):
@@ -63,79 +31,11 @@ class EvalBatch(NamedTuple):
     user_mask: np.ndarray  # [users] bool
 
 
-def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
-    """Encodes one user within the limits of `cfg.data`.
-
-    Too long a context loses its oldest comments, then its oldest shots, then the tail of the survey, then that of the
-    profile. Too long a turn loses its oldest messages, then the start of its last one. Too long an answer loses its
-    tail, and with it the end token. At most `num_pairs` pairs are kept.
-
-    Raises: UserError when the fixed parts of a conversation alone exceed a limit.
-    """
-    d = cfg.data
-    pairs = user.pairs[: d.num_pairs]
-    context, context_cut = _fit_context(user, tokenizer, cfg)
-    turns = [_fit_turn(p.prompt, tokenizer, d.turn_len) for p in pairs]
-    chosen = [templates.answer(tokenizer, p.chosen) for p in pairs]
-    rejected = [templates.answer(tokenizer, p.rejected) for p in pairs]
-    oracle = tokenizer.encode(user.oracle.strip())
-    return EncodedUser(
-        user_id=user.user_id,
-        context=context,
-        turns=[turn for turn, _ in turns],
-        chosen=[ids[: d.answer_len] for ids in chosen],
-        rejected=[ids[: d.answer_len] for ids in rejected],
-        oracle=oracle[: d.summary_len],
-        oracle_text=user.oracle,
-        stated=tokenizer.encode(user.stated.strip())[: d.summary_len],
-        stated_text=user.stated,
-        profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
-        readings=[] if context_cut else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
-        contrasts=[(r.answer, r.contrast) for r in user.readings],
-        truncations=Truncations(
-            contexts=int(context_cut),
-            turns=sum(cut for _, cut in turns),
-            answers=sum(len(ids) > d.answer_len for ids in chosen + rejected),
-            oracles=int(len(oracle) > d.summary_len),
-            users=1,
-            pairs=len(pairs),
-        ),
-    )
-
-
-def truncations(users: Iterable[EncodedUser]) -> Truncations:
-    """Sums of what was shortened over some users, for a report."""
-    return Truncations(*np.sum([(0,) * 6, *(u.truncations for u in users)], axis=0).tolist())
-
-
-def fitted_lengths(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> tuple[Any, Truncations]:
-    """`cfg.data` with the padded lengths lowered to what the longest texts need, and what had to be shortened.
-
-    At most `_MEASURED_USERS` users, evenly spaced, are measured; later ones that are longer are shortened like any other.
-    """
-    stride = -(-len(users) // _MEASURED_USERS)
-    encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
-    turns = [ids for u in encoded for ids in (*u.turns, *(turn for turn, _ in u.readings))]
-    answers = [ids for u in encoded for ids in (*u.chosen, *u.rejected)]
-
-    def fitted(limit: int, rows: list[Ids], least: int) -> int:
-        longest = max(map(len, rows), default=least)
-        return min(limit, max(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, least))
-
-    data = dataclasses.replace(
-        cfg.data,
-        context_len=fitted(cfg.data.context_len, [u.context for u in encoded], 1),
-        turn_len=fitted(cfg.data.turn_len, [*turns, templates.summary_turn(tokenizer, cfg)], 1),
-        answer_len=fitted(cfg.data.answer_len, answers, 2),
-    )
-    return data, truncations(encoded)
-
-
 def summary_items(users: Iterable[User]) -> tuple[str, ...]:
-    """All items of the users' oracle summaries, in an order that agrees with that within each summary where one exists."""
+    """All items of the users' oracle summaries, in an order that agrees with each summary if one does."""
     after: dict[str, set[str]] = {}
     for user in users:
-        items = user.oracle.split(" ; ") if user.oracle else []
+        items = user.oracle.split(_SEPARATOR) if user.oracle else []
         for i, item in enumerate(items):
             after.setdefault(item, set()).update(items[i + 1 :])
     return tuple(sorted(after, key=lambda item: (-len(after[item]), item)))
@@ -185,21 +85,24 @@ def warmup_batches(
 ) -> grain.IterDataset:
     """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in `user_batches`.
 
-    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`) and with
-    random ones (`warmup.wrong`), or with nothing (`warmup.no_summary`); the answers are the chosen replies to K =
+    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`) and
+    with random ones (`warmup.wrong`), or with nothing (`warmup.no_summary`); the answers are the chosen replies to K =
     `batch.pairs` random prompts.
-    Summary: the answer is what the survey text states; with probability `warmup.guess` each contrast that past pairs show
-    adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that states
-    nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same signals follow.
+    Summary: the answer is what the survey text states; with probability `warmup.guess` each contrast that past pairs
+    show adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that
+    states nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same
+    signals follow.
     Reading: the signals hold nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for; data
-    without exercises has only masked rows. Summaries list items in the order of `items`.
+    without exercises has only masked rows.
+    Summaries list items in the order of `items`.
 
     Raises: UserError as `user_batches`.
     """
     w = cfg.warmup
     fields = ("generator_users", "summary_users", "reading_users")
     sizes = [getattr(w, field) for field in fields]
-    own_rows = [_process_rows(n, f"warmup.{f}", process_index, process_count) for n, f in zip(sizes, fields, strict=True)]
+    place = process_index, process_count
+    own_rows = [_process_rows(n, f"warmup.{f}", *place) for n, f in zip(sizes, fields, strict=True)]
     users = _EncodedUsers(source, tokenizer, cfg)
     prefix = templates.generator_prefix(tokenizer, cfg)
     summary_turn = templates.summary_turn(tokenizer, cfg)
@@ -375,7 +278,7 @@ def _pad_nested(rows: list[list[Ids]], count: int, length: int, pad_id: int) -> 
 
 
 def _known(user: EncodedUser, items: tuple[str, ...], w: Any, rng: np.random.Generator, tokenizer: Tokenizer) -> Ids:
-    """What the generator is told of a user in the warm-up: the oracle summary, at times incomplete, partly wrong or absent."""
+    """What the generator is told of a user in the warm-up: the oracle summary, at times incomplete, wrong or absent."""
     told = user.oracle_text or user.stated_text
     if not told or rng.random() < w.no_summary:
         return []
@@ -417,73 +320,6 @@ def _reading_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) ->
             shots = sorted(user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected))
             few = tuple(shots[max(len(shots) - cfg.warmup.reading_shots, 0) :])
             only = dataclasses.replace(user, profile="", survey="", comments=(), shots=few)
-            longest = max(longest, len(_fit_context(only, tokenizer, cfg)[0]))
-    fitted = min(cfg.data.context_len, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+            longest = max(longest, len(fit_context(only, tokenizer, cfg)[0]))
+    fitted = min(cfg.data.context_len, padded(longest))
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context_len=fitted))
-
-
-def _reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, Ids]:
-    def turn(part: str) -> Ids:
-        return templates.reading_turn(tokenizer, part)
-
-    ids, _ = _fit_text(question, turn, tokenizer, cfg.data.turn_len, "data.turn_len", keep="end")
-    return ids, templates.answer(tokenizer, text)[: cfg.data.answer_len]
-
-
-def _fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]:
-    limit = cfg.data.context_len
-
-    def encode(some: User) -> Ids:
-        return templates.inference_context(tokenizer, templates.signals_text(some))
-
-    def with_survey(text: str) -> Ids:
-        return encode(dataclasses.replace(user, survey=text))
-
-    def with_profile(text: str) -> Ids:
-        return encode(dataclasses.replace(user, survey="", profile=text))
-
-    ids, cut = encode(user), False
-    while len(ids) > limit and (user.comments or user.shots):
-        dropped = {"comments": user.comments[1:]} if user.comments else {"shots": user.shots[1:]}
-        user = dataclasses.replace(user, **dropped)
-        ids, cut = encode(user), True
-    if len(ids) <= limit:
-        return ids, cut
-    text, part = (user.survey, with_survey) if len(with_survey("")) <= limit else (user.profile, with_profile)
-    return _fit_text(text, part, tokenizer, limit, "data.context_len", keep="start")[0], True
-
-
-def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:
-    ids = templates.generator_turn(tokenizer, prompt)
-    if len(ids) <= limit:
-        return ids, False
-    kept = list(prompt)
-    while len(ids) > limit and len(kept) > 1:
-        kept = kept[1:]
-        if kept[0]["role"] == "assistant":  # its question has just gone
-            kept = kept[1:]
-        ids = templates.generator_turn(tokenizer, kept)
-    if len(ids) <= limit:
-        return ids, True
-
-    def turn(text: str) -> Ids:
-        return templates.generator_turn(tokenizer, [{"role": "user", "content": text}])
-
-    return _fit_text(kept[-1]["content"], turn, tokenizer, limit, "data.turn_len", keep="end")[0], True
-
-
-def _fit_text(
-    text: str, encode: Callable[[str], Ids], tokenizer: Tokenizer, limit: int, field: str, *, keep: str
-) -> tuple[Ids, bool]:
-    """Longest encode(part) of at most `limit` tokens, where the part is the "start" or the "end" of the text."""
-    ids = encode(text)
-    if len(ids) <= limit:
-        return ids, False
-    tokens = tokenizer.encode(text)
-    while len(ids) > limit and tokens:  # decoding and encoding again may change the count by a token or two
-        excess = min(len(ids) - limit, len(tokens))
-        tokens = tokens[:-excess] if keep == "start" else tokens[excess:]
-        ids = encode(tokenizer.decode(tokens))
-    if len(ids) > limit:
-        raise UserError(f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions alone")
-    return ids, True

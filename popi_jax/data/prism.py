@@ -290,7 +290,8 @@ def _latents(path: Path, people: dict[str, Person], on_bad_row: str) -> tuple[di
             raise row.error("user_id", user_id, f"a user of {FILES[0]}", "Write the made data again.")
         items = row.object("readings")
         rows = {name: items.object(name) for name in items.fields}
-        readings = {name: Reading(*(item.text(field) for field in ("question", "answer", "contrast"))) for name, item in rows.items()}
+        fields = ("question", "answer", "contrast")
+        readings = {name: Reading(*(item.text(field) for field in fields)) for name, item in rows.items()}
         row.unique("user_id", seen)
         return user_id, Latent(row.text("oracle", empty=True), row.text("stated", empty=True), readings)
 

@@ -36,7 +36,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A question about the raw signals with its answer; only made data has them: they teach reading, not summarising."""
+    """A question about the raw signals and its answer; only made data has them: they teach reading, not summarising."""
 
     question: str
     answer: str  # what the chosen reply shows

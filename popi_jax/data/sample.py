@@ -265,8 +265,7 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
-    """Writes survey.jsonl, conversations.jsonl and utterances.jsonl as published, and latents.jsonl, which holds what only
-    the maker knows."""
+    """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl: the truth behind."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl", "latents.jsonl")
     files = {name: (folder / name).open("w", encoding="utf-8") for name in names}
@@ -280,9 +279,7 @@ def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
 
 # ---- the best that any model could do -------------------------------------------------------------------------------
 
-_REPLIES = {
-    reply: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles) for reply in pole.replies
-}
+_REPLIES = {reply: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles) for reply in pole.replies}
 _ITEM = {pole.item: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles)}
 _STATES = [
     Person(active, poles)
@@ -331,8 +328,11 @@ def _accuracies(weights: np.ndarray, user: User) -> list[float]:
 
 
 def bayes_optimum(users: Iterable[User]) -> dict[str, float]:
-    """Expected accuracy on the users' held-out pairs of the best classifier that sees nothing of the user ("no_signals"),
-    the self-description and past pairs ("signals"), or the true preferences ("latent")."""
+    """Expected accuracy, on the users' held-out pairs, of the best classifier.
+
+    It sees nothing of the user ("no_signals"), the self-description and past pairs ("signals"), or the true preferences
+    ("latent").
+    """
     values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
     for user in users:
         truth = {_ITEM[item] for item in user.oracle.split(SEPARATOR)}

@@ -1,7 +1,7 @@
 """The words and conversations that both roles read: pure functions from records to text and token ids.
 
 Each conversation is cut where its context ends (docs/design.md): the generator's after the summary z, that of the
-inference model after the signals u. Refuses to shorten anything; that is the pipeline's work.
+inference model after the signals u. Refuses to shorten anything: encoding.py does that.
 """
 
 from collections.abc import Iterable, Iterator
