@@ -15,6 +15,7 @@ from tests.oracles import losses as oracle
 
 RECORDED = pathlib.Path(__file__).parents[3] / "shared" / "oracles"
 few = hypothesis.settings(max_examples=25, deadline=None)
+scales = st.sampled_from(["group", "batch", "none"])
 rewards = hnp.arrays(np.float32, (3, 4), elements=st.floats(-8, 0, width=32))
 
 
@@ -59,7 +60,7 @@ def test_what_stands_in_the_padding_does_not_matter() -> None:
 
 
 @few
-@hypothesis.given(rewards, st.sampled_from(["group", "none"]))
+@hypothesis.given(rewards, scales)
 def test_advantages_equal_the_equation(r: np.ndarray, scale: str) -> None:
     # float32 leaves a rounding of the mean behind, which a tiny standard deviation magnifies
     hypothesis.assume(all(np.ptp(row) > 1e-2 for row in r))
@@ -68,7 +69,7 @@ def test_advantages_equal_the_equation(r: np.ndarray, scale: str) -> None:
 
 
 @few
-@hypothesis.given(rewards, st.permutations(range(4)), st.sampled_from(["group", "none"]))
+@hypothesis.given(rewards, st.permutations(range(4)), scales)
 def test_a_permuted_group_has_permuted_advantages(r: np.ndarray, order: list[int], scale: str) -> None:
     hypothesis.assume(all(np.ptp(row) > 1e-2 for row in r))
     straight = np.asarray(group_advantages(jnp.asarray(r), scale=scale))
@@ -77,7 +78,7 @@ def test_a_permuted_group_has_permuted_advantages(r: np.ndarray, order: list[int
 
 
 @few
-@hypothesis.given(st.floats(-8, 0, width=32), st.sampled_from([2, 3, 4, 8]), st.sampled_from(["group", "none"]))
+@hypothesis.given(st.floats(-8, 0, width=32), st.sampled_from([2, 3, 4, 8]), scales)
 def test_equal_rewards_have_no_advantage(reward: float, group: int, scale: str) -> None:
     found = group_advantages(jnp.full((2, group), reward, jnp.float32), scale=scale)
     # a mean of equal numbers may differ from them in the last bit, which is divided by 1e-4
@@ -102,6 +103,7 @@ def test_kl_estimate_is_unbiased() -> None:
 @pytest.mark.skipif(not RECORDED.exists(), reason="the recorded values of TRL are not here")
 class TestRecorded:
     def test_advantages_equal_those_of_trl(self) -> None:
+        """But for scale "batch": TRL divides by the deviation of the rewards, we by that of the centred rewards."""
         recorded = np.load(RECORDED / "grpo_advantages.npz")
         r = jnp.asarray(recorded["rewards"]).reshape(-1, int(recorded["num_generations"]))
         for scale in ("group", "none"):

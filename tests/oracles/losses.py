@@ -36,6 +36,8 @@ def advantages(rewards, scale: str) -> np.ndarray:
     centred = r - r.mean(-1, keepdims=True)
     if scale == "none":
         return centred
+    if scale == "batch":
+        return centred / (np.sqrt((centred**2).mean()) + 1e-4)
     variance = (centred**2).sum(-1, keepdims=True) / (r.shape[-1] - 1)
     return centred / (np.sqrt(variance) + 1e-4)
 

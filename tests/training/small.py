@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh
 
 from configs.base import base
@@ -114,11 +113,6 @@ def copied(tree: Any) -> Any:
 
 def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def with_sgd(cfg: Config) -> Parts:
-    """Learning rate 1 and nothing else: the change of the parameters is the negative gradient."""
-    return make_parts(cfg, Transforms(optax.sgd(1.0), optax.sgd(1.0)))
 
 
 def replace(cfg: Config, section: str, **values: Any) -> Config:

@@ -11,7 +11,8 @@ import pytest
 from popi_jax.arrays import Rollouts, Tokens, UserBatch
 from popi_jax.losses.dpo import PairLogps
 from popi_jax.models.roles import splice
-from popi_jax.training.state import RoleState
+from popi_jax.training import optim
+from popi_jax.training.state import RoleState, Transforms
 from popi_jax.training.steps import generator_step, inference_step, warmup_step
 from tests.oracles import losses as oracle
 from tests.oracles import plain
@@ -142,7 +143,8 @@ def test_what_follows_the_end_of_a_summary_is_not_trained(inference_program) -> 
 
 
 def test_warmup_lowers_the_loss_of_a_batch() -> None:
-    parts = small.make_parts(CFG)
+    adamw = optim.adamw(CFG.optimizer, 3e-3, 0, 20)
+    parts = small.make_parts(CFG, Transforms(adamw, adamw))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
         state, _ = small.make_state(parts, mesh)
