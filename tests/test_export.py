@@ -167,8 +167,11 @@ def test_the_code_of_the_card_runs_and_asks_what_training_asked(tmp_path, instru
     values: dict = {}
     exec(compile(code, os.fspath("card"), "exec"), values)
     assert f"summary: {values['summary']}\nanswer: {values['answer']}\n" in capsys.readouterr().out
-    context = templates.inference_context(TOKENIZER, config, values["signals"])
-    assert asked[0] == context + templates.summary_turn(TOKENIZER)
+    context = templates.inference_context(TOKENIZER, values["signals"])
+    expected = context + templates.summary_turn(TOKENIZER, config)
+    if not instruction:
+        assert asked[0] == expected
+    assert TOKENIZER.decode(asked[0]).split() == TOKENIZER.decode(expected).split()
     prompt = [{"role": "user", "content": "how do magnets work"}]
     summary = TOKENIZER.encode(values["summary"])
     expected = templates.generator_prefix(TOKENIZER, config) + summary + templates.generator_turn(TOKENIZER, prompt)

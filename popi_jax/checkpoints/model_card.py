@@ -45,7 +45,7 @@ signals = """profile: I teach physics at a school and have little time.
 asked: what is a black hole
 liked: A star's remains, so dense that light cannot leave.
 disliked: Black holes are a fascinating topic! There is so much to say about them..."""
-summary = reply("inference", [{"role": "user", "content": @SUMMARY_INSTRUCTION@ + signals}], @SUMMARY_LEN@)
+summary = reply("inference", [{"role": "user", "content": signals + @SUMMARY_INSTRUCTION@}], @SUMMARY_LEN@)
 answer = reply(
     "generator",
     [
@@ -100,14 +100,13 @@ def render(
 
 
 def _snippet(config: Any) -> str:
-    def quoted(instruction: str) -> str:
-        return json.dumps(f"{instruction}\n" if instruction else "", ensure_ascii=False)
-
+    model, data = config.model, config.data
+    before_summary = f"{model.answer_instruction}\n" if model.answer_instruction else ""
     return (
-        _SNIPPET.replace("@SUMMARY_INSTRUCTION@", quoted(config.model.summary_instruction))
-        .replace("@ANSWER_INSTRUCTION@", quoted(config.model.answer_instruction))
-        .replace("@SUMMARY_LEN@", str(config.data.summary_len))
-        .replace("@ANSWER_LEN@", str(config.data.answer_len))
+        _SNIPPET.replace("@SUMMARY_INSTRUCTION@", json.dumps(model.summary_instruction, ensure_ascii=False))
+        .replace("@ANSWER_INSTRUCTION@", json.dumps(before_summary, ensure_ascii=False))
+        .replace("@SUMMARY_LEN@", str(data.summary_len))
+        .replace("@ANSWER_LEN@", str(data.answer_len))
     )
 
 
