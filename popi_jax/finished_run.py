@@ -89,7 +89,7 @@ def summaries_of(
     data, cut = fitted_lengths(users, words, lengths)
     if cut.contexts:
         logging.warning(
-            "The signals of %d of %d users were too long and lost their end (data.context_len = %d).",
+            "The signals of %d of %d users were too long and shortened (data.context_len = %d).",
             *(cut.contexts, cut.users, lengths.data.context_len),
         )
     config = dataclasses.replace(lengths, data=dataclasses.replace(data, num_pairs=1))
