@@ -20,17 +20,24 @@ ALLOWED = {
     "metric_writer": set(),
     "progress": set(),
     "distributed": set(),
-    "build": {"arrays", "config", "data", "distributed", "errors", "models", "sharding", "training"},
+    "build": {"arrays", "checkpoints", "config", "data", "distributed", "errors", "models", "sharding", "training"},
     "sharding": {"arrays", "config", "errors"},
     "losses": {"arrays"},
     "data": {"arrays", "config", "errors"},
     "models": {"arrays", "sharding", "losses"},
     "checkpoints": {"arrays", "errors", "sharding", "models", "config"},
     "training": {"arrays", "config", "errors", "sharding", "models", "losses"},
+    "finished_run": {
+        *("arrays", "build", "checkpoints", "config", "data", "errors", "evals", "models", "progress", "sharding"),
+        "training",
+    },
     "evals": {"arrays", "config", "errors", "sharding", "models", "losses", "data"},
 }
 # single files that may import more than their folder
-ALSO = {"training/loop.py": {"build", "checkpoints", "data", "distributed", "evals", "metric_writer", "progress"}}
+ALSO = {
+    "training/loop.py": {"build", "checkpoints", "data", "distributed", "evals", "metric_writer", "progress"},
+    "evals/report.py": {"build", "progress"},
+}
 FLAX = {"models/transformer.py", "sharding.py"}
 HEAVY = {"jax", "numpy", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tokenizers", "safetensors"}
 
