@@ -36,10 +36,10 @@ def base() -> ConfigDict:
     d.turns = "first"  # first | all (prism)
     d.use_system_string = False  # whether the signals hold the person's own system string, almost an oracle (prism)
     d.sample_people = 4600  # people of the PRISM-format sample
-    d.context_len = 320  # most tokens of an inference context (the signals)
-    d.turn_len = 20  # most tokens of a prompt with its headers
-    d.answer_len = 20  # most tokens of a reply, end token included
-    d.summary_len = 24  # most tokens of a summary, end token included
+    d.context_len = 1024  # most tokens of an inference context (the signals)
+    d.turn_len = 128  # most tokens of a prompt with its headers
+    d.answer_len = 128  # most tokens of a reply, end token included
+    d.summary_len = 18  # most tokens of a summary, end token included
     d.workers = 0  # processes that prepare batches; 0 = threads of this one
 
     c.model = m = ConfigDict()
@@ -60,13 +60,13 @@ def base() -> ConfigDict:
     m.answer_instruction = ""  # text before the summary in the generator's context
 
     c.warmup = w = ConfigDict()  # likelihood training of both roles from random weights
-    w.steps = 450  # 0 = off; must be 0 with a checkpoint
-    w.generator_users = 16  # users per step
+    w.steps = 300  # 0 = off; must be 0 with a checkpoint
+    w.generator_users = 8  # users per step
     w.summary_users = 16  # users per step whose signals the inference model summarises
-    w.readings = 2  # reading exercises on the signals of each of them
-    w.reading_users = 64  # users per step of whom it reads a few past pairs without the rest of the signals
-    w.reading_shots = 1  # most past pairs in such an exercise
-    w.guess = 0.5  # probability that a summary names one side, at random, of a contrast that past pairs show
+    w.readings = 5  # reading exercises on the signals of each of them
+    w.reading_users = 16  # users per step of whom it reads a few past pairs without the rest of the signals
+    w.reading_shots = 3  # most past pairs in such an exercise
+    w.guess = 0.2  # probability that a summary names one side, at random, of a contrast that past pairs show
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.drop = 0.25  # probability that the generator's summary lacks an item
     w.wrong = 0.05  # the generator's summary gets Binomial(8, wrong) random items
@@ -74,17 +74,17 @@ def base() -> ConfigDict:
     w.lr_warmup_steps = 20
 
     c.generator = g = ConfigDict()
-    g.beta = 0.3  # of the preference objective, per nat
+    g.beta = 0.1  # of the preference objective, per nat
     g.learning_rate = 1e-4
     g.lr_warmup_steps = 5
 
     c.inference = i = ConfigDict()
     i.group_size = 8  # summaries sampled per user (G)
     i.temperature = 1.0  # of sampling and of the log-probs that are trained
-    i.advantage_scale = "group"  # group | batch | none: whose standard deviation divides the centred rewards
+    i.advantage_scale = "batch"  # group | batch | none: whose standard deviation divides the centred rewards
     i.clip_eps = 0.2  # of the probability ratio
-    i.kl_coef = 0.01  # per nat of KL to the reference inference model
-    i.length_penalty = 0.0  # reward lost per token of the summary
+    i.kl_coef = 0.02  # per nat of KL to the reference inference model
+    i.length_penalty = 0.001  # reward lost per token of the summary
     i.learning_rate = 5e-4
     i.lr_warmup_steps = 10
 
@@ -97,7 +97,7 @@ def base() -> ConfigDict:
 
     c.batch = b = ConfigDict()
     b.users = 16  # users per update, over all devices
-    b.pairs = 4  # preference pairs per user and update (K)
+    b.pairs = 8  # preference pairs per user and update (K)
 
     c.schedule = s = ConfigDict()
     # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each update) or

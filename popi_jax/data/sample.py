@@ -102,7 +102,7 @@ TOPICS = tuple(
     "planets poetry pottery rain rivers robots salt sharks silk sleep snow soap spices spiders steam storms sugar tea "
     "tides trains trees tunnels vaccines violins whales wheat wind wolves yoga".split()
 )
-PROMPTS = ("tell me about {}", "what should i know about {} ?", "explain {} please")
+PROMPTS = ("tell me about {}", "explain {} please", "why {} ?")
 STATEMENTS = ("i like {} .", "please give me {} .", "i prefer {} .")
 FACTS = tuple(
     f"{fact} ."

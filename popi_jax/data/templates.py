@@ -18,7 +18,8 @@ def signals_text(user: User) -> str:
     parts = [f"profile: {user.profile}"] if user.profile else []
     parts += [f"survey: {user.survey}"] if user.survey else []
     parts += [f"about: {c.prompt}\nwrote: {c.comment}" for c in user.comments]
-    parts += [f"asked: {s.prompt}\nliked: {s.chosen}\ndisliked: {s.rejected}" for s in user.shots]
+    parts += [f"asked: {s.prompt}\nliked: {s.chosen}" for s in user.shots]
+    parts += [f"disliked: {s.rejected}" for s in user.shots]
     return "\n".join(parts)
 
 
