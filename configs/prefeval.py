@@ -15,9 +15,16 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.path = "data/prefeval"
     c.data.split_by = "topic"
     c.data.num_pairs = 3
-    c.data.context_len = max(c.data.context_len, 1536)
-    c.data.turn_len = max(c.data.turn_len, 96)
-    c.data.answer_len = max(c.data.answer_len, 160)
-    c.data.summary_len = max(c.data.summary_len, 48)
+    if c.model.checkpoint:
+        c.data.context_len = max(c.data.context_len, 1536)
+        c.data.summary_len = max(c.data.summary_len, 48)
+    else:  # random weights learn to write, not to personalise, from 800 rows: short texts, few steps
+        c.data.context_len = 384
+        c.data.turn_len = 48
+        c.data.answer_len = 48
+        c.data.summary_len = 32
+        c.warmup.steps = 80
+        c.schedule.phases = ("inference 12", "alternate 2:1 6")
+        c.schedule.save_every = 20
     c.batch.pairs = min(c.batch.pairs, 3)
     return c
