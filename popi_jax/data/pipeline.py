@@ -32,13 +32,22 @@ class EvalBatch(NamedTuple):
 
 
 def summary_items(users: Iterable[User]) -> tuple[str, ...]:
-    """All items of the users' oracle summaries, in an order that agrees with each summary if one does."""
+    """All items of the users' oracle summaries, in an order that agrees with each summary unless they contradict."""
     after: dict[str, set[str]] = {}
     for user in users:
         items = user.oracle.split(_SEPARATOR) if user.oracle else []
         for i, item in enumerate(items):
             after.setdefault(item, set()).update(items[i + 1 :])
-    return tuple(sorted(after, key=lambda item: (-len(after[item]), item)))
+
+    def num_later(item: str) -> int:
+        later, queue = set[str](), [item]
+        while queue:
+            new = after[queue.pop()] - later
+            later |= new
+            queue += new
+        return len(later)
+
+    return tuple(sorted(after, key=lambda item: (-num_later(item), item)))
 
 
 def user_batches(
@@ -106,6 +115,11 @@ def warmup_batches(
     users = _EncodedUsers(source, tokenizer, cfg)
     prefix = templates.generator_prefix(tokenizer, cfg)
     summary_turn = templates.summary_turn(tokenizer, cfg)
+    if len(summary_turn) > cfg.data.turn_len:
+        raise UserError(
+            f"data.turn_len: {cfg.data.turn_len} is less than the {len(summary_turn)} tokens of "
+            "model.summary_instruction with its headers; raise the one or shorten the other"
+        )
     reading_cfg = _reading_contexts(source, tokenizer, cfg)
 
     def generator(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:

@@ -1,4 +1,4 @@
-"""Batches: what is cut, what is drawn, and that the order depends on the seed alone."""
+"""Batches: what is drawn, what each row holds, and that the order depends on the seed alone."""
 
 import dataclasses
 import itertools
@@ -6,167 +6,46 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from configs.base import base
+from popi_jax.arrays import Demonstrations
+from popi_jax.config import Config
 from popi_jax.data import pipeline, templates
-from popi_jax.data import tokenizer as tokenizer_lib
-from popi_jax.data.records import Comment, Pair, Reading, Shot, User
+from popi_jax.data.records import Reading, User
+from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
-
-ITEMS = ("short answers", "warm tone", "plain words", "playful jokes")
-
-
-def make_user(n: int, num_pairs: int) -> User:
-    return User(
-        user_id=f"u{n}",
-        profile=f"i am number {n} .",
-        survey="i keep bees .",
-        shots=tuple(Shot(f"shot {n} {k} ?", "they sing", "no idea") for k in range(2)),
-        comments=(Comment("tea ?", "too long"),),
-        pairs=tuple(
-            Pair(f"{n}/{k}", [{"role": "user", "content": f"pair {n} {k} ?"}], f"yes {n} {k}", f"no {n} {k}")
-            for k in range(num_pairs)
-        ),
-        oracle=" ; ".join(ITEMS[n % 2 :: 2]),
-        stated=ITEMS[n % 2],
-        readings=tuple(Reading(f"read {n} {k} ?", ITEMS[k]) for k in range(3)),
-    )
-
-
-USERS = [make_user(n, 1 + n % 6) for n in range(11)]
+from tests.data.people import ITEMS, USERS, ids_at, make_config, make_tokenizer, make_user
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> tokenizer_lib.Tokenizer:
-    texts = [f"{templates.signals_text(u)} {u.oracle} pair yes no read" for u in USERS]
-    return tokenizer_lib.train(texts, 400)
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
 
 
 @pytest.fixture
-def cfg() -> ConfigDict:
-    c = base()
-    c.data.context_len = 90
-    c.data.turn_len = 16
-    c.data.answer_len = 8
-    c.data.summary_len = 12
-    c.batch.users, c.batch.pairs = 4, 3
-    c.warmup.generator_users, c.warmup.inference_users, c.warmup.readings = 4, 2, 2
-    c.evaluation.batch_users = 4
-    return c
+def cfg() -> Config:
+    return make_config()
 
 
 def assert_equal(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def text(tokenizer: tokenizer_lib.Tokenizer, tokens: Any, *at: int) -> str:
-    return tokenizer.decode(tokens.ids[at][: tokens.lengths[at]])
+def text(tokenizer: Tokenizer, tokens: Any, *at: int) -> str:
+    return tokenizer.decode(ids_at(tokens, *at))
 
 
 def take(dataset: Any, count: int) -> list[Any]:
     return list(itertools.islice(iter(dataset), count))
 
 
-def test_encode_user_without_cuts(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    user = USERS[1]
-    found = pipeline.encode_user(user, tokenizer, cfg)
-    assert found.context == templates.inference_context(tokenizer, cfg, templates.signals_text(user))
-    assert found.turns == [templates.generator_turn(tokenizer, p.prompt) for p in user.pairs]
-    assert found.chosen == [templates.answer(tokenizer, p.chosen) for p in user.pairs]
-    assert found.rejected == [templates.answer(tokenizer, p.rejected) for p in user.pairs]
-    assert tokenizer.decode(found.oracle) == user.oracle
-    assert tokenizer.decode(found.stated) == user.stated
-    assert found.readings[2] == (
-        templates.reading_turn(tokenizer, "read 1 2 ?"),
-        templates.answer(tokenizer, ITEMS[2]),
-    )
-    assert found.truncations == pipeline.Truncations(contexts=0, turns=0, answers=0, oracles=0, users=1, pairs=2)
-
-
-def test_context_loses_comments_then_old_shots_then_survey_then_profile(
-    tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict
-) -> None:
-    user = dataclasses.replace(USERS[1], comments=(Comment("a ?", "old"), Comment("b ?", "new")))
-    lines = ["i am number 1", "i keep bees", "old", "new", "shot 1 0", "shot 1 1"]
-    seen, parts = [], []
-    for limit in range(pipeline.encode_user(user, tokenizer, cfg).context.__len__(), 3, -1):
-        cfg.data.context_len = limit
-        ids = pipeline.encode_user(user, tokenizer, cfg).context
-        assert len(ids) <= limit
-        parts.append(tokenizer.decode(ids))
-        kept = [line for line in lines if line in parts[-1]]
-        if kept not in seen:
-            seen.append(kept)
-    assert seen == [
-        [line for line in lines if line not in gone]
-        for gone in itertools.accumulate(
-            [[], ["old"], ["new"], ["shot 1 0"], ["shot 1 1"], ["i keep bees"], ["i am number 1"]]
-        )
-    ]
-    assert "profile: i am number 1 .\nsurvey: i keep" in parts  # tails are cut, not heads
-    assert "profile: i am" in parts
-
-
-def test_turns_lose_old_messages_then_the_start_of_the_last(
-    tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict
-) -> None:
-    prompt = [
-        {"role": "system", "content": "be short"},
-        {"role": "user", "content": "bees ?"},
-        {"role": "assistant", "content": "they sing"},
-        {"role": "user", "content": "shot 1 shot 2 shot 3 ?"},
-    ]
-    user = dataclasses.replace(USERS[0], pairs=(Pair("r", prompt, "yes", "no"),))
-
-    def turn_at(limit: int) -> list[int]:
-        cfg.data.turn_len = limit
-        found = pipeline.encode_user(user, tokenizer, cfg)
-        assert found.truncations.turns == (limit < len(whole))
-        return found.turns[0]
-
-    whole = templates.generator_turn(tokenizer, prompt)
-    last = templates.generator_turn(tokenizer, prompt[-1:])
-    assert turn_at(len(whole)) == whole
-    assert turn_at(len(whole) - 1) == templates.generator_turn(tokenizer, prompt[1:])
-    assert turn_at(len(templates.generator_turn(tokenizer, prompt[1:])) - 1) == last  # no answer without its question
-    assert turn_at(len(last)) == last
-    shortened = turn_at(len(last) - 1)
-    assert shortened == last[:2] + last[3:]  # end, header, then the content without its first token
-    bare = turn_at(4)
-    assert bare == templates.generator_turn(tokenizer, [{"role": "user", "content": ""}])
-    with pytest.raises(UserError, match="data.turn_len: 3 is less than the 4 tokens"):
-        turn_at(3)
-
-
-def test_a_cut_answer_has_no_end_token_and_is_counted(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    user = dataclasses.replace(USERS[0], pairs=(Pair("r", USERS[0].pairs[0].prompt, "yes " * 20, "no"),))
-    found = pipeline.encode_user(user, tokenizer, cfg)
-    assert len(found.chosen[0]) == 8 and tokenizer.eos_id not in found.chosen[0]
-    assert found.rejected[0][-1] == tokenizer.eos_id
-    cfg.data.context_len, cfg.data.summary_len = 40, 2
-    users = [pipeline.encode_user(u, tokenizer, cfg) for u in (user, USERS[1])]
-    assert pipeline.truncations(users) == pipeline.Truncations(
-        contexts=2, turns=0, answers=1, oracles=2, users=2, pairs=3
-    )
-    assert pipeline.truncations([]) == pipeline.Truncations(0, 0, 0, 0, 0, 0)
-
-
-def test_instructions_longer_than_the_context_are_told(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.model.summary_instruction = "i keep bees " * 50
-    with pytest.raises(UserError, match="data.context_len: 90 is less than"):
-        pipeline.encode_user(USERS[0], tokenizer, cfg)
-
-
-def test_rows_belong_together(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
+def test_rows_belong_together(tokenizer: Tokenizer, cfg: Config) -> None:
     batch = next(iter(pipeline.user_batches(USERS, tokenizer, cfg, seed=0)))
-    assert batch.context.ids.shape == (4, 90) and batch.turns.ids.shape == (4, 3, 16)
+    assert batch.context.ids.shape == (4, 120) and batch.turns.ids.shape == (4, 3, 16)
     assert batch.chosen.ids.shape == batch.rejected.ids.shape == (4, 3, 8)
     assert all(leaf.dtype in (np.int32, np.bool_) for leaf in jax.tree.leaves(batch))
     for row in range(4):
@@ -184,9 +63,7 @@ def test_rows_belong_together(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDic
     assert not batch.turns.lengths[unused].any() and (batch.turns.ids[unused] == tokenizer.pad_id).all()
 
 
-def test_every_user_once_per_epoch_and_another_order_each_epoch(
-    tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict
-) -> None:
+def test_every_user_once_per_epoch_and_another_order_each_epoch(tokenizer: Tokenizer, cfg: Config) -> None:
     batches = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 11)  # 4 epochs of 11 users
     who = [text(tokenizer, b.context, row).split("\n")[0] for b in batches for row in range(4)]
     epochs = [who[start : start + 11] for start in range(0, 44, 11)]
@@ -195,21 +72,21 @@ def test_every_user_once_per_epoch_and_another_order_each_epoch(
     assert np.concatenate([b.index for b in batches]).tolist() == list(range(44))
 
 
-def test_pairs_are_drawn_anew_and_all_in_the_end(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
+def test_pairs_are_drawn_anew_and_all_in_the_end(tokenizer: Tokenizer, cfg: Config) -> None:
     users = [make_user(0, 6)]
     batches = take(pipeline.user_batches(users, tokenizer, cfg, seed=0, num_pairs=2), 5)
     draws = [tuple(text(tokenizer, b.turns, row, k) for k in range(2)) for b in batches for row in range(4)]
     assert len(set(draws)) > 5 and len({turn for draw in draws for turn in draw}) == 6
 
 
-def test_seed_alone_decides(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
+def test_seed_alone_decides(tokenizer: Tokenizer, cfg: Config) -> None:
     first = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=3), 4)
     assert_equal(first, take(pipeline.user_batches(USERS, tokenizer, cfg, seed=3), 4))
     other = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=4), 4)
     assert any((a.context.ids != b.context.ids).any() for a, b in zip(first, other, strict=True))
 
 
-def test_processes_share_the_global_batch(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
+def test_processes_share_the_global_batch(tokenizer: Tokenizer, cfg: Config) -> None:
     whole = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 4)
     warm = take(pipeline.warmup_batches(USERS, tokenizer, cfg, seed=0, items=ITEMS), 4)
     halves, warm_halves = [], []
@@ -224,7 +101,7 @@ def test_processes_share_the_global_batch(tokenizer: tokenizer_lib.Tokenizer, cf
 
 
 @pytest.mark.parametrize("make", [pipeline.user_batches, pipeline.warmup_batches])
-def test_resume_is_exact(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict, make: Any) -> None:
+def test_resume_is_exact(tokenizer: Tokenizer, cfg: Config, make: Any) -> None:
     iterator = iter(make(USERS, tokenizer, cfg, seed=0))
     for _ in range(3):
         next(iterator)
@@ -236,28 +113,28 @@ def test_resume_is_exact(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict, ma
 
 
 WORKERS = """
-import itertools, sys
+import itertools
 import jax, numpy as np
 from absl import flags
-from configs.base import base
-from popi_jax.data import pipeline, tokenizer
-from popi_jax.data.records import Pair, User
+from popi_jax.data import pipeline
+from tests.data.people import ITEMS, USERS, make_config, make_tokenizer
 
 if __name__ == "__main__":
     flags.FLAGS(["x"])
-    pair = tuple(Pair(str(k), [{"role": "user", "content": str(k)}], "yes", "no") for k in range(6))
-    users = [User(str(n), f"number {n}", "", (), (), pair) for n in range(11)]
-    made, cfg = tokenizer.train(["number yes no"], 300), base()
-    cfg.batch.users = 4
-    expected = list(itertools.islice(pipeline.user_batches(users, made, cfg, seed=0), 6))
-    cfg.data.workers = 2
-    iterator = iter(pipeline.user_batches(users, made, cfg, seed=0))
-    first = [next(iterator) for _ in range(3)]
-    state = iterator.get_state()
-    next(iterator)
-    iterator.set_state(state)
-    jax.tree.map(np.testing.assert_array_equal, expected, first + [next(iterator) for _ in range(3)])
-    iterator.close()
+    tokenizer = make_tokenizer()
+
+    def batches(workers, make, **how):
+        return iter(make(USERS, tokenizer, make_config(data__workers=workers), seed=0, **how))
+
+    for make, how in ((pipeline.user_batches, {}), (pipeline.warmup_batches, {"items": ITEMS})):
+        expected = list(itertools.islice(batches(0, make, **how), 6))
+        iterator = batches(2, make, **how)
+        first = [next(iterator) for _ in range(3)]
+        state = iterator.get_state()
+        next(iterator)
+        iterator.set_state(state)
+        jax.tree.map(np.testing.assert_array_equal, expected, first + [next(iterator) for _ in range(3)])
+        iterator.close()
     print("equal")
 """
 
@@ -272,103 +149,13 @@ def test_worker_processes_give_the_same_batches_and_resume(tmp_path: pathlib.Pat
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
-def test_no_users_is_told(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
+def test_no_users_is_told(tokenizer: Tokenizer, cfg: Config) -> None:
     with pytest.raises(UserError, match="data.path: no user"):
         pipeline.user_batches([], tokenizer, cfg, seed=0)
 
 
-def warm(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict, users: list[User], **how: Any) -> Iterator[Any]:
-    return iter(take(pipeline.warmup_batches(users, tokenizer, cfg, seed=0, **how), 20))
-
-
-def test_warmup_of_the_generator(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.warmup.no_summary = 0.0
-    prefix = templates.generator_prefix(tokenizer, cfg)
-    d = next(warm(tokenizer, cfg, USERS)).generator
-    assert d.context.ids.shape == (4, len(prefix) + 12) and d.turns.ids.shape == (4, 3, 16) and d.mask.shape == (4, 3)
-    for row in range(4):
-        _, n, _ = text(tokenizer, d.turns, row, 0).split()[:3]
-        user = USERS[int(n)]
-        ids = d.context.ids[row][: d.context.lengths[row]].tolist()
-        assert ids == prefix + tokenizer.encode(user.oracle)
-        assert d.mask[row].sum() == min(3, len(user.pairs))
-        for k in np.flatnonzero(d.mask[row]):
-            number = text(tokenizer, d.turns, row, k).split()[2]
-            answer = d.answers.ids[row, k][: d.answers.lengths[row, k]].tolist()
-            assert answer == templates.answer(tokenizer, f"yes {n} {number}")
-
-
-@pytest.mark.parametrize(("oracle", "stated", "expected"), [("", "warm tone", "warm tone"), ("", "", "")])
-def test_warmup_of_the_generator_without_oracle(
-    tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict, oracle: str, stated: str, expected: str
-) -> None:
-    cfg.warmup.no_summary = 0.0
-    users = [dataclasses.replace(USERS[1], oracle=oracle, stated=stated)]
-    assert text(tokenizer, next(warm(tokenizer, cfg, users)).generator.context, 0) == expected
-
-
-def test_no_summary_is_a_share_of_the_rows(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.warmup.no_summary = 0.5
-    prefix = len(templates.generator_prefix(tokenizer, cfg))
-    without = np.concatenate([b.generator.context.lengths for b in warm(tokenizer, cfg, USERS)]) == prefix
-    assert 0.3 < without.mean() < 0.7  # 80 rows
-
-
-def test_warmup_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.warmup.guess = 0.0
-    batches = list(warm(tokenizer, cfg, USERS, items=ITEMS))
-    d = batches[0].inference
-    assert d.context.ids.shape == (2, 90) and d.turns.ids.shape == (2, 3, 16) and d.answers.ids.shape == (2, 3, 12)
-    questions = set()
-    for d in (b.inference for b in batches):
-        assert d.mask.all()
-        for row in range(2):
-            (n,) = (n for n in range(11) if f"number {n} ." in text(tokenizer, d.context, row))
-            turn = d.turns.ids[row, 0][: d.turns.lengths[row, 0]].tolist()
-            assert turn == templates.summary_turn(tokenizer)
-            assert d.answers.ids[row, 0][: d.answers.lengths[row, 0]].tolist() == templates.answer(
-                tokenizer, USERS[n].stated
-            )
-            numbers = [text(tokenizer, d.turns, row, k).split()[2] for k in (1, 2)]
-            assert len(set(numbers)) == 2
-            assert [text(tokenizer, d.answers, row, k) for k in (1, 2)] == [ITEMS[int(k)] for k in numbers]
-            questions.update(numbers)
-    assert questions == {"0", "1", "2"}
-
-
-def test_guess_noise(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.warmup.guess, cfg.data.summary_len = 0.1, 40
-    users = [dataclasses.replace(USERS[0], stated="plain words")]
-
-    def summaries(items: tuple[str, ...], some: list[User] = users) -> list[list[str]]:
-        targets = (b.inference.answers for b in warm(tokenizer, cfg, some, items=items))
-        return [text(tokenizer, t, row, 0).split(" ; ") for t in targets for row in range(2)]
-
-    assert summaries(()) == [["plain words"]] * 40
-    noisy = summaries(ITEMS)
-    assert all("plain words" in s and s == sorted(set(s), key=ITEMS.index) for s in noisy)
-    added = np.mean([len(s) - 1 for s in noisy])
-    assert 0.4 < added < 1.2  # expected a little below 0.8; standard error 0.13
-    nothing = summaries(ITEMS, [dataclasses.replace(USERS[0], stated="no strong preference")])
-    assert ["no strong preference"] in nothing  # the words go when something is named
-    assert all(s == ["no strong preference"] or set(s) <= set(ITEMS) for s in nothing)
-
-
-def test_data_that_states_nothing_is_summarised_by_its_profile(
-    tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict
-) -> None:
-    cfg.data.summary_len = 4
-    user = dataclasses.replace(USERS[0], stated="", readings=())
-    d = next(warm(tokenizer, cfg, [user], items=ITEMS)).inference
-    length = d.answers.lengths[0, 0]
-    assert d.answers.ids[0, 0][:length].tolist() == [*tokenizer.encode("i am number"), tokenizer.eos_id]
-    assert d.mask.tolist() == [[True, False, False]] * 2
-    d = next(warm(tokenizer, cfg, [dataclasses.replace(user, profile="")], items=ITEMS)).inference
-    assert not d.mask.any()
-
-
-def test_eval_batches(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> None:
-    cfg.data.num_pairs = 5
+def test_eval_batches(tokenizer: Tokenizer) -> None:
+    cfg = make_config(data__num_pairs=5)
     batches = list(pipeline.eval_batches(USERS, tokenizer, cfg))
     assert [b.user_mask.tolist() for b in batches] == [[True] * 4, [True] * 4, [True] * 3 + [False]]
     assert [i for b in batches for i in b.user_ids] == [u.user_id for u in USERS] + [""]
@@ -381,3 +168,206 @@ def test_eval_batches(tokenizer: tokenizer_lib.Tokenizer, cfg: ConfigDict) -> No
         assert text(tokenizer, b.oracle, row) == user.oracle
         turns = [text(tokenizer, b.batch.turns, row, k) for k in np.flatnonzero(b.batch.pair_mask[row])]
         assert turns == [f"pair {n} {k} ?" for k in range(min(5, len(user.pairs)))]
+
+
+def test_items_are_listed_in_the_order_of_every_summary() -> None:
+    oracles = ("z ; b", "b ; c", "c ; a", "", "alone")
+    users = [dataclasses.replace(USERS[0], oracle=oracle) for oracle in oracles]
+    assert pipeline.summary_items(users) == ("z", "b", "c", "a", "alone")
+    assert pipeline.summary_items(users[::-1]) == ("z", "b", "c", "a", "alone")
+    assert set(pipeline.summary_items([*users, dataclasses.replace(USERS[0], oracle="a ; z")])) == set("zbca") | {
+        "alone"
+    }
+    assert pipeline.summary_items(USERS[3:4]) == ("long answers", "formal tone")
+    assert pipeline.summary_items([]) == ()
+
+
+def warm(
+    tokenizer: Tokenizer, users: list[User], *, count: int = 20, items: tuple[str, ...] = ITEMS, **changes: Any
+) -> list[Any]:
+    """The first batches; the generator's summaries are true unless `changes` says otherwise."""
+    true = {"warmup__no_summary": 0.0, "warmup__drop": 0.0, "warmup__wrong": 0.0}
+    changes = true | changes
+    return take(pipeline.warmup_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
+
+
+def told(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:
+    """The items in the generator's contexts."""
+    contexts = [b.generator.context for b in warm(tokenizer, users, warmup__reading_users=1, **changes)]
+    return [
+        [item for item in text(tokenizer, c, row).split(" ; ") if item] for c in contexts for row in range(len(c.ids))
+    ]
+
+
+def taught(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:
+    """The items in the summaries that the inference model is taught."""
+    answers = [b.summary.answers for b in warm(tokenizer, users, warmup__reading_users=1, **changes)]
+    return [text(tokenizer, a, row, 0).split(" ; ") for a in answers for row in range(len(a.ids))]
+
+
+def test_warmup_of_the_generator(tokenizer: Tokenizer) -> None:
+    prefix = templates.generator_prefix(tokenizer, make_config())
+    d = warm(tokenizer, USERS, count=1)[0].generator
+    assert d.context.ids.shape == (4, len(prefix) + 24) and d.turns.ids.shape == (4, 3, 16) and d.mask.shape == (4, 3)
+    for row in range(4):
+        n = text(tokenizer, d.turns, row, 0).split()[1]
+        user = USERS[int(n)]
+        assert ids_at(d.context, row) == prefix + tokenizer.encode(user.oracle)
+        assert d.mask[row].sum() == min(3, len(user.pairs))
+        for k in np.flatnonzero(d.mask[row]):
+            number = text(tokenizer, d.turns, row, k).split()[2]
+            assert ids_at(d.answers, row, k) == templates.answer(tokenizer, f"yes {n} {number}")
+
+
+@pytest.mark.parametrize(
+    ("oracle", "stated", "items", "expected"),
+    [
+        ("", "warm tone", ITEMS, ["warm tone"]),
+        ("", "", ITEMS, []),
+        ("be brief ; yes", "", (), ["be brief", "yes"]),  # free text is told as it stands
+        ("plain words ; short answers", "", ITEMS, ["short answers", "plain words"]),
+    ],
+)
+def test_what_the_generator_is_told(
+    tokenizer: Tokenizer, oracle: str, stated: str, items: tuple[str, ...], expected: list[str]
+) -> None:
+    users = [dataclasses.replace(USERS[1], oracle=oracle, stated=stated)]
+    assert told(tokenizer, users, items=items, count=1) == [expected] * 4
+
+
+def test_noise_in_what_the_generator_is_told(tokenizer: Tokenizer) -> None:
+    without = told(tokenizer, USERS, warmup__no_summary=0.5)  # 80 rows
+    assert 0.3 < np.mean([named == [] for named in without]) < 0.7
+    kept = told(tokenizer, USERS, warmup__drop=0.25)
+    assert 1.3 < np.mean([len(named) for named in kept]) < 1.7  # of 2 items
+    assert all(named == sorted(named, key=ITEMS.index) for named in kept)
+    assert told(tokenizer, USERS, warmup__drop=1.0, count=1) == [[]] * 4
+    added = told(tokenizer, USERS, warmup__drop=1.0, warmup__wrong=0.1)
+    assert 0.5 < np.mean([len(named) for named in added]) < 1.1  # 0.8 of 8 slots; standard error 0.1
+    assert {item for named in added for item in named} == set(ITEMS)
+    assert told(tokenizer, USERS, warmup__wrong=1.0, count=1) == [list(ITEMS)] * 4
+
+
+def number_of(tokenizer: Tokenizer, d: Demonstrations, row: int) -> int:
+    (n,) = (n for n in range(11) if f"number {n} ." in text(tokenizer, d.context, row))
+    return n
+
+
+def test_summaries_and_readings_of_the_same_signals(tokenizer: Tokenizer) -> None:
+    cfg = make_config()
+    questions = set()
+    for d in (b.summary for b in warm(tokenizer, USERS, warmup__guess=0.0)):
+        assert d.context.ids.shape == (2, 120) and d.turns.ids.shape == (2, 3, 16) and d.answers.ids.shape == (2, 3, 24)
+        assert d.mask.all()
+        for row in range(2):
+            n = number_of(tokenizer, d, row)
+            user = USERS[n]
+            assert ids_at(d.context, row) == templates.inference_context(tokenizer, templates.signals_text(user))
+            assert ids_at(d.turns, row, 0) == templates.summary_turn(tokenizer, cfg)
+            assert ids_at(d.answers, row, 0) == templates.answer(tokenizer, user.stated)
+            asked = [int(text(tokenizer, d.turns, row, k).split()[2]) for k in (1, 2)]
+            assert len(set(asked)) == 2
+            for k, number in zip((1, 2), asked, strict=True):
+                assert ids_at(d.turns, row, k) == templates.reading_turn(tokenizer, f"read {n} {number} ?")
+                assert ids_at(d.answers, row, k) == templates.answer(tokenizer, user.readings[number].answer)
+            questions.update(asked)
+    assert questions == {0, 1, 2}
+
+
+def test_without_readings_the_answers_are_as_long_as_a_summary(tokenizer: Tokenizer) -> None:
+    d = warm(tokenizer, USERS, count=1, warmup__readings=0, data__answer_len=40)[0].summary
+    assert d.turns.ids.shape == (2, 1, 16) and d.answers.ids.shape == (2, 1, 24)
+
+
+def test_guesses_tell_nothing_of_the_choices(tokenizer: Tokenizer) -> None:
+    assert taught(tokenizer, USERS[:1], warmup__guess=0.0, count=1) == [["plain words"]] * 2
+    named = {}
+    for n in (0, 1):  # who chose opposite sides of each contrast
+        stated = USERS[n].stated
+        summaries = taught(tokenizer, USERS[n : n + 1], warmup__guess=1.0, warmup__summary_users=10)
+        assert all(s[2:] == [stated] for s in summaries)  # the side that the survey states is never contradicted
+        assert {tuple(s[:2]) for s in summaries} == set(itertools.product(ITEMS[:2], ITEMS[2:4]))
+        named[n] = np.mean([[s[0] == ITEMS[0], s[1] == ITEMS[2]] for s in summaries], axis=0)
+    np.testing.assert_allclose([named[0], named[1]], 0.5, atol=0.12)  # 200 summaries: standard error 0.035
+    some = taught(tokenizer, USERS[:1], warmup__guess=0.3, warmup__summary_users=10)
+    assert 0.45 < np.mean([len(s) - 1 for s in some]) < 0.75  # of two contrasts
+
+
+def test_contrasts_shown_twice_count_once_and_words_for_nothing_go(tokenizer: Tokenizer) -> None:
+    pair = (Reading("a ?", ITEMS[0], ITEMS[1]), Reading("b ?", ITEMS[1], ITEMS[0]), Reading("c ?", ITEMS[0], ITEMS[1]))
+    users = [dataclasses.replace(USERS[0], stated="no idea", readings=pair)]
+    assert taught(tokenizer, users, warmup__guess=0.0, count=1) == [["no idea"]] * 2
+    summaries = taught(tokenizer, users, warmup__guess=1.0)
+    assert {tuple(s) for s in summaries} == {("short answers",), ("long answers",)}
+
+
+def test_data_that_states_nothing_is_summarised_by_its_profile(tokenizer: Tokenizer) -> None:
+    user = dataclasses.replace(USERS[0], stated="", readings=())
+    d = warm(tokenizer, [user], count=1, data__summary_len=4, warmup__guess=1.0)[0].summary
+    assert ids_at(d.answers, 0, 0) == [*tokenizer.encode("i am number"), tokenizer.eos_id]
+    assert d.mask.tolist() == [[True, False, False]] * 2
+    d = warm(tokenizer, [dataclasses.replace(user, profile="")], count=1)[0].summary
+    assert not d.mask.any()
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
+    asked, shown = set(), set()
+    for d in (b.reading for b in warm(tokenizer, USERS, warmup__reading_shots=shots)):
+        assert d.turns.ids.shape == (4, 1, 16) and d.answers.ids.shape == (4, 1, 8) and d.mask.all()
+        for row in range(4):
+            _, n, k, _ = text(tokenizer, d.turns, row, 0).split()[:4]
+            user = USERS[int(n)]
+            assert ids_at(d.turns, row, 0) == templates.reading_turn(tokenizer, f"read {n} {k} ?")
+            assert ids_at(d.answers, row, 0) == templates.answer(tokenizer, user.readings[int(k)].answer)
+            present = [s for s in user.shots if s.prompt in text(tokenizer, d.context, row)]
+            assert user.shots[int(k)] in present
+            only = dataclasses.replace(user, profile="", survey="", comments=(), shots=tuple(present))
+            assert ids_at(d.context, row) == templates.inference_context(tokenizer, templates.signals_text(only))
+            asked.add(k)
+            shown.add(len(present))
+    assert asked == {"0", "1", "2"} and shown == set(range(1, shots + 1))
+
+
+def test_contexts_of_readings_are_as_long_as_past_pairs_need(tokenizer: Tokenizer) -> None:
+    def room(shots: int) -> tuple[int, int]:
+        contexts = [b.reading.context for b in warm(tokenizer, USERS, count=8, warmup__reading_shots=shots)]
+        return contexts[0].ids.shape[1], max(int(c.lengths.max()) for c in contexts)
+
+    (one, longest), (two, longest_of_two) = room(1), room(2)
+    assert longest <= one < longest + 4 and longest_of_two <= two < longest_of_two + 4
+    assert one % 4 == two % 4 == 0 and one < two < 120
+    tight = warm(tokenizer, USERS, count=1, data__context_len=14)[0].reading
+    assert tight.context.ids.shape == (4, 4) and not tight.mask.any()  # a pair that does not fit asks for nothing
+
+
+@pytest.mark.parametrize("readings", [(), USERS[0].readings[:2]])
+def test_data_without_an_exercise_for_each_pair_has_no_readings(
+    tokenizer: Tokenizer, readings: tuple[Reading, ...]
+) -> None:
+    users = [dataclasses.replace(user, readings=readings) for user in USERS]
+    b = warm(tokenizer, users, count=1)[0]
+    assert b.reading.turns.ids.shape == (4, 1, 16) and not b.reading.mask.any()
+    assert (b.reading.answers.ids == tokenizer.pad_id).all() and not b.reading.answers.lengths.any()
+    assert b.summary.mask.tolist() == [[True, *(k < len(readings) for k in range(2))]] * 2
+
+
+def test_reading_exercise() -> None:
+    rngs = [np.random.default_rng(seed) for seed in range(60)]
+    found = [pipeline._reading_exercise(USERS[1], 3, rng) for rng in rngs]
+    for user in found:
+        assert (user.profile, user.survey, user.comments, user.pairs) == ("", "", (), ())
+        numbers = [USERS[1].shots.index(s) for s in user.shots]
+        assert numbers == sorted(numbers)  # in the order of the signals, wherever the asked one stands
+        (reading,) = user.readings
+        assert USERS[1].readings.index(reading) in numbers
+    assert {len(user.shots) for user in found} == {1, 2, 3}
+    last = [user.readings[0] == USERS[1].readings[USERS[1].shots.index(user.shots[-1])] for user in found]
+    assert 0.2 < np.mean(last) < 0.9
+    bare = dataclasses.replace(USERS[1], shots=())
+    assert pipeline._reading_exercise(bare, 2, rngs[0]).readings == ()
+
+
+def test_instruction_that_leaves_no_room_is_told(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="data.turn_len: 16 is less than the 22 tokens of model.summary_instruction"):
+        warm(tokenizer, USERS, model__summary_instruction="yes " * 20)
