@@ -66,7 +66,7 @@ def base() -> ConfigDict:
     w.readings = 5  # reading exercises on the signals of each of them
     w.reading_users = 16  # users per step of whom it reads a few past pairs without the rest of the signals
     w.reading_shots = 3  # most past pairs in such an exercise
-    w.guess = 0.2  # probability that a summary names one side, at random, of a contrast that past pairs show
+    w.guess = 0.12  # probability that a summary names one side, at random, of a contrast that past pairs show
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.drop = 0.25  # probability that the generator's summary lacks an item
     w.wrong = 0.05  # the generator's summary gets Binomial(8, wrong) random items
@@ -84,7 +84,7 @@ def base() -> ConfigDict:
     i.advantage_scale = "batch"  # group | batch | none: whose standard deviation divides the centred rewards
     i.clip_eps = 0.2  # of the probability ratio
     i.kl_coef = 0.02  # per nat of KL to the reference inference model
-    i.length_penalty = 0.001  # reward lost per token of the summary
+    i.length_penalty = 0.002  # reward lost per token of the summary
     i.learning_rate = 5e-4
     i.lr_warmup_steps = 10
 
@@ -102,7 +102,7 @@ def base() -> ConfigDict:
     c.schedule = s = ConfigDict()
     # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each update) or
     # "alternate n:m N" (n updates of the inference model, then m of the generator)
-    s.phases = ("inference 240", "alternate 2:1 60")
+    s.phases = ("inference 420", "alternate 3:1 80")
     s.log_every = 10  # updates
     s.save_every = 50  # updates
     s.keep = 2  # newest checkpoints kept

@@ -12,8 +12,8 @@ SCHEDULES: dict[str, dict[str, object]] = {
         "evaluation.max_users": 32,
     },
     # ablations: one role stays as the warm-up left it
-    "inference_only": {"schedule.phases": ("inference 300",)},
-    "generator_only": {"schedule.phases": ("generator 300",)},
+    "inference_only": {"schedule.phases": ("inference 500",)},
+    "generator_only": {"schedule.phases": ("generator 500",)},
     # both roles in each update, after the inference model has learned to be worth conditioning on
-    "joint": {"schedule.phases": ("inference 240", "joint 60")},
+    "joint": {"schedule.phases": ("inference 420", "joint 80")},
 }
