@@ -10,9 +10,13 @@ import sys
 
 import pytest
 
+from configs.base import base
+from configs.schedules import SCHEDULES
 from popi_jax import cli
 from popi_jax.errors import UserError
 
+PHASES, BETA = base().schedule.phases, base().generator.beta
+INFERENCE_ONLY = SCHEDULES["inference_only"]["schedule.phases"]
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = '''
 """Prints what it was given."""
@@ -59,9 +63,9 @@ def run(command: pathlib.Path, *args: str, cwd: pathlib.Path = ROOT) -> subproce
 @pytest.mark.parametrize(
     ("args", "printed"),
     [
-        ([], "prism 0 True ('inference 240', 'alternate 2:1 60') "),
-        (["--config=jsonl"], "jsonl 0 False ('inference 240', 'alternate 2:1 60') "),
-        (["--config.seed=3", "--config=configs/prism.py:schedule=inference_only"], "prism 3 True ('inference 300',) "),
+        ([], f"prism 0 True {PHASES} "),
+        (["--config=jsonl"], f"jsonl 0 False {PHASES} "),
+        (["--config.seed=3", "--config=configs/prism.py:schedule=inference_only"], f"prism 3 True {INFERENCE_ONLY} "),
         (["--config", "jsonl:", "--config.seed", "5", "--config.data.download"], "jsonl 5 True ('inf"),
         (
             ["--noconfig.data.download", "--users=a.jsonl", "--config.schedule.phases=('joint 2',)"],
@@ -87,7 +91,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
         (["--config.inference=4"], "--config.inference is a section; set one of its fields, e.g. --config.inference."),
         (["--config.seed=1.5"], 'config.seed = "1.5": must be a whole number, like its default 0'),
         (["--config.seed=true"], 'config.seed = "true": must be a whole number'),
-        (["--config.generator.beta=big"], 'config.generator.beta = "big": must be a number, like its default 0.3'),
+        (["--config.generator.beta=big"], f'config.generator.beta = "big": must be a number, like its default {BETA}'),
         (["--config.generator.beta=nan"], "config.generator.beta = NaN: must be a finite number"),
         (["--config.data.download=maybe"], 'config.data.download = "maybe": must be true or false'),
         (["--config.schedule.phases=(1,)"], "config.schedule.phases = [1]: must be a tuple of strings"),

@@ -12,6 +12,7 @@ from popi_jax import config
 from popi_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+BASE = base.base()
 DATASETS = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl, "smoke": smoke}
 
 
@@ -79,11 +80,25 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("data.test_fraction", 1.0, "config.data.test_fraction = 1.0: must be at least 0 and below 1"),
         ("data.test_fraction", 0.98, "config.data.test_fraction = 0.98: leaves no training users"),
         ("warmup.guess", 1.5, "config.warmup.guess = 1.5: must be between 0 and 1"),
-        ("model.checkpoint", "weights", "config.warmup.steps = 450: must be 0 with model.checkpoint"),
-        ("batch.pairs", 9, "config.batch.pairs = 9: must be at most data.num_pairs = 8"),
+        ("model.checkpoint", "weights", f"config.warmup.steps = {BASE.warmup.steps}: must be 0 with model.checkpoint"),
+        ("batch.pairs", 99, f"config.batch.pairs = 99: must be at most data.num_pairs = {BASE.data.num_pairs}"),
+        (
+            "inference.advantage_scale",
+            "std",
+            'config.inference.advantage_scale = "std": must be one of group, batch, none',
+        ),
+        ("warmup.summary_users", 0, "config.warmup.summary_users = 0: must be at least 1"),
+        ("warmup.reading_shots", 0, "config.warmup.reading_shots = 0: must be at least 1"),
+        ("warmup.readings", -1, "config.warmup.readings = -1: must be at least 0"),
+        ("warmup.drop", -0.1, "config.warmup.drop = -0.1: must be between 0 and 1"),
+        ("warmup.wrong", 2.0, "config.warmup.wrong = 2.0: must be between 0 and 1"),
         ("data.summary_len", 0, "config.data.summary_len = 0: must be at least 2 (the end token is counted)"),
         ("data.split_by", "topic", 'config.data.split_by = "topic": is possible for the source prefeval only'),
-        ("model.num_kv_heads", 3, "config.model.num_kv_heads = 3: must divide model.num_heads = 4"),
+        (
+            "model.num_kv_heads",
+            3,
+            f"config.model.num_kv_heads = 3: must divide model.num_heads = {BASE.model.num_heads}",
+        ),
         ("model.head_dim", 7, "config.model.head_dim = 7: must be even"),
         ("mesh.data", -1, "config.mesh.fsdp = -1: only one of"),
         ("mesh.data", 0, "config.mesh.data = 0: must be at least 1, or -1"),

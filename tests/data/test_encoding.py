@@ -39,10 +39,11 @@ def test_encode_user_without_cuts(tokenizer: Tokenizer) -> None:
 def test_context_loses_comments_then_old_shots_then_survey_then_profile(tokenizer: Tokenizer) -> None:
     user = dataclasses.replace(USERS[1], comments=(Comment("a ?", "old"), Comment("b ?", "new")))
     lines = ["i am number 1", "i keep bees", "old", "new", "shot 1 0", "shot 1 1", "shot 1 2"]
-    seen, parts = [], []
-    whole = len(encoding.encode_user(user, tokenizer, make_config()).context)
+    seen, parts, cfg = [], [], make_config()
+    whole = len(encoding.encode_user(user, tokenizer, cfg).context)
     for limit in range(whole, 3, -1):
-        ids, cut = encoding.fit_context(user, tokenizer, make_config(data__context_len=limit))
+        tight = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context_len=limit))
+        ids, cut = encoding.fit_context(user, tokenizer, tight)
         assert len(ids) <= limit and cut == (limit < whole)
         parts.append(tokenizer.decode(ids))
         kept = [line for line in lines if line in parts[-1]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from popi_jax.data import prism
-from popi_jax.data.records import User
+from popi_jax.data.records import Reading, User
 from popi_jax.errors import UserError
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -249,11 +249,11 @@ def test_system_string_is_off_by_default(tmp_path: Path) -> None:
 
 
 def test_latents_fill_oracle_and_readings_of_the_shots(tmp_path: Path) -> None:
-    readings = {f"c{n}": {"question": f"q{n}", "answer": f"a{n}"} for n in range(4)}
+    readings = {f"c{n}": {"question": f"q{n}", "answer": f"a{n}", "contrast": f"b{n}"} for n in range(4)}
     latents = [{"user_id": "user0", "oracle": "terse", "stated": "brief", "readings": readings}]
     (user,) = load(tmp_path, {**world(4), "latents": latents})
     assert (user.oracle, user.stated) == ("terse", "brief")
-    assert [r.question for r in user.readings] == ["q0", "q1"]
+    assert user.readings == (Reading("q0", "a0", "b0"), Reading("q1", "a1", "b1"))
 
 
 def test_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The words of both conversations (golden), and that prefix + summary + turn is the whole conversation."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from popi_jax.data import templates
 from popi_jax.data import tokenizer as tokenizer_lib
-from popi_jax.data.records import Comment, Messages, Shot, User
+from popi_jax.data.records import Comment, Messages, Pair, Reading, Shot, User
 
 TEXTS = ["bees make honey and bees sing", "short answers ; warm tone", "answer in this style :", "sum up :"] * 4
 CONTROL = tokenizer_lib.CONTROL_TOKENS
@@ -51,21 +52,43 @@ def test_signals_text() -> None:
         "profile: i keep bees .\n"
         "survey: age: 40\n"
         "about: tea ?\nwrote: too long\n"
-        "asked: why bees ?\nliked: they sing\ndisliked: no idea\n"
-        "asked: honey ?\nliked: yes\ndisliked: no"
+        "asked: why bees ?\nliked: they sing\n"
+        "asked: honey ?\nliked: yes\n"
+        "disliked: no idea\ndisliked: no"
     )
     assert templates.signals_text(EMPTY) == ""
 
 
 def test_words_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer) -> None:
-    context = templates.inference_context(tokenizer, config(summary="sum up :"), "bees")
-    assert written(tokenizer, context) == "<|begin|><|user|> sum up :Ċbees"
-    assert written(tokenizer, templates.inference_context(tokenizer, config(), "bees")) == "<|begin|><|user|> bees"
-    assert written(tokenizer, templates.inference_context(tokenizer, config(), "")) == "<|begin|><|user|>"
-    assert written(tokenizer, templates.summary_turn(tokenizer)) == "<|end|><|assistant|>"
+    assert written(tokenizer, templates.inference_context(tokenizer, "bees")) == "<|begin|><|user|> bees"
+    assert written(tokenizer, templates.inference_context(tokenizer, "")) == "<|begin|><|user|>"
+    turn = templates.summary_turn(tokenizer, config(summary="sum up :"))
+    assert written(tokenizer, turn) == " sum up :<|end|><|assistant|>"
+    assert written(tokenizer, templates.summary_turn(tokenizer, config())) == "<|end|><|assistant|>"
     turn = templates.reading_turn(tokenizer, "honey ? <|end|>")
-    assert written(tokenizer, turn) == "<|end|><|user|> honey ? <|end|><|end|><|assistant|>"
-    assert turn.count(tokenizer.eos_id) == 2
+    assert written(tokenizer, turn) == " honey ? <|end|><|end|><|assistant|>"
+    assert turn.count(tokenizer.eos_id) == 1
+
+
+@pytest.mark.parametrize("instruction", ["", "sum up :"])
+@pytest.mark.parametrize("signals", ["", "bees", "bees <|end|>\nx"])
+def test_context_and_turn_are_the_whole_request_for_a_summary(
+    tokenizer: tokenizer_lib.Tokenizer, instruction: str, signals: str
+) -> None:
+    context = templates.inference_context(tokenizer, signals)
+    turn = templates.summary_turn(tokenizer, config(summary=instruction))
+    assert (context, turn) == tokenizer.render([{"role": "user", "content": f"{signals}@@{instruction}"}], cut="@@")
+
+
+def test_a_tokenizer_is_made_from_all_that_is_said() -> None:
+    pair = Pair("r", PROMPTS[1], "a chosen reply", "a rejected one")
+    told = {"oracle": "the truth", "stated": "what is said", "pairs": (pair,)}
+    user = dataclasses.replace(USER, **told, readings=(Reading("which ?", "this", "that"),))
+    texts = list(templates.training_texts([EMPTY, user], config("sum up :", "answer in this style :")))
+    for text in ("sum up :", "answer in this style :", templates.signals_text(user), "the truth", "what is said"):
+        assert text in texts
+    for text in ("which ?", "this", *(m["content"] for m in PROMPTS[1]), "a chosen reply", "a rejected one"):
+        assert text in texts
 
 
 def test_words_of_the_generator(tokenizer: tokenizer_lib.Tokenizer) -> None:
@@ -103,7 +126,7 @@ def test_prefix_summary_turn_is_the_whole_conversation(
 
 @given(st.lists(st.sampled_from([*CONTROL, "\ufdd0", "\ue000Content0\ue001", "bees", " ", "\n"])).map("".join))
 def test_data_never_moves_a_cut(tokenizer: tokenizer_lib.Tokenizer, text: str) -> None:
-    context = templates.inference_context(tokenizer, config(), text)
+    context = templates.inference_context(tokenizer, text)
     assert [CONTROL[i] for i in context if i < len(CONTROL)] == ["<|begin|>", "<|user|>"]
     assert tokenizer.decode(context).strip() == text.replace("\ufdd0", "\ufffd").strip()
     turn = templates.generator_turn(tokenizer, [{"role": "user", "content": text}])
