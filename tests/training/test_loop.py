@@ -170,12 +170,13 @@ def start(workdir: Path, **changed: Any) -> subprocess.Popen:
     command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with workdir.with_suffix(".err").open("w") as errors:  # a pipe that nobody reads would fill and hold the run
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def end(process: subprocess.Popen) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=600)
-    return process.returncode, errors
+def end(process: subprocess.Popen, workdir: Path) -> tuple[int, str]:
+    status = process.wait(timeout=600)
+    return status, workdir.with_suffix(".err").read_text()
 
 
 def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> tuple[int, str]:
@@ -184,7 +185,7 @@ def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) ->
     while process.poll() is None and not (path.exists() and f'{{"step": {step},' in path.read_text()):
         time.sleep(0.01)
     process.send_signal(number)
-    return end(process)
+    return end(process, workdir)
 
 
 def train_only(workdir: Path) -> None:
@@ -193,7 +194,7 @@ def train_only(workdir: Path) -> None:
     while process.poll() is None and not (workdir / "checkpoints" / str(LAST)).exists():
         time.sleep(0.05)
     process.kill()
-    _, errors = end(process)
+    _, errors = end(process, workdir)
     assert (workdir / "checkpoints" / str(LAST)).exists(), errors
 
 
@@ -225,7 +226,7 @@ def test_a_killed_run_continues_as_if_it_never_was(uninterrupted: Path, tmp_path
 
 def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    status, errors = end(start(uninterrupted, seed=5))
+    status, errors = end(start(uninterrupted, seed=5), uninterrupted)
     assert status == 2
     told = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "seed was 0, is 5" in told[0] and "Traceback" not in errors
@@ -242,6 +243,6 @@ def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(uninterrupted: 
         assert "the same command continues" in errors and "Traceback" not in errors
     train_only(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
-    status, errors = end(start(tmp_path))  # nothing is left to train: it evaluates
+    status, errors = end(start(tmp_path), tmp_path)  # nothing is left to train: it evaluates
     assert status == 0 and (tmp_path / "results.json").exists(), errors
     assert_same_run(tmp_path, uninterrupted)
