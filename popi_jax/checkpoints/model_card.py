@@ -85,9 +85,8 @@ def render(
         "The two models work together; this runs both, from the folder above this one:",
         f"```python\n{_snippet(config)}```",
         "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`, `liked:` and `disliked:`\n"
-        "lines in this order, with several past pairs all of their `disliked:` lines last; what is missing is left out.\n"
-        "Training showed at most "
-        f"{config.data.context_len} tokens of signals,\n{config.data.summary_len} of summary, "
+        "lines in this order, with several past pairs all of their `disliked:` lines last; what is missing is left\n"
+        f"out. Training showed at most {config.data.context_len} tokens of signals,\n{config.data.summary_len} of summary, "
         f"{config.data.turn_len} of prompt and {config.data.answer_len} of answer.",
         "## Results",
         _table(results) if results else "This run was not evaluated.",
