@@ -33,6 +33,7 @@ def base() -> ConfigDict:
     d.num_pairs = 8  # most held-out pairs kept of a user
     d.pair_mode = "best_vs_worst"  # best_vs_worst | best_vs_rest | all_pairs (prism)
     d.score_margin = 1  # least difference of scores that makes a pair (prism, points of 100)
+    d.pair_layout = "grouped"  # of past pairs in the signals: paired | grouped (rejected replies last, learned sooner)
     d.turns = "first"  # first | all (prism)
     d.use_system_string = False  # whether the signals hold the person's own system string, almost an oracle (prism)
     d.sample_people = 4600  # people of the PRISM-format sample

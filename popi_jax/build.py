@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from popi_jax import distributed
 from popi_jax.checkpoints.hf_io import read_config
-from popi_jax.config import Config, resolve_mesh
+from popi_jax.checkpoints.manager import check_same_run, stored_config
+from popi_jax.config import Config, check_mesh, resolve_mesh
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.encoding import fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
@@ -47,6 +48,7 @@ def start_devices(config: Config) -> Mesh:
     jax.config.update("jax_compilation_cache_dir", str(Path(config.data.prepared).parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     distributed.start()
+    check_mesh(config, jax.device_count())
     mesh = make_mesh(*resolve_mesh(config.mesh, jax.device_count()))
     jax.set_mesh(mesh)
     return mesh
@@ -73,7 +75,7 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     """The run's own tokenizer, else the checkpoint's, else one trained on the training split and kept with the run."""
     folder = Path(config.workdir) / "tokenizer"
-    if (folder / "tokenizer.json").exists():
+    if stored_config(config.workdir):  # without a checkpoint it may be of an attempt with other settings
         return tokenizer.load(folder)
     if config.model.checkpoint:
         made = tokenizer.load(config.model.checkpoint)
@@ -86,6 +88,10 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
 
 def build(config: Config, config_json: str) -> Built:
     """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
+    stored = stored_config(config.workdir)
+    if stored:  # before any work on the data; what the data are is checked again when they are known
+        same_data = {"dataset": stored["dataset"]} if "dataset" in stored else {}
+        check_same_run(config.workdir, json.dumps(json.loads(config_json) | same_data))
     mesh = start_devices(config)
     on_laptop = jax.default_backend() == "cpu" and jax.process_count() == 1
     dataset = prepare(config.data, allow_sample=on_laptop)
@@ -105,4 +111,5 @@ def build(config: Config, config_json: str) -> Built:
     sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = json.dumps(json.loads(config_json) | {"dataset": origin})  # stored with each checkpoint
+    check_same_run(config.workdir, config_json)
     return Built(config, config_json, mesh, dataset, words, model_config(config, words.vocab_size), glue, sampling)

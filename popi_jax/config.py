@@ -33,6 +33,7 @@ class DataConfig:
     num_pairs: int
     pair_mode: str
     score_margin: int
+    pair_layout: str
     turns: str
     use_system_string: bool
     sample_people: int
@@ -174,6 +175,7 @@ WORDS = {
     "data.on_bad_row": ("error", "skip"),
     "data.split_by": ("user", "topic"),
     "data.pair_mode": ("best_vs_worst", "best_vs_rest", "all_pairs"),
+    "data.pair_layout": ("paired", "grouped"),
     "data.turns": ("first", "all"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),

@@ -18,7 +18,9 @@ def main(config: Config) -> None:
 
     user = dataset.splits["train"][0]
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in user.pairs[0].prompt)
-    print(f"\nfirst user of the train split, {user.user_id}\n\n--- signals\n{signals_text(user)}")
+    print(
+        f"\nfirst user of the train split, {user.user_id}\n\n--- signals\n{signals_text(user, config.data.pair_layout)}"
+    )
     print(f"--- first of {len(user.pairs)} held-out pairs\n{prompt}")
     print(f"chosen: {user.pairs[0].chosen}\nrejected: {user.pairs[0].rejected}")
     print(f"--- true persona, never shown to the inference model\n{user.oracle or '(unknown)'}")

@@ -33,12 +33,9 @@ class Progress:
         self._start = self._printed = time.monotonic()
         self._shown = initial
         self._metrics = ""
-        is_terminal = enabled and self._stream.isatty()
-        self._bar = (
-            tqdm(total=total, initial=initial, desc=label, file=self._stream, dynamic_ncols=True)
-            if is_terminal
-            else None
-        )
+        self._bar: Any = None
+        self._is_terminal = enabled and self._stream.isatty()
+        self._started = False
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Sets the number of finished steps and, where given, the metrics to show."""
@@ -47,6 +44,11 @@ class Progress:
         if metrics:
             self._metrics = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
         previous, self._step = self._step, step
+        if not self._started:  # the first step compiles: time counts from its end
+            self._started, self._start, self._initial, previous = True, time.monotonic(), step, step
+            if self._is_terminal:
+                options = {"file": self._stream, "dynamic_ncols": True}
+                self._bar = tqdm(total=self._total, initial=step, desc=self._label, **options)
         if self._bar is not None:
             self._bar.set_postfix_str(self._metrics, refresh=False)
             self._bar.update(step - previous)

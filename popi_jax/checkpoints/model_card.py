@@ -85,8 +85,9 @@ def render(
         "The two models work together; this runs both, from the folder above this one:",
         f"```python\n{_snippet(config)}```",
         "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`, `liked:` and `disliked:`\n"
-        "lines in this order, with several past pairs all of their `disliked:` lines last; what is missing is left\n"
-        f"out. Training showed at most {config.data.context_len} tokens of signals,\n{config.data.summary_len} of summary, "
+        f"lines in this order, several past pairs {config.data.pair_layout} (grouped: `disliked:` lines last); what\n"
+        f"is missing is left out. Training showed at most {config.data.context_len} tokens of signals,\n"
+        f"{config.data.summary_len} of summary, "
         f"{config.data.turn_len} of prompt and {config.data.answer_len} of answer.",
         "## Results",
         _table(results) if results else "This run was not evaluated.",

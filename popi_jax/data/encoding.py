@@ -92,7 +92,7 @@ def fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]:
     limit = cfg.data.context_len
 
     def encode(some: User) -> Ids:
-        return templates.inference_context(tokenizer, templates.signals_text(some))
+        return templates.inference_context(tokenizer, templates.signals_text(some, cfg.data.pair_layout))
 
     def with_survey(text: str) -> Ids:
         return encode(dataclasses.replace(user, survey=text))

@@ -13,13 +13,20 @@ from popi_jax.data.tokenizer import Tokenizer
 _CUT = "\ufdd0"  # a Unicode noncharacter: reserved for uses like this one, and replaced where data holds it
 
 
-def signals_text(user: User) -> str:
-    """The raw signals u as plain text: profile, survey, comments, then past pairs; what is empty is left out."""
+def signals_text(user: User, layout: str = "paired") -> str:
+    """The raw signals u as plain text: profile, survey, comments, then past pairs; what is empty is left out.
+
+    layout: "paired" keeps the two replies of a pair together, "grouped" puts all rejected replies last.
+    """
     parts = [f"profile: {user.profile}"] if user.profile else []
     parts += [f"survey: {user.survey}"] if user.survey else []
     parts += [f"about: {c.prompt}\nwrote: {c.comment}" for c in user.comments]
-    parts += [f"asked: {s.prompt}\nliked: {s.chosen}" for s in user.shots]
-    parts += [f"disliked: {s.rejected}" for s in user.shots]
+    asked = [f"asked: {s.prompt}\nliked: {s.chosen}" for s in user.shots]
+    disliked = [f"disliked: {s.rejected}" for s in user.shots]
+    if layout == "grouped":
+        parts += asked + disliked
+    else:
+        parts += [text for pair in zip(asked, disliked, strict=True) for text in pair]
     return "\n".join(parts)
 
 
@@ -27,7 +34,7 @@ def training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
     """All that a tokenizer made for these users must be able to say."""
     for user in users:
         yield from (cfg.model.summary_instruction, cfg.model.answer_instruction)
-        yield signals_text(user)
+        yield signals_text(user, cfg.data.pair_layout)
         yield from (user.oracle, user.stated)
         yield from (text for r in user.readings for text in (r.question, r.answer))
         for pair in user.pairs:

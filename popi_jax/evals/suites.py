@@ -106,7 +106,7 @@ def evaluate(
 
     texts = [
         ("no_signals", "none", nothing, mask),
-        ("raw_signals", "none", _raw_signals(users, tokenizer, config.data.context_len), mask),
+        ("raw_signals", "none", _raw_signals(users, tokenizer, config), mask),
     ]
     other, differs = other_persons([user.user_id for user in users])
     of_trained = {}
@@ -192,8 +192,9 @@ def _take(text: Tokens, rows: np.ndarray) -> Tokens:
     return Tokens(text.ids[rows], text.lengths[rows])
 
 
-def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, limit: int) -> Tokens:
-    rows = [tokenizer.encode(signals_text(user))[:limit] for user in users]
+def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, config: Config) -> Tokens:
+    limit = config.data.context_len
+    rows = [tokenizer.encode(signals_text(user, config.data.pair_layout))[:limit] for user in users]
     ids = np.zeros((len(rows), limit), np.int32)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens

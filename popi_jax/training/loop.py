@@ -93,7 +93,8 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    items = pipeline.summary_items(users) if cfg.warmup.steps else ()
+    made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
+    items = pipeline.summary_items(users) if cfg.warmup.steps and made else ()
     warmup = pipeline.warmup_batches(users, built.tokenizer, cfg, seed=cfg.seed, items=items, **place)
     main = pipeline.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
@@ -197,6 +198,7 @@ def _run(
     pending: list[tuple[int, Metrics]] = []
     tokens, since = 0, time.monotonic()
     batch = next(batches)
+    logging.info("%s: compiling, then steps %d to %d", label, step + 1, last_step)
     with Progress(last_step, initial=step, label=label, enabled=distributed.is_main_process()) as progress:
         while step < last_step:
             tokens += _num_tokens(batch)

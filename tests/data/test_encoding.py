@@ -21,7 +21,7 @@ def tokenizer() -> Tokenizer:
 def test_encode_user_without_cuts(tokenizer: Tokenizer) -> None:
     user = USERS[1]
     found = encoding.encode_user(user, tokenizer, make_config())
-    assert found.context == templates.inference_context(tokenizer, templates.signals_text(user))
+    assert found.context == templates.inference_context(tokenizer, templates.signals_text(user, "grouped"))
     assert found.turns == [templates.generator_turn(tokenizer, p.prompt) for p in user.pairs]
     assert found.chosen == [templates.answer(tokenizer, p.chosen) for p in user.pairs]
     assert found.rejected == [templates.answer(tokenizer, p.rejected) for p in user.pairs]

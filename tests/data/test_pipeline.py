@@ -262,7 +262,9 @@ def test_summaries_and_readings_of_the_same_signals(tokenizer: Tokenizer) -> Non
         for row in range(2):
             n = number_of(tokenizer, d, row)
             user = USERS[n]
-            assert ids_at(d.context, row) == templates.inference_context(tokenizer, templates.signals_text(user))
+            assert ids_at(d.context, row) == templates.inference_context(
+                tokenizer, templates.signals_text(user, "grouped")
+            )
             assert ids_at(d.turns, row, 0) == templates.summary_turn(tokenizer, cfg)
             assert ids_at(d.answers, row, 0) == templates.answer(tokenizer, user.stated)
             asked = [int(text(tokenizer, d.turns, row, k).split()[2]) for k in (1, 2)]
@@ -323,7 +325,9 @@ def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
             present = [s for s in user.shots if s.prompt in text(tokenizer, d.context, row)]
             assert user.shots[int(k)] in present
             only = dataclasses.replace(user, profile="", survey="", comments=(), shots=tuple(present))
-            assert ids_at(d.context, row) == templates.inference_context(tokenizer, templates.signals_text(only))
+            assert ids_at(d.context, row) == templates.inference_context(
+                tokenizer, templates.signals_text(only, "grouped")
+            )
             asked.add(k)
             shown.add(len(present))
     assert asked == {"0", "1", "2"} and shown == set(range(1, shots + 1))

@@ -40,7 +40,8 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 
 
 def config(summary: str = "", answer: str = "") -> SimpleNamespace:
-    return SimpleNamespace(model=SimpleNamespace(summary_instruction=summary, answer_instruction=answer))
+    model = SimpleNamespace(summary_instruction=summary, answer_instruction=answer)
+    return SimpleNamespace(model=model, data=SimpleNamespace(pair_layout="paired"))
 
 
 def written(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
@@ -48,13 +49,12 @@ def written(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
 
 
 def test_signals_text() -> None:
-    assert templates.signals_text(USER) == (
-        "profile: i keep bees .\n"
-        "survey: age: 40\n"
-        "about: tea ?\nwrote: too long\n"
-        "asked: why bees ?\nliked: they sing\n"
-        "asked: honey ?\nliked: yes\n"
-        "disliked: no idea\ndisliked: no"
+    rest = "profile: i keep bees .\nsurvey: age: 40\nabout: tea ?\nwrote: too long\n"
+    assert templates.signals_text(USER, "paired") == (
+        f"{rest}asked: why bees ?\nliked: they sing\ndisliked: no idea\nasked: honey ?\nliked: yes\ndisliked: no"
+    )
+    assert templates.signals_text(USER, "grouped") == (
+        f"{rest}asked: why bees ?\nliked: they sing\nasked: honey ?\nliked: yes\ndisliked: no idea\ndisliked: no"
     )
     assert templates.signals_text(EMPTY) == ""
 

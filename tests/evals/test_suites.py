@@ -87,7 +87,7 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
 
     nothing = [[] for _ in users]
     summaries = [list(ids[:length]) for ids, length in zip(*evaluation.summaries, strict=True)]
-    raw = [words.encode(templates.signals_text(user))[: cfg.data.context_len] for user in users]
+    raw = [words.encode(templates.signals_text(user, "grouped"))[: cfg.data.context_len] for user in users]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
     reference = margins(before, nothing)
 
