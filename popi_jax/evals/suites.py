@@ -192,7 +192,7 @@ def _take(text: Tokens, rows: np.ndarray) -> Tokens:
     return Tokens(text.ids[rows], text.lengths[rows])
 
 
-def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, config: Config) -> Tokens:
+def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, config: Any) -> Tokens:
     limit = config.data.context_len
     rows = [tokenizer.encode(signals_text(user, config.data.pair_layout))[:limit] for user in users]
     ids = np.zeros((len(rows), limit), np.int32)

@@ -123,6 +123,7 @@ def train(built: Built) -> Trained:
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
     abstract = abstract_state(built.model, parts.transforms, built.mesh)
+    layout = (shardings_of(abstract), None)  # of what an update returns: as given, so that it is compiled once
     frozen_shape = Frozen(abstract.inference.params, abstract.generator.params)
 
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
@@ -142,7 +143,7 @@ def train(built: Built) -> Trained:
         try:
             if step < warmup_steps:
                 update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
-                program = jax.jit(update, donate_argnums=0)
+                program = jax.jit(update, donate_argnums=0, out_shardings=layout)
                 step, state = loop(program, state, step, warmup_steps, label="warm-up")
             frozen = checkpoints.restore_frozen(cfg.workdir, frozen_shape) if step > warmup_steps else None
             if frozen is None and step > warmup_steps:
@@ -156,7 +157,8 @@ def train(built: Built) -> Trained:
                 restart = partial(restart_optimizers, transforms=parts.transforms)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
-                program = jax.jit(partial(popi_update, parts=parts, phases=phases), donate_argnums=0)
+                update = partial(popi_update, parts=parts, phases=phases)
+                program = jax.jit(update, donate_argnums=0, out_shardings=layout)
                 main = lambda state, batch: program(state, frozen, batch)  # noqa: E731
                 step, state = loop(main, state, step, last_step, label="popi")
         finally:
@@ -211,7 +213,7 @@ def _run(
                 _write(pending, writer)
                 pending = []
                 save(step, state)
-                if number and step < last_step:
+                if number:
                     raise Stopped(number, step)
             elif len(pending) > schedule.log_every:
                 values = _write(pending[:-1], writer)
