@@ -139,8 +139,9 @@ def test_oracle_counts_only_users_who_have_one(run, users):
     evaluation = evaluate(run, Models(*run.frozen), some, [])
     (oracle,) = [row for row in evaluation.rows if row.condition == "oracle"]
     assert oracle.n == sum(len(user.pairs) for user in some[::2])
+    limit = run.built.config.data.summary_len
     lengths = [len(run.built.tokenizer.encode(user.oracle)) for user in some[::2]]
-    assert oracle.context_tokens == pytest.approx(np.mean([min(n, 24) for n in lengths]))
+    assert oracle.context_tokens == pytest.approx(np.mean([min(n, limit) for n in lengths]))
 
 
 @pytest.mark.parametrize(
