@@ -89,14 +89,15 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
 def build(config: Config, config_json: str) -> Built:
     """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
     stored = stored_config(config.workdir)
+    stored_data = (stored or {}).get("dataset", {})
     if stored:  # before any work on the data; what the data are is checked again when they are known
-        same_data = {"dataset": stored["dataset"]} if "dataset" in stored else {}
+        same_data = {"dataset": stored_data} if stored_data else {}
         check_same_run(config.workdir, json.dumps(json.loads(config_json) | same_data))
     mesh = start_devices(config)
     on_laptop = jax.default_backend() == "cpu" and jax.process_count() == 1
-    dataset = prepare(config.data, allow_sample=on_laptop)
+    dataset = prepare(config.data, allow_sample=on_laptop, trained_on=stored_data.get("data", ""))
     if dataset.data == "sample":
-        logging.warning("Training on the made PRISM-format sample, not on real data.")
+        logging.warning("The data are the made PRISM-format sample, not real data.")
     words = load_tokenizer(config, dataset)
     data, cut = fitted_lengths(dataset.splits["train"], words, config)
     if cut.contexts or cut.turns or cut.answers:

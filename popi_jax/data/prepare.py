@@ -60,15 +60,17 @@ class Dataset(NamedTuple):
     stats: dict[str, dict[str, int]]  # split -> users, pairs; "rows" -> skipped
 
 
-def prepare(cfg: Any, *, allow_sample: bool) -> Dataset:
+def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     """Returns the users of a source; writes the prepared copy when there is none yet.
 
     Args:
         cfg: the `data` part of the configuration.
         allow_sample: whether made data may stand in for PRISM files that are neither there nor to be had.
+        trained_on: `Dataset.data` of the run that the users are for, "" for a new one. A run that was trained on the
+            sample goes on with it, without another try to download the files.
     Raises: UserError.
     """
-    folder, data = _raw_folder(cfg, allow_sample)
+    folder, data = _raw_folder(cfg, allow_sample, trained_on)
     files = _module(cfg.source).files(folder)
     sums = {str(path.relative_to(folder)) if path != folder else path.name: sha256_of(path) for path in files}
     if cfg.source == "prism":
@@ -95,7 +97,7 @@ def _module(source: str) -> Any:
     return modules[source]
 
 
-def _raw_folder(cfg: Any, allow_sample: bool) -> tuple[Path, str]:
+def _raw_folder(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Path, str]:
     """Returns the folder (or, for jsonl, file) of the raw data, and what kind of data they are."""
     path = Path(cfg.path).expanduser()
     if cfg.source == "jsonl":
@@ -110,6 +112,8 @@ def _raw_folder(cfg: Any, allow_sample: bool) -> tuple[Path, str]:
         raise UserError(
             f"{path}: no {', '.join(missing)} beside {present} (field data.path). Add it, or remove the others."
         )
+    if allow_sample and trained_on == "sample":
+        return _sample(cfg), "sample"
     reason = "field data.download is False"
     if cfg.download:
         try:

@@ -163,6 +163,17 @@ def test_a_failed_download_falls_back_or_stops(tmp_path: Path, monkeypatch: pyte
         prepare.prepare(cfg, allow_sample=False)
 
 
+def test_a_run_of_the_sample_goes_on_without_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prepare, "download_prism", lambda folder: pytest.fail("tried to download"))
+    cfg = options(tmp_path, download=True)
+    assert prepare.prepare(cfg, allow_sample=True, trained_on="sample").data == "sample"
+    assert "MADE data" not in caplog.text
+    write_sample(tmp_path / "raw", people=30)  # real files that came later are taken, and refused by check_same_run
+    assert prepare.prepare(cfg, allow_sample=True, trained_on="sample").data == "published"
+
+
 def test_download_checks_and_records_sums(tmp_path: Path) -> None:
     write_sample(tmp_path / "hub", people=3)
     url, names = f"file://{tmp_path}/hub/{{name}}", ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")
