@@ -28,7 +28,7 @@ class UserBatch(NamedTuple):
     generator's conversation: the prompt x and the header of the reply. `chosen` and `rejected` end with the end token.
     """
 
-    index: Int[Array, "users"]  # global number of the example: sampling keys are folded from it
+    index: Int[Array, " users"]  # global number of the example: sampling keys are folded from it
     context: Tokens  # [users seq]
     turns: Tokens  # [users pairs seq]
     chosen: Tokens  # [users pairs seq]

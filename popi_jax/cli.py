@@ -5,7 +5,6 @@ absl flags at the top of that module. Imports no jax and no numpy: `--help` and 
 """
 
 import ast
-import errno
 import logging
 import os
 import pathlib
@@ -20,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from popi_jax.config import Config, from_config_dict, to_json
-from popi_jax.errors import UserError, did_you_mean
+from popi_jax.errors import UserError, did_you_mean, disk_is_full
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -164,18 +163,6 @@ def help_text(program: str, description: str, example: str = "") -> str:
             *_columns(fields, 48),
         ]
     )
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Says whether the error, or one that led to it, means that a disk or a quota is full."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(link):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
 
 
 def _log_plainly() -> None:

@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     if _NUM.value > 1 and _TEMPERATURE.value == 0:
         raise UserError(f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1")
 
-    from popi_jax.data.user_file import read_users
+    from popi_jax.data.jsonl import read_users
 
     people = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
 

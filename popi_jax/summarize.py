@@ -19,7 +19,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the 
 
 
 def main(config: Config) -> None:
-    from popi_jax.data.user_file import read_users
+    from popi_jax.data.jsonl import read_users
 
     users = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
     stem = Path(_USERS.value).stem if _USERS.value else "test"

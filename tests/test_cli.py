@@ -1,6 +1,5 @@
 """What a user sees who mistypes something: one line, exit status 2, no traceback. And `--help`: useful and quick."""
 
-import errno
 import json
 import os
 import pathlib
@@ -165,12 +164,6 @@ def test_defects_keep_their_traceback(command: pathlib.Path) -> None:
 def test_log_is_plain_and_leaves_out_the_chatter_of_libraries(command: pathlib.Path) -> None:
     done = run(command, "--raise=log")
     assert done.stderr.splitlines() == ["info of us", "warning of us", "warning of a library"]
-
-
-def test_disk_is_full() -> None:
-    assert cli.disk_is_full(OSError(errno.EDQUOT, "quota"))
-    assert cli.disk_is_full(RuntimeError("write failed: No space left on device"))
-    assert not cli.disk_is_full(OSError(errno.ENOENT, "no file"))
 
 
 def test_help_is_complete_and_quick(command: pathlib.Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from popi_jax import finished_run
 from popi_jax.data import jsonl
+from popi_jax.data.jsonl import read_users
 from popi_jax.data.records import Comment, Shot
-from popi_jax.data.user_file import read_users
 from popi_jax.errors import UserError
 from tests.tiny_run import STEP, Run, command, config_of, flags_set, on_devices, read_jsonl, shared_run
 

@@ -10,7 +10,6 @@ and `generator.params` are named here.
 """
 
 import contextlib
-import errno
 import json
 import logging as std_logging
 import os
@@ -28,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from popi_jax.arrays import Params
-from popi_jax.errors import UserError
+from popi_jax.errors import UserError, disk_is_full
 
 ROLES = ("inference", "generator")
 
@@ -284,7 +283,7 @@ def full_disk_told(folder: os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not _is_full_disk(e):
+        if not disk_is_full(e):
             raise
         free = next((shutil.disk_usage(p).free for p in (where, *where.parents) if p.exists()), 0)
         raise UserError(
@@ -298,18 +297,6 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
     if record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname:
         record.exc_info = None
     return True
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that the disk (or the quota) is full."""
-    if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-        return True
-    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    return any(_is_full_disk(e) for e in (error.__cause__, error.__context__, *parts))
 
 
 def _one_line(error: BaseException) -> str:

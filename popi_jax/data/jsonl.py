@@ -18,6 +18,7 @@ from typing import Any
 from popi_jax.data.records import Comment, Messages, Pair, Shot, User
 from popi_jax.data.rows import Loaded, Row, existing, read_lines, show
 from popi_jax.data.splits import SPLITS, split_of
+from popi_jax.errors import UserError
 
 FIELDS = ("user_id", "dataset", "record_id", "signals", "prompt", "chosen", "rejected", "oracle", "meta")
 SIGNALS = ("profile", "survey", "fewshot", "comments")
@@ -78,6 +79,26 @@ def _records(
     return read_lines(file, parse, cfg.on_bad_row)
 
 
+def read_users(path: Path, num_shots: int) -> list[User]:
+    """Users to summarise, in the order of the file: lines of which only user_id and signals are needed and read.
+
+    Users hold no pairs, and the first `num_shots` past pairs, as training shows.
+    Raises: UserError naming file and line.
+    """
+
+    def parse(row: Row) -> User:
+        row.only(FIELDS)
+        user = _signals(row, num_shots)
+        if not (user.profile or user.survey or user.shots or user.comments):
+            raise row.error("signals", row.fields["signals"], f"at least one of {', '.join(SIGNALS)}", "Add one.")
+        return user
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give one with one JSON object a line")
+    users, _ = read_lines(path, parse, "error")
+    return list(dict.fromkeys(users))
+
+
 def write(users: Iterable[User], path: Path) -> None:
     """Writes one line per held-out pair: the inverse of `load`, but for stated, readings, split and "#2" of a draw."""
     with path.open("w", encoding="utf-8") as f:
@@ -100,10 +121,8 @@ def write(users: Iterable[User], path: Path) -> None:
 
 def _record(row: Row) -> Record:
     row.only(FIELDS)
-    signals = row.object("signals")
-    signals.only(SIGNALS)
-    shots = tuple(_shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else []))
-    comments = tuple(_comment(item) for item in (signals.objects("comments") if "comments" in signals.fields else []))
+    user = _signals(row)
+    shots, comments = user.shots, user.comments
     pair = Pair(row.text("record_id"), _messages(row), _text(row, "chosen"), _text(row, "rejected"))
     if pair.chosen == pair.rejected:
         raise row.error("rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line.")
@@ -116,16 +135,23 @@ def _record(row: Row) -> Record:
         if comment.prompt in asked or comment.comment in asked:
             allowed = 'no text of the line\'s own "prompt"'
             raise row.error(f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment.")
-    user = User(
+    return Record(dataclasses.replace(user, oracle=_optional(row, "oracle")), pair)
+
+
+def _signals(row: Row, num_shots: int | None = None) -> User:
+    """The user of a line, without pairs and oracle."""
+    signals = row.object("signals")
+    signals.only(SIGNALS)
+    shots = [_shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else [])]
+    comments = [_comment(item) for item in (signals.objects("comments") if "comments" in signals.fields else [])]
+    return User(
         user_id=row.text("user_id"),
         profile=_optional(signals, "profile"),
         survey=_optional(signals, "survey"),
-        shots=shots,
-        comments=comments,
+        shots=tuple(shots[:num_shots]),
+        comments=tuple(comments),
         pairs=(),
-        oracle=_optional(row, "oracle"),
     )
-    return Record(user, pair)
 
 
 def _group(records: list[Record], cfg: Any) -> list[User]:

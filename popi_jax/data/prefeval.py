@@ -46,48 +46,50 @@ def load(folder: Path, cfg: Any) -> Loaded:
     for topic in topics:
         options, bad_options = _options(folder / OPTIONS / f"{topic}.json", cfg.on_bad_row)
         loaded, bad_chats = _users(folder / CHATS / f"{topic}.json", topic, options, topic_split[topic], cfg)
-        users += loaded
+        users += [user for user in loaded if user]
         bad_rows += bad_options + bad_chats
     return Loaded(users, bad_rows)
 
 
 def _options(path: Path, on_bad_row: str) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
-    """Returns (preference, question) -> the four options, the first of which respects the preference."""
+    """Returns (preference, question) -> the four options, the first of which respects the preference.
+
+    A skipped row has no options: its chat is passed over, so that one bad row counts once.
+    """
     seen: dict[tuple[str, str], str] = {}
 
     def parse(row: Row) -> tuple[tuple[str, str], list[str]]:
         key = _key(row, seen)
         name, allowed = "classification_task_options", "4 texts, the first unlike the others"
         options = row.value(name, allowed)
-        if (
-            not isinstance(options, list)
-            or len(options) != 4
-            or not all(isinstance(o, str) and o.strip() for o in options)
-        ):
+        if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
             raise row.error(name, options, allowed, "Correct the row.")
+        if len(options) != 4:
+            raise row.error(name, f"{len(options)} texts", allowed, "Correct the row.")
         options = [option.strip() for option in options]
         if options[0] in options[1:]:
             raise row.error(name, options[0], allowed, "Correct the row.")
         return key, options
 
     rows, bad = read_array(path, parse, on_bad_row)
-    return dict(rows), bad
+    return {key: [] for key in seen} | dict(rows), bad
 
 
 def _users(
     path: Path, topic: str, options: dict[tuple[str, str], list[str]], topic_split: str, cfg: Any
-) -> tuple[list[User], list[str]]:
+) -> tuple[list[User | None], list[str]]:
     seen: dict[tuple[str, str], str] = {}
 
-    def parse(row: Row) -> User:
+    def parse(row: Row) -> User | None:
         preference, question = key = _key(row, seen)
+        if options.get(key) == []:
+            return None
         if key not in options:
             allowed = f"a preference and question of {OPTIONS}/{path.name}"
             raise row.error("question", question, allowed, "Take both files from the same release.")
         comments = _comments(row, question)
-        digest = hashlib.sha256(f"{preference}\n{question}".encode()).hexdigest()[
-            :10
-        ]  # not the row number: rows may move
+        # not the row number: rows may move
+        digest = hashlib.sha256(f"{preference}\n{question}".encode()).hexdigest()[:10]
         user_id = f"prefeval/{topic}/{digest}"
         prompt = [{"role": "user", "content": question}]
         chosen, *others = options[key]

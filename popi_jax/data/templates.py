@@ -20,7 +20,7 @@ def signals_text(user: User, layout: str = "paired") -> str:
     """
     parts = [f"profile: {user.profile}"] if user.profile else []
     parts += [f"survey: {user.survey}"] if user.survey else []
-    parts += [f"about: {c.prompt}\nwrote: {c.comment}" for c in user.comments]
+    parts += [f"about: {c.prompt}\nwrote: {c.comment}" if c.prompt else f"wrote: {c.comment}" for c in user.comments]
     asked = [f"asked: {s.prompt}\nliked: {s.chosen}" for s in user.shots]
     disliked = [f"disliked: {s.rejected}" for s in user.shots]
     if layout == "grouped":

@@ -152,7 +152,7 @@ def summarize(
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *results)
 
 
-def other_persons(user_ids: Sequence[str]) -> tuple[Int[np.ndarray, "users"], Bool[np.ndarray, "users"]]:
+def other_persons(user_ids: Sequence[str]) -> tuple[Int[np.ndarray, " users"], Bool[np.ndarray, " users"]]:
     """For each user the number of another one, and whether that is another person.
 
     The users are rotated by the least number of places that gives the fewest of them a summary of themselves. A person

@@ -29,7 +29,7 @@ class _Loop(NamedTuple):
     done: Bool[Array, "batch group"]
 
 
-def sample_keys(key: Key[Array, ""], index: Int[Array, "batch"], group_size: int) -> Key[Array, "batch group"]:
+def sample_keys(key: Key[Array, ""], index: Int[Array, " batch"], group_size: int) -> Key[Array, "batch group"]:
     """One key per sample, folded from the global index of its example: independent of how the batch is laid out."""
 
     def per_example(i: Array) -> Array:

@@ -68,7 +68,7 @@ def pair_logps(params: Params, contexts: Tokens, users: UserBatch, *, model: Tra
 
     flat = jax.tree.map(lambda x: x.reshape(num_users * group, *x.shape[2:]), contexts)
     answers = jax.tree.map(lambda *x: jnp.stack(x, axis=2), users.chosen, users.rejected)
-    scores, _ = answer_logps(params, flat, rows(users.turns), rows(answers), model=model)
+    scores = answer_logps(params, flat, rows(users.turns), rows(answers), model=model)
     sums = scores.sums().reshape(num_users, group, num_pairs, 2)
     return PairLogps(sums[..., 0], sums[..., 1])
 
@@ -93,5 +93,5 @@ def summary_logps(
     batch = users.index.shape[0]
     turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, batch))
     answers = jax.tree.map(lambda x: x[:, None], rollouts.summaries)
-    scores, _ = answer_logps(params, users.context, turns, answers, model=model, temperature=temperature)
+    scores = answer_logps(params, users.context, turns, answers, model=model, temperature=temperature)
     return scores.logps[:, 0], scores.mask[:, 0]

@@ -90,8 +90,8 @@ def answer_logps(
     *,
     model: TransformerConfig,
     temperature: float = 1.0,
-) -> tuple[AnswerLogps, Float[Array, "batch context_seq embed"]]:
-    """Log-probs of each answer given its context and turn, and the hidden states of the context.
+) -> AnswerLogps:
+    """Log-probs of each answer given its context and turn.
 
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
     """
@@ -112,4 +112,4 @@ def answer_logps(
     first = jnp.broadcast_to(first, (batch, num_turns, num_answers, 1, dim))
     predictors = jnp.concatenate([first, of_answers], axis=3)
     logps = token_logps(predictors, head(params, model), answers.ids, temperature=temperature)
-    return AnswerLogps(logps, length_mask(answers)), hidden[:, :context_len]
+    return AnswerLogps(logps, length_mask(answers))

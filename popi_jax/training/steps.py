@@ -105,7 +105,7 @@ def demonstration_loss(
 ) -> tuple[Float[Array, ""], Mean]:
     """Mean negative log-likelihood of the answers' tokens (nats per token), as a loss and as a metric."""
     answers = jax.tree.map(lambda x: x[:, :, None], batch.answers)
-    scores, _ = answer_logps(params, batch.context, batch.turns, answers, model=model)
+    scores = answer_logps(params, batch.context, batch.turns, answers, model=model)
     mask = scores.mask & batch.mask[:, :, None, None]
     return -masked_mean(scores.logps, mask), metric(-scores.logps, mask)
 

@@ -94,7 +94,7 @@ def test_split_by_topic_keeps_topics_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "value", "words"),
     [
-        (0, "classification_task_options", ["a", "b"], "4 texts"),
+        (0, "classification_task_options", ["a", "b"], 'found "2 texts", allowed: 4 texts'),
         (0, "classification_task_options", ["a", "b", "c", "a"], "the first unlike the others"),
         (0, "classification_task_options", None, "found null"),
         (0, "preference", "another", "a preference and question of mcq_options/topic0.json"),
@@ -123,6 +123,9 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
     made["topic0"][1][1]["persona"] = None
     loaded = prefeval.load(write(tmp_path, made), options(on_bad_row="skip"))
     assert len(loaded.users) == 2 and len(loaded.bad_rows) == 1 and "row 2" in loaded.bad_rows[0]
+    made["topic0"][0][2]["classification_task_options"] = []  # its chat goes with it and is not a second bad row
+    loaded = prefeval.load(write(tmp_path, made), options(on_bad_row="skip"))
+    assert len(loaded.users) == 1 and len(loaded.bad_rows) == 2 and "mcq_options" in loaded.bad_rows[0]
 
 
 def test_broken_json_names_line_and_column_even_when_rows_are_skipped(tmp_path: Path) -> None:

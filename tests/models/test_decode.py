@@ -88,7 +88,7 @@ def test_reported_logps_equal_those_of_scoring(params: dict) -> None:
     drawn = draw(params, 0.6)
     turns = jax.tree.map(lambda x: x[:, None], TURN)
     answers = jax.tree.map(lambda x: x[:, None], drawn.summaries)
-    scores, _ = jax.jit(partial(answer_logps, model=MODEL, temperature=0.6))(params, CONTEXT, turns, answers)
+    scores = jax.jit(partial(answer_logps, model=MODEL, temperature=0.6))(params, CONTEXT, turns, answers)
     mask = np.asarray(scores.mask)[:, 0]
     np.testing.assert_allclose(np.asarray(drawn.logps)[mask], np.asarray(scores.logps)[:, 0][mask], atol=1e-4)
     np.testing.assert_array_equal(np.asarray(drawn.logps)[~mask], 0.0)

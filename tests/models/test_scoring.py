@@ -43,7 +43,7 @@ def grad_program(model: TransformerConfig):
     """Jitted (params, context, turns, answers, weights) -> gradient of the weighted sum, (log-probs, mask)."""
 
     def total(params, context, turns, answers, weights):
-        scores, _ = scoring.answer_logps(params, context, turns, answers, model=model)
+        scores = scoring.answer_logps(params, context, turns, answers, model=model)
         return jnp.sum(jnp.where(scores.mask, scores.logps, 0.0) * weights), scores
 
     return jax.jit(jax.grad(total, has_aux=True))
@@ -148,7 +148,7 @@ def test_recomputing_and_chunks_of_queries_change_nothing(
 def test_the_temperature_divides_the_logits(params: dict) -> None:
     tree = Tree(4)
     score = jax.jit(partial(scoring.answer_logps, model=MODEL, temperature=0.5))
-    scores, _ = score(params, tree.context, tree.turns, tree.answers)
+    scores = score(params, tree.context, tree.turns, tree.answers)
     places, sequences = tree.alone()
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=0.5)
     for place, expected in zip(places, logps, strict=True):
