@@ -65,7 +65,8 @@ def base() -> ConfigDict:
     w.generator_users = 8  # users per step
     w.summary_users = 16  # users per step whose signals the inference model summarises
     w.readings = 5  # reading exercises on the signals of each of them
-    w.reading_users = 16  # users per step of whom it reads a few past pairs without the rest of the signals
+    w.reading_users = 24  # users per step of whom it reads a few past pairs, or the survey alone
+    w.reading_survey = 0.5  # part of these readings that are of the survey
     w.reading_shots = 3  # most past pairs in such an exercise
     w.guess = 0.12  # probability that a summary names one side, at random, of a contrast that past pairs show
     w.no_summary = 0.1  # probability that the generator sees no summary

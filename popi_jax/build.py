@@ -19,8 +19,8 @@ from popi_jax.data.encoding import fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
-from popi_jax.models.decode import Sampling
 from popi_jax.models.roles import Glue
+from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import make_mesh
 
@@ -86,6 +86,11 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     return made
 
 
+def never_drawn(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
+    """The control tokens other than the end of a reply, and the numbers beyond the tokenizer's vocabulary."""
+    return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
+
+
 def build(config: Config, config_json: str) -> Built:
     """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
     stored = stored_config(config.workdir)
@@ -109,8 +114,9 @@ def build(config: Config, config_json: str) -> Built:
         )
     config = dataclasses.replace(config, data=data)
     glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words, config)))
-    sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id)
+    model = model_config(config, words.vocab_size)
+    sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id, never_drawn(words, model))
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = json.dumps(json.loads(config_json) | {"dataset": origin})  # stored with each checkpoint
     check_same_run(config.workdir, config_json)
-    return Built(config, config_json, mesh, dataset, words, model_config(config, words.vocab_size), glue, sampling)
+    return Built(config, config_json, mesh, dataset, words, model, glue, sampling)

@@ -70,6 +70,7 @@ class WarmupConfig:
     summary_users: int
     readings: int
     reading_users: int
+    reading_survey: float
     reading_shots: int
     guess: float
     no_summary: float
@@ -209,8 +210,8 @@ ABOVE_ZERO = (
     "inference.clip_eps inference.learning_rate optimizer.clip_norm"
 ).split()
 FRACTIONS = (
-    "data.validation_fraction data.test_fraction warmup.guess warmup.no_summary warmup.drop warmup.wrong "
-    "optimizer.final_lr"
+    "data.validation_fraction data.test_fraction warmup.reading_survey warmup.guess warmup.no_summary warmup.drop "
+    "warmup.wrong optimizer.final_lr"
 ).split()
 BELOW_ONE = "optimizer.b1 optimizer.b2 data.test_fraction data.validation_fraction".split()
 

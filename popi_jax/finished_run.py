@@ -19,7 +19,7 @@ from popi_jax.data.pipeline import eval_batches
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals.suites import place, summarize, summarizer
-from popi_jax.models.decode import Sampling, sample, sample_keys
+from popi_jax.models.decode import sample, sample_keys
 from popi_jax.progress import Progress
 from popi_jax.sharding import replicated
 from popi_jax.training.loop import make_parts
@@ -109,7 +109,7 @@ def answers(
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
     turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
-    sampling = Sampling(temperature, max_tokens, words.eos_id)
+    sampling = built.sampling._replace(temperature=temperature, max_len=max_tokens)
 
     def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
         keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)

@@ -101,8 +101,9 @@ def warmup_batches(
     show adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that
     states nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same
     signals follow.
-    Reading: the signals hold nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for; data
-    without exercises has only masked rows.
+    Reading: short signals. A part `warmup.reading_survey` of them holds the profile and survey alone, and the answer is
+    the summary of what they state; the others hold nothing but 1 to `warmup.reading_shots` random past pairs, of which
+    one is asked for. Data without exercises has only masked rows.
     Summaries list items in the order of `items`.
 
     Raises: UserError as `user_batches`.
@@ -145,12 +146,19 @@ def warmup_batches(
         return _demonstrations(contexts, turns, answers, 1 + w.readings, lengths, tokenizer.pad_id)
 
     def reading(members: np.ndarray, rngs: list[np.random.Generator]) -> Demonstrations:
-        rows = [_reading_exercise(source[int(i)], w.reading_shots, rng) for i, rng in zip(members, rngs, strict=True)]
-        encoded = [encode_user(user, tokenizer, reading_cfg) for user in rows]
-        turns = [[turn for turn, _ in u.readings[:1]] for u in encoded]
-        answers = [[answer for _, answer in u.readings[:1]] for u in encoded]
-        lengths = reading_cfg.data.context_len, cfg.data.turn_len, cfg.data.answer_len
-        return _demonstrations([u.context for u in encoded], turns, answers, 1, lengths, tokenizer.pad_id)
+        contexts, turns, answers = [], [], []
+        for number, rng in zip(members.tolist(), rngs, strict=True):
+            user = source[number]
+            stated = bool(user.stated) and rng.random() < w.reading_survey
+            short = _survey_alone(user) if stated else _reading_exercise(user, w.reading_shots, rng)
+            encoded = encode_user(short, tokenizer, reading_cfg)
+            summary = summary_turn, templates.answer(tokenizer, user.stated)[: cfg.data.summary_len]
+            exercises = [summary] if stated else encoded.readings[:1]
+            contexts.append(encoded.context)
+            turns.append([turn for turn, _ in exercises])
+            answers.append([answer for _, answer in exercises])
+        lengths = reading_cfg.data.context_len, cfg.data.turn_len, max(cfg.data.summary_len, cfg.data.answer_len)
+        return _demonstrations(contexts, turns, answers, 1, lengths, tokenizer.pad_id)
 
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> WarmupBatch:
         parts, start = [], 0
@@ -316,6 +324,10 @@ def _summary_target(
     return templates.answer(tokenizer, _SEPARATOR.join(listed) if listed else user.stated_text)
 
 
+def _survey_alone(user: User) -> User:
+    return dataclasses.replace(user, comments=(), shots=(), readings=(), pairs=())
+
+
 def _reading_exercise(user: User, most: int, rng: np.random.Generator) -> User:
     """The user reduced to 1 to `most` random past pairs and the exercise on one of them."""
     picks = rng.permutation(len(user.shots))[: rng.integers(1, most + 1)].tolist()
@@ -326,7 +338,8 @@ def _reading_exercise(user: User, most: int, rng: np.random.Generator) -> User:
 
 
 def _reading_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Any:
-    """`cfg` with the context length of reading exercises: what the longest few past pairs of 512 users need."""
+    """`cfg` with the context length of reading exercises: what the longest few past pairs, and the longest survey text
+    with a summary, of 512 users need."""
     longest = 1
     for i in range(0, len(source), max(len(source) // 512, 1)):
         user = source[i]
@@ -335,5 +348,7 @@ def _reading_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) ->
             few = tuple(shots[max(len(shots) - cfg.warmup.reading_shots, 0) :])
             only = dataclasses.replace(user, profile="", survey="", comments=(), shots=few)
             longest = max(longest, len(fit_context(only, tokenizer, cfg)[0]))
+        if user.stated:
+            longest = max(longest, len(fit_context(_survey_alone(user), tokenizer, cfg)[0]))
     fitted = min(cfg.data.context_len, padded(longest))
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context_len=fitted))

@@ -48,6 +48,8 @@ class Tokenizer:
         self._template = _compile(chat_template, source)
         self._frames: dict[tuple[str, ...], list[list[int] | int]] = {}  # a memo: templates are slow to render
         self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._control.get_added_tokens_decoder().items()
+        self.control_ids = frozenset(i for i, token in added if token.special)
         self.bos_id = self._id(bos, "bos_token") if bos else None
         self.eos_id = self._reply_end()
         self.pad_id = self._id(pad, "pad_token") if pad else self.eos_id
@@ -154,9 +156,8 @@ class Tokenizer:
 
     def _reply_end(self) -> int:
         after = _SENTINEL.split(self._fill(("user", "assistant"), add_generation_prompt=False))[-1]
-        control = {i for i, token in self._control.get_added_tokens_decoder().items() if token.special}
         for i in self._control.encode(after, add_special_tokens=False).ids:
-            if i in control:
+            if i in self.control_ids:
                 return i
         if not self.eos:
             raise UserError(

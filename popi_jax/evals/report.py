@@ -54,6 +54,7 @@ def evaluate_run(
             tokenizer=built.tokenizer,
             glue=built.glue,
             model=built.model,
+            sampling=built.sampling,
             config=config,
             mesh=built.mesh,
             advance=lambda: progress.update(next(done)),

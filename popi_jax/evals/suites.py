@@ -21,8 +21,8 @@ from popi_jax.data.templates import signals_text
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.evals.metrics import score_pairs
 from popi_jax.losses.dpo import PairLogps, preference_margins
-from popi_jax.models.decode import Sampling
 from popi_jax.models.roles import Glue, pair_logps, rollout, splice
+from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.sharding import replicated, spec
 
@@ -68,6 +68,7 @@ def evaluate(
     tokenizer: Tokenizer,
     glue: Glue,
     model: TransformerConfig,
+    sampling: Sampling,
     config: Any,
     mesh: Mesh,
     advance: Callable[[], None],
@@ -77,8 +78,9 @@ def evaluate(
     The text about the user, in the place of the summary, is: nothing (no_signals), the raw signals cut to
     `data.context_len` tokens (raw_signals), a summary by the inference model as it was `before` (summary_before_rl) or
     `trained` (summary), that summary of another person (other_user_summary), the true persona (oracle; only users who
-    have one). The generator is the trained one in all rows. The reference of the margins is the generator `before`
-    without any text; where both are equal, no_signals has margins of exactly 0.
+    have one). Summaries are drawn as `sampling` says, at temperature 0 and 1. The generator is the trained one in all
+    rows. The reference of the margins is the generator `before` without any text; where both are equal, no_signals has
+    margins of exactly 0.
     """
     batches = list(eval_batches(users, tokenizer, config))
     placed = [place(batch.batch, mesh) for batch in batches]
@@ -111,8 +113,8 @@ def evaluate(
     other, differs = other_persons([user.user_id for user in users])
     of_trained = {}
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        sampling = Sampling(temperature, config.data.summary_len, tokenizer.eos_id)
-        program = summarizer(model=model, glue=glue, sampling=sampling, seed=config.seed, mesh=mesh)
+        drawn = sampling._replace(temperature=temperature)
+        program = summarizer(model=model, glue=glue, sampling=drawn, seed=config.seed, mesh=mesh)
         early = summarize(program, before.inference, placed, num_users, advance)
         late = of_trained[decoding] = summarize(program, trained.inference, placed, num_users, advance)
         texts += [

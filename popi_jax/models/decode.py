@@ -7,16 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens
+from popi_jax.models.sampling import Sampling, draw, stops
 from popi_jax.models.scoring import length_mask, pack
 from popi_jax.models.transformer import Cache, Transformer, TransformerConfig, empty_cache, head
-
-
-class Sampling(NamedTuple):
-    """How to draw a token. Temperature 0 is greedy; log-probs are then those at temperature 1."""
-
-    temperature: float
-    max_len: int  # tokens, end token included
-    end_id: int
 
 
 class _Loop(NamedTuple):
@@ -27,6 +20,7 @@ class _Loop(NamedTuple):
     logps: Float[Array, "batch group seq"]
     lengths: Int[Array, "batch group"]
     done: Bool[Array, "batch group"]
+    finished: Bool[Array, "batch group"]
 
 
 def sample_keys(key: Key[Array, ""], index: Int[Array, " batch"], group_size: int) -> Key[Array, "batch group"]:
@@ -70,19 +64,9 @@ def sample(
     slot_numbers = jnp.arange(group * sampling.max_len)
     own = (slot_numbers % group)[None, :] == jnp.arange(group)[:, None]  # [group slots]
 
-    def draw(logits: Array, t: Array) -> tuple[Array, Array]:
-        if sampling.temperature == 0.0:
-            token = jnp.argmax(logits, axis=-1)
-            scaled = logits
-        else:
-            scaled = logits / sampling.temperature
-            step_keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, t)))(keys)
-            token = jax.vmap(jax.vmap(jax.random.categorical))(step_keys, scaled)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), token[..., None], axis=-1)[..., 0]
-        return token.astype(jnp.int32), logp
-
     def body(loop: _Loop) -> _Loop:
-        token, logp = draw(loop.logits, loop.t)
+        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.t)))(keys)
+        token, logp = draw(loop.logits, step_keys, sampling)
         live = ~loop.done
         token = jnp.where(live, token, sampling.end_id)
         ids = jax.lax.dynamic_update_index_in_dim(loop.ids, token, loop.t, axis=2)
@@ -99,8 +83,9 @@ def sample(
         slot = jnp.int32(prefix_len) + loop.t * group
         hidden, cache = Transformer(model).apply({"params": params}, token, positions, mask, loop.cache, slot)
         logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-        done = loop.done | (token == sampling.end_id)
-        return _Loop(loop.t + 1, logits, cache, ids, logps, loop.lengths + live, done)
+        ended = token == sampling.end_id
+        done = loop.done | ended | stops(ids, loop.t, sampling)
+        return _Loop(loop.t + 1, logits, cache, ids, logps, loop.lengths + live, done, loop.finished | (live & ended))
 
     def unfinished(loop: _Loop) -> Array:
         return (loop.t < sampling.max_len) & ~jnp.all(loop.done)
@@ -117,6 +102,7 @@ def sample(
             logps=jnp.zeros(shape, jnp.float32),
             lengths=jnp.zeros((batch, group), jnp.int32),
             done=jnp.zeros((batch, group), bool),
+            finished=jnp.zeros((batch, group), bool),
         ),
     )
-    return Rollouts(Tokens(end.ids, end.lengths), end.done, end.logps)
+    return Rollouts(Tokens(end.ids, end.lengths), end.finished, end.logps)

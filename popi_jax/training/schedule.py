@@ -12,8 +12,8 @@ from popi_jax.arrays import Metrics, UserBatch
 from popi_jax.config import Config, Phase
 from popi_jax.losses.dpo import preference_margins
 from popi_jax.losses.masked import metric
-from popi_jax.models.decode import Sampling
 from popi_jax.models.roles import Glue, pair_logps, reference_logps, rollout, splice
+from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms
 from popi_jax.training.steps import generator_step, inference_step

@@ -185,8 +185,8 @@ def test_items_are_listed_in_the_order_of_every_summary() -> None:
 def warm(
     tokenizer: Tokenizer, users: list[User], *, count: int = 20, items: tuple[str, ...] = ITEMS, **changes: Any
 ) -> list[Any]:
-    """The first batches; the generator's summaries are true unless `changes` says otherwise."""
-    true = {"warmup__no_summary": 0.0, "warmup__drop": 0.0, "warmup__wrong": 0.0}
+    """The first batches; without `changes` the generator's summaries are true and readings are of pairs."""
+    true = {"warmup__no_summary": 0.0, "warmup__drop": 0.0, "warmup__wrong": 0.0, "warmup__reading_survey": 0.0}
     changes = true | changes
     return take(pipeline.warmup_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
 
@@ -316,7 +316,7 @@ def test_data_that_states_nothing_is_summarised_by_its_profile(tokenizer: Tokeni
 def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
     asked, shown = set(), set()
     for d in (b.reading for b in warm(tokenizer, USERS, warmup__reading_shots=shots)):
-        assert d.turns.ids.shape == (4, 1, 16) and d.answers.ids.shape == (4, 1, 8) and d.mask.all()
+        assert d.turns.ids.shape == (4, 1, 16) and d.answers.ids.shape == (4, 1, 24) and d.mask.all()
         for row in range(4):
             _, n, k, _ = text(tokenizer, d.turns, row, 0).split()[:4]
             user = USERS[int(n)]
@@ -333,15 +333,37 @@ def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
     assert asked == {"0", "1", "2"} and shown == set(range(1, shots + 1))
 
 
+def test_readings_of_the_survey_alone(tokenizer: Tokenizer) -> None:
+    """Summaries of what it states, without past pairs; data that states nothing keeps to the pairs."""
+    cfg = make_config()
+    for d in (b.reading for b in warm(tokenizer, USERS, warmup__reading_survey=1.0)):
+        for row in range(4):
+            user = USERS[number_of(tokenizer, d, row)]
+            alone = dataclasses.replace(user, shots=(), comments=())
+            assert ids_at(d.context, row) == templates.inference_context(
+                tokenizer, templates.signals_text(alone, "grouped")
+            )
+            assert ids_at(d.turns, row, 0) == templates.summary_turn(tokenizer, cfg)
+            assert ids_at(d.answers, row, 0) == templates.answer(tokenizer, user.stated)
+    both = [b.reading for b in warm(tokenizer, USERS, warmup__reading_survey=0.5)]
+    asked = ["read" in text(tokenizer, d.turns, row, 0) for d in both for row in range(4)]
+    assert 0.3 < np.mean(asked) < 0.7
+    silent = [dataclasses.replace(user, stated="") for user in USERS]
+    for d in (b.reading for b in warm(tokenizer, silent, count=4, warmup__reading_survey=1.0)):
+        assert all("read" in text(tokenizer, d.turns, row, 0) for row in range(4))
+
+
 def test_contexts_of_readings_are_as_long_as_past_pairs_need(tokenizer: Tokenizer) -> None:
+    users = [dataclasses.replace(user, stated="") for user in USERS]
+
     def room(shots: int) -> tuple[int, int]:
-        contexts = [b.reading.context for b in warm(tokenizer, USERS, count=8, warmup__reading_shots=shots)]
+        contexts = [b.reading.context for b in warm(tokenizer, users, count=8, warmup__reading_shots=shots)]
         return contexts[0].ids.shape[1], max(int(c.lengths.max()) for c in contexts)
 
     (one, longest), (two, longest_of_two) = room(1), room(2)
     assert longest <= one < longest + 4 and longest_of_two <= two < longest_of_two + 4
     assert one % 4 == two % 4 == 0 and one < two < 120
-    tight = warm(tokenizer, USERS, count=1, data__context_len=14)[0].reading
+    tight = warm(tokenizer, users, count=1, data__context_len=14)[0].reading
     assert tight.context.ids.shape == (4, 4) and not tight.mask.any()  # a pair that does not fit asks for nothing
 
 

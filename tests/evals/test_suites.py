@@ -26,6 +26,7 @@ def evaluate(run: Run, trained: Models, users: list, calls: list) -> Evaluation:
             tokenizer=built.tokenizer,
             glue=built.glue,
             model=built.model,
+            sampling=built.sampling,
             config=built.config,
             mesh=built.mesh,
             advance=lambda: calls.append(1),

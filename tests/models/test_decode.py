@@ -9,7 +9,8 @@ import pytest
 
 from popi_jax.arrays import Rollouts, Tokens
 from popi_jax.models import decode
-from popi_jax.models.decode import Sampling, sample_keys
+from popi_jax.models.decode import sample_keys
+from popi_jax.models.sampling import Sampling
 from popi_jax.models.scoring import answer_logps
 from tests.oracles import losses as oracle
 from tests.oracles import plain

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh
 from configs.base import base
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config, from_config_dict, parse_phases
-from popi_jax.models.decode import Sampling
 from popi_jax.models.roles import Glue
+from popi_jax.models.sampling import Sampling
 from popi_jax.sharding import MESH_AXES
 from popi_jax.training import optim
 from popi_jax.training.schedule import Parts

@@ -1,0 +1,89 @@
+"""What is drawn under each cut of the distribution, and where an answer stops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax.arrays import Tokens
+from popi_jax.models.decode import sample, sample_keys
+from popi_jax.models.sampling import Sampling, cut, draw, stops
+from tests.oracles import losses as oracle
+from tests.oracles import plain
+from tests.oracles.plain import MODEL
+
+P = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None, None, :]
+
+
+def kept(**cuts: object) -> list[int]:
+    sampling = Sampling(**({"temperature": 1.0, "max_len": 1, "end_id": 0} | cuts))
+    return np.flatnonzero(np.isfinite(np.asarray(cut(LOGITS, sampling))[0, 0])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("cuts", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.69}, [0, 1]),  # .4 + .3
+        ({"top_p": 0.71}, [0, 1, 2]),
+        ({"top_p": 0.001}, [0]),
+        ({"min_p": 0.3}, [0, 1, 2]),  # .12 and more
+        ({"min_p": 1.0}, [0]),
+        ({"banned": (0, 3)}, [1, 2, 4]),
+        ({"banned": (0,), "top_k": 2}, [1, 2]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 1]),  # of the three the first two hold .824
+        ({"temperature": 0.5, "min_p": 0.3}, [0, 1]),  # .16, .09, .0225
+        ({"temperature": 0.0, "banned": (0,)}, [1, 2, 3, 4]),
+    ],
+)
+def test_cuts(cuts: dict, expected: list[int]) -> None:
+    assert kept(**cuts) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+def test_cuts_change_the_draw_and_not_the_log_probs(temperature: float) -> None:
+    sampling = Sampling(temperature, 1, 0, banned=(0,), top_k=2)
+    keys = jax.random.split(jax.random.key(0), (1, 500))
+    tokens, logps = draw(jnp.broadcast_to(LOGITS, (1, 500, 5)), keys, sampling)
+    assert set(np.asarray(tokens).ravel().tolist()) == ({1} if temperature == 0.0 else {1, 2})
+    whole = oracle.log_softmax(np.log(P) / (temperature or 1.0))
+    np.testing.assert_allclose(logps, whole[np.asarray(tokens)], atol=1e-5)
+
+
+def test_the_draws_within_a_cut_keep_their_proportions() -> None:
+    keys = jax.random.split(jax.random.key(1), (1, 4000))
+    tokens, _ = draw(jnp.broadcast_to(LOGITS, (1, 4000, 5)), keys, Sampling(1.0, 1, 0, top_p=0.71))
+    found = np.bincount(np.asarray(tokens).ravel(), minlength=5) / 4000
+    np.testing.assert_allclose(found, np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85, atol=0.03)
+
+
+def test_stops_by_hand() -> None:
+    ids = jnp.array([[[1, 2, 3, 9], [2, 3, 1, 2], [3, 3, 3, 3]]])
+    sampling = Sampling(1.0, 4, 0, stop=((2, 3), (3, 3, 3), (1, 2, 3, 9, 9)))
+    found = [np.asarray(stops(ids, jnp.int32(t), sampling))[0].tolist() for t in range(4)]
+    assert found == [[False] * 3, [False, True, False], [True, False, True], [False, False, True]]
+
+
+def test_an_answer_ends_with_its_stop_sequence() -> None:
+    """The same tokens as without it up to there; such an answer is not finished by the end token."""
+    params = plain.random_params(0)
+    context, turn = (Tokens(jnp.array([[7, 8, 9], [3, 2, 1]]), jnp.array([3, 2])) for _ in range(2))
+    keys = sample_keys(jax.random.key(3), jnp.arange(2), 4)
+
+    def run(sampling: Sampling):
+        return jax.jit(partial(sample, model=MODEL, sampling=sampling))(params, context, turn, keys)
+
+    free = run(Sampling(1.4, 6, 63))
+    full = plain.row(free.summaries, 0, 1)
+    assert len(full) == 6
+    stopped = run(Sampling(1.4, 6, 63, stop=(tuple(full[2:4]),)))
+    assert plain.row(stopped.summaries, 0, 1) == full[:4]
+    assert not stopped.finished[0, 1]
+    for u, g in np.ndindex(2, 4):
+        ids = plain.row(stopped.summaries, u, g)
+        assert ids == plain.row(free.summaries, u, g)[: len(ids)]
