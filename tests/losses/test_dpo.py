@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.losses.dpo import PairLogps, dpo_losses, preference_margins
+from popi_jax.losses.preference import PairLogps, dpo_losses, preference_margins
 from popi_jax.losses.reward import summary_rewards
 from tests.oracles import losses as oracle
 
