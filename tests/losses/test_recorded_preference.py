@@ -1,4 +1,4 @@
-"""Every preference objective against the values and gradients that TRL computed (docs/objectives.md names the cases)."""
+"""Preference objectives against the values and gradients that TRL computed (docs/objectives.md names the cases)."""
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +132,7 @@ def test_averages_over_tokens_are_taken_inside() -> None:
 
 def test_ipo_without_reference_and_average() -> None:
     policy = PairLogps(jnp.asarray(R["cpo_ipo_in_chosen"]), jnp.asarray(R["cpo_ipo_in_rejected"]))
-    np.testing.assert_allclose(
-        preference.ipo_losses(policy, None, None, beta=0.1), R["cpo_ipo_per_pair"], rtol=1e-5
-    )
+    np.testing.assert_allclose(preference.ipo_losses(policy, None, None, beta=0.1), R["cpo_ipo_per_pair"], rtol=1e-5)
     grads = jax.grad(lambda p: jnp.mean(preference.ipo_losses(p, None, None, beta=0.1)))(policy)
     np.testing.assert_allclose(grads.chosen, R["cpo_ipo_grad_chosen"], rtol=1e-4)
     np.testing.assert_allclose(grads.rejected, R["cpo_ipo_grad_rejected"], rtol=1e-4)
