@@ -20,7 +20,7 @@ from popi_jax.data.records import User
 from popi_jax.data.templates import signals_text
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.evals.metrics import score_pairs
-from popi_jax.losses.dpo import PairLogps, preference_margins
+from popi_jax.losses.preference import PairLogps, preference_margins
 from popi_jax.models.roles import Glue, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig

@@ -1,4 +1,7 @@
-"""Log-probs of tokens from hidden states, chunked so that [tokens, vocabulary] is never stored."""
+"""Log-probs and entropies of tokens from hidden states, chunked so that [tokens, vocabulary] is never stored."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +10,16 @@ from jaxtyping import Array, Float, Int
 CHUNK = 1024  # tokens whose logits exist at a time
 
 
-def token_logps(
-    hidden: Float[Array, "*rows embed"],
-    head: Float[Array, "embed vocab"],
-    ids: Int[Array, "*rows"],
-    *,
-    temperature: float = 1.0,
-) -> Float[Array, "*rows"]:
-    """log softmax(hidden @ head / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
+def _logits(
+    states: Float[Array, "chunk embed"], head: Float[Array, "embed vocab"], temperature: float
+) -> Float[Array, "chunk vocab"]:
+    return jnp.dot(states, head, preferred_element_type=jnp.float32) / temperature
+
+
+def _over_chunks(
+    score: Callable[[Array, Array], Any], hidden: Float[Array, "*rows embed"], ids: Int[Array, "*rows"]
+) -> Any:
+    """score(states, targets) -> numbers per token, a chunk at a time; the backward pass computes a chunk again."""
     shape, dim = ids.shape, hidden.shape[-1]
     hidden, flat = hidden.reshape(-1, dim), ids.reshape(-1)
     num = flat.shape[0]
@@ -25,11 +30,47 @@ def token_logps(
     flat = jnp.pad(flat, (0, pad)).reshape(chunks, size)
 
     @jax.checkpoint
-    def chunk_logps(args: tuple[Array, Array]) -> Array:
-        states, targets = args
-        logits = jnp.dot(states, head, preferred_element_type=jnp.float32) / temperature
+    def of_chunk(args: tuple[Array, Array]) -> Any:
+        return score(*args)
+
+    found = of_chunk((hidden[0], flat[0])) if chunks == 1 else jax.lax.map(of_chunk, (hidden, flat))
+    return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), found)
+
+
+def token_logps(
+    hidden: Float[Array, "*rows embed"],
+    head: Float[Array, "embed vocab"],
+    ids: Int[Array, "*rows"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, "*rows"]:
+    """log softmax(hidden @ head / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
+
+    def score(states: Array, targets: Array) -> Array:
+        logits = _logits(states, head, temperature)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    logps = chunk_logps((hidden[0], flat[0])) if chunks == 1 else jax.lax.map(chunk_logps, (hidden, flat)).reshape(-1)
-    return logps[:num].reshape(shape)
+    return _over_chunks(score, hidden, ids)
+
+
+def token_logps_and_entropy(
+    hidden: Float[Array, "*rows embed"],
+    head: Float[Array, "embed vocab"],
+    ids: Int[Array, "*rows"],
+    *,
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """`token_logps` and the entropy of the distribution that each token was drawn from, of one product with the head.
+
+    H = -sum_v p_v log p_v, p = softmax(hidden @ head / temperature): nats, from 0 to log vocab, with its own gradient.
+    """
+
+    def score(states: Array, targets: Array) -> tuple[Array, Array]:
+        logits = _logits(states, head, temperature)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        logps = logits - total[:, None]
+        return chosen - total, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+
+    return _over_chunks(score, hidden, ids)

@@ -20,3 +20,8 @@ def metric(x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Me
     """Sum and count of the masked values, for means that are formed on the host."""
     mask = jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask, x.shape)
     return Mean(jnp.sum(jnp.where(mask, x, 0.0).astype(jnp.float32)), jnp.sum(mask).astype(jnp.float32))
+
+
+def divided(mean: Mean) -> Float[Array, ""]:
+    """A sum over its weight; 0 where nothing counted."""
+    return mean.total / jnp.maximum(mean.weight, 1.0)

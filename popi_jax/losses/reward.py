@@ -6,18 +6,44 @@ from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.losses.masked import masked_mean_last
 
+KINDS = ("log_sigmoid", "accuracy", "margin")
+
+
+def pair_rewards(margins: Float[Array, "*rows"], *, kind: str) -> Float[Array, "*rows"]:
+    """What one pair's margin is worth: "log_sigmoid", log sigmoid(m), nats, <= 0, the negative of the generator's loss,
+    so that both models ascend one objective (POPI, arXiv 2510.17881 v1); "accuracy", 1 where m > 0, a tie one half;
+    "margin", m itself, nats. Raises ValueError for another name.
+    """
+    match kind:
+        case "log_sigmoid":
+            return jax.nn.log_sigmoid(margins)
+        case "accuracy":
+            return (margins > 0) + 0.5 * (margins == 0)
+        case "margin":
+            return margins
+    raise ValueError(f"the reward {kind!r} is unknown; allowed: {', '.join(KINDS)}")
+
 
 def summary_rewards(
     margins: Float[Array, "users group pairs"],
     pair_mask: Bool[Array, "users pairs"],
     lengths: Int[Array, "users group"],
+    margins_without_summary: Float[Array, "users pairs"] | None = None,
+    kl: Float[Array, "users group"] | None = None,
     *,
     length_penalty: float,
+    kind: str = "log_sigmoid",
+    kl_coef: float = 0.0,
 ) -> Float[Array, "users group"]:
-    """Mean over the user's pairs of log sigmoid(margin), less `length_penalty` per token: nats, <= 0.
+    """Mean over the user's pairs of `pair_rewards`, less `length_penalty` per token and `kl_coef` per nat of `kl`.
 
-    It is the negative of the generator's preference loss, so that both models ascend one objective (POPI, arXiv
-    2510.17881 v1).
+    margins_without_summary: the generator's on the same pairs with no summary; their mean reward is subtracted. It is
+    the same for all summaries of a user, so it acts only on advantages that compare users (baseline or scale "batch").
+    kl: of each summary to the reference inference model, `summed_kl`.
     """
     mask = jnp.broadcast_to(pair_mask[:, None, :], margins.shape)
-    return masked_mean_last(jax.nn.log_sigmoid(margins), mask) - length_penalty * lengths.astype(jnp.float32)
+    rewards = masked_mean_last(pair_rewards(margins, kind=kind), mask)
+    if margins_without_summary is not None:
+        rewards = rewards - masked_mean_last(pair_rewards(margins_without_summary, kind=kind), pair_mask)[:, None]
+    rewards = rewards - length_penalty * lengths.astype(jnp.float32)
+    return rewards - kl_coef * kl if kl is not None else rewards

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens, UserBatch
-from popi_jax.losses.dpo import PairLogps
+from popi_jax.losses.preference import PairLogps
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.scoring import answer_logps

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 from popi_jax.arrays import Metrics, UserBatch
 from popi_jax.config import Config, Phase
-from popi_jax.losses.dpo import preference_margins
 from popi_jax.losses.masked import metric
+from popi_jax.losses.preference import preference_margins
 from popi_jax.models.roles import Glue, pair_logps, reference_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig

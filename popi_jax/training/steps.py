@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from popi_jax.arrays import Demonstrations, Mean, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
-from popi_jax.losses.dpo import PairLogps, dpo_losses, preference_margins
 from popi_jax.losses.grpo import group_advantages, grpo_loss, kl_estimates
 from popi_jax.losses.masked import masked_mean, metric
+from popi_jax.losses.preference import PairLogps, dpo_losses, preference_margins
 from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.models.scoring import answer_logps

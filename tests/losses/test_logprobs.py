@@ -56,3 +56,33 @@ def test_gradient_is_that_of_finite_differences() -> None:
 def test_large_logits_stay_finite() -> None:
     logps = logprobs.token_logps(1e4 * jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))
     assert np.isfinite(logps).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_entropy_equals_the_equation(temperature: float) -> None:
+    found, entropy = logprobs.token_logps_and_entropy(
+        jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature
+    )
+    alone = logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature)
+    np.testing.assert_array_equal(found, alone)
+    logps = oracle.log_softmax(HIDDEN.astype(np.float64) @ HEAD.astype(np.float64) / temperature)
+    np.testing.assert_allclose(entropy, -(np.exp(logps) * logps).sum(-1), atol=2e-5)
+
+
+def test_chunks_change_neither_entropy_nor_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=IDS.shape), jnp.float32)
+
+    def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logps, entropy = logprobs.token_logps_and_entropy(hidden, head, jnp.asarray(IDS), temperature=0.7)
+        return jnp.sum(weights * entropy) + 0.1 * jnp.sum(logps)
+
+    arrays = (jnp.asarray(HIDDEN), jnp.asarray(HEAD))
+    check_grads(total, arrays, order=1, modes=["rev"], rtol=2e-2)
+    whole = jax.value_and_grad(total, argnums=(0, 1))(*arrays)
+    monkeypatch.setattr(logprobs, "CHUNK", 4)
+    program = str(jax.make_jaxpr(lambda: total(*arrays))())
+    assert "f32[21,20]" not in program  # logits of all tokens at once
+    assert program.count("dot_general") == 1
+    chunked = jax.value_and_grad(total, argnums=(0, 1))(*arrays)
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

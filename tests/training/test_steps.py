@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from popi_jax.arrays import Rollouts, Tokens, UserBatch
-from popi_jax.losses.dpo import PairLogps
+from popi_jax.losses.preference import PairLogps
 from popi_jax.models.roles import splice
 from popi_jax.training import optim
 from popi_jax.training.state import RoleState, Transforms

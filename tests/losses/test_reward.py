@@ -1,0 +1,57 @@
+"""The reward of a summary against float64 numpy."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from popi_jax.losses.reward import pair_rewards, summary_rewards
+from tests.oracles import losses as oracle
+
+few = hypothesis.settings(max_examples=12, deadline=None)
+margins_of_users = hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(-30, 30, width=32))
+masks = hnp.arrays(bool, (3, 5))
+lengths_of_summaries = hnp.arrays(np.int32, (3, 4), elements=st.integers(1, 9))
+
+
+@few
+@hypothesis.given(margins_of_users, masks, lengths_of_summaries, st.sampled_from([0.0, 0.02]))
+def test_rewards_equal_the_equation(margins, mask, lengths, penalty: float) -> None:
+    found = summary_rewards(jnp.asarray(margins), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty)
+    np.testing.assert_allclose(found, oracle.rewards(margins, mask, lengths, penalty), rtol=1e-5, atol=1e-5)
+    garbage = np.where(mask[:, None], margins, np.float32(-1e30))
+    again = summary_rewards(jnp.asarray(garbage), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty)
+    np.testing.assert_array_equal(again, found)  # masked pairs do not matter
+
+
+@pytest.mark.parametrize("kind", ["log_sigmoid", "accuracy", "margin"])
+def test_kinds_baseline_and_kl(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    margins, without = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 4), (2, 4)))
+    margins[0, 0, 0] = 0.0
+    mask, kl = rng.random((2, 4)) < 0.7, rng.normal(size=(2, 3)).astype(np.float32)
+    mask[:, 0] = True
+    worth = {
+        "log_sigmoid": lambda m: -np.log1p(np.exp(-m)),
+        "accuracy": lambda m: 1.0 if m > 0 else 0.5 if m == 0 else 0.0,
+        "margin": lambda m: m,
+    }[kind]
+    expected = np.zeros((2, 3))
+    for u, g in np.ndindex(2, 3):
+        real = np.flatnonzero(mask[u])
+        expected[u, g] = np.mean([worth(margins[u, g, k]) - worth(without[u, k]) for k in real])
+        expected[u, g] -= 0.1 * 7 + 0.3 * kl[u, g]
+    found = summary_rewards(
+        *map(jnp.asarray, (margins, mask, np.full((2, 3), 7), without, kl)),
+        length_penalty=0.1,
+        kind=kind,
+        kl_coef=0.3,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="log_sigmoid, accuracy, margin"):
+        pair_rewards(jnp.zeros(2), kind="win_rate")
