@@ -14,6 +14,14 @@ from configs.scales import SCALES, detect
 from configs.schedules import SCHEDULES
 
 
+def _lora() -> ConfigDict:
+    c = ConfigDict()  # low-rank adapters instead of training all parameters; needs model.checkpoint
+    c.rank = 0  # 0 = none: all parameters are trained
+    c.alpha = 16.0  # the adapters' product is multiplied by alpha / rank
+    c.targets = ("q", "k", "v", "o", "gate", "up", "down")  # kernels that have an adapter
+    return c
+
+
 def base() -> ConfigDict:
     c = ConfigDict()
     c.name = ""  # name of the config file
@@ -75,31 +83,60 @@ def base() -> ConfigDict:
     w.learning_rate = 3e-3
     w.lr_warmup_steps = 20
 
-    c.generator = g = ConfigDict()
+    c.generator = g = ConfigDict()  # objectives: docs/objectives.md
+    g.objective = "dpo"  # dpo | robust | ipo | hinge | kto | slic | cpo | simpo | orpo | rrhf
     g.beta = 0.1  # of the preference objective, per nat
+    g.label_smoothing = 0.0  # probability that a pair's labels are swapped (dpo: cDPO; robust, cpo, simpo)
+    g.length_normalised = False  # log-probs per token (dpo, robust, hinge, kto, slic, cpo; always of the others)
+    g.gamma = 0.0  # margin that simpo asks for, nats
+    g.sft_coef = 0.0  # weight of the chosen reply's likelihood per token (1 in orpo, cpo and rrhf as published)
+    g.desirable_weight = 1.0  # of chosen replies (kto)
+    g.undesirable_weight = 1.0  # of rejected replies (kto)
+    g.reference = "prompt"  # what the reference model sees: prompt (x alone) | summary (x and z)
+    g.ema_decay = 0.0  # of an average of the parameters, per update; 0 = none is kept
+    g.lora = _lora()
     g.learning_rate = 1e-4
     g.lr_warmup_steps = 5
 
     c.inference = i = ConfigDict()
     i.group_size = 8  # summaries sampled per user (G)
     i.temperature = 1.0  # of sampling and of the log-probs that are trained
-    i.advantage_scale = "batch"  # group | batch | none: whose standard deviation divides the centred rewards
-    i.clip_eps = 0.2  # of the probability ratio
-    i.kl_coef = 0.02  # per nat of KL to the reference inference model
+    i.reward = "log_sigmoid"  # of a pair's margin: log_sigmoid | accuracy | margin
+    i.reward_generator = "current"  # whose margins: current | ema (of generator.ema_decay) | frozen (the reference)
+    i.reward_baseline = False  # less the reward of no summary on the same pairs (for advantages that compare users)
     i.length_penalty = 0.002  # reward lost per token of the summary
+    i.advantage_baseline = "group"  # group | leave_one_out (RLOO) | batch (REINFORCE)
+    i.advantage_scale = "batch"  # group | batch | batch_rewards | whiten | none: what divides the centred rewards
+    i.ratio = "token"  # probability ratio: token | sequence (GSPO) | sequence_token
+    i.clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
+    i.clip_high = 0.2  # ... and to 1 + clip_high
+    i.clip_max = 0.0  # bound of the ratio where the advantage is negative; 0 = none
+    i.normalise = "samples"  # what token losses are divided by: samples | sequences | tokens | max_len
+    i.kl = "k3"  # estimator of the KL to the reference: k1 (in the reward) | k2 | k3 (in the loss)
+    i.kl_corrected = False  # whether k3 is weighted by the ratio
+    i.kl_coef = 0.02  # per nat of KL to the reference inference model
+    i.entropy_coef = 0.0  # reward of the entropy, per nat and token
+    i.high_entropy_share = 1.0  # only this share of tokens, those of highest entropy, has a policy gradient
+    i.skip_unfinished = False  # whether summaries cut at data.summary_len are left out of the loss
+    i.updates_per_rollout = 1  # gradient steps on the same summaries
+    i.ema_decay = 0.0  # of an average of the parameters, per update; 0 = none is kept
+    i.lora = _lora()
     i.learning_rate = 5e-4
     i.lr_warmup_steps = 10
 
-    c.optimizer = o = ConfigDict()  # AdamW, for both roles
-    o.b1 = 0.9
+    c.optimizer = o = ConfigDict()  # for both roles
+    o.name = "adamw"  # adamw | lion | muon (matrices of the layers; adamw for the rest) | adafactor
+    o.schedule = "cosine"  # of the learning rate after its warm-up: cosine | linear | constant
+    o.b1 = 0.9  # adafactor has none
     o.b2 = 0.98
     o.weight_decay = 0.0
-    o.clip_norm = 1.0
-    o.final_lr = 0.2  # learning rate at the end of the schedule, as a part of its peak (cosine)
+    o.clip_norm = 1.0  # of the gradient, over all its parameters
+    o.final_lr = 0.2  # learning rate at the end of the schedule, as a part of its peak
 
     c.batch = b = ConfigDict()
     b.users = 16  # users per update, over all devices
     b.pairs = 8  # preference pairs per user and update (K)
+    b.microbatches = 1  # parts that an update goes through one after the other, to save memory; the result is the same
 
     c.schedule = s = ConfigDict()
     # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each update) or

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from popi_jax import distributed
 from popi_jax.checkpoints.hf_io import read_config
 from popi_jax.checkpoints.manager import check_same_run, stored_config
-from popi_jax.config import Config, check_mesh, resolve_mesh
+from popi_jax.config import Config
+from popi_jax.config_check import check_mesh, resolve_mesh
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.encoding import fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare

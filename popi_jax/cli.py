@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from popi_jax.config import Config, from_config_dict, to_json
+from popi_jax.config import Config
+from popi_jax.config_check import from_config_dict, to_json
 from popi_jax.errors import UserError, did_you_mean, disk_is_full
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -12,7 +12,8 @@ from absl import logging
 from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.build import Built, build
 from popi_jax.checkpoints import manager
-from popi_jax.config import Config, to_json
+from popi_jax.config import Config
+from popi_jax.config_check import to_json
 from popi_jax.data import templates
 from popi_jax.data.encoding import fitted_lengths
 from popi_jax.data.pipeline import eval_batches

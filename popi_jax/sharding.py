@@ -70,13 +70,20 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def match_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for `tree`: sub-trees that mirror `params` (optimizer moments) follow `shardings`, the rest is
-    replicated."""
-    structure = jax.tree.structure(params)
+    """Shardings for `tree`: a leaf that has the path (its last keys) and the shape of a parameter, as optimizer moments
+    do, lies as that parameter does; the rest, such as counters and the sums of a factored moment, is replicated."""
+    layouts = jax.tree.map(lambda x, s: (x.shape, s), params, shardings)
+    known = {
+        tuple(part.key for part in path): layout
+        for path, layout in jax.tree_util.tree_leaves_with_path(layouts, is_leaf=lambda x: isinstance(x, tuple))
+    }
 
-    def mirrors(x: Any) -> bool:
-        return jax.tree.structure(x) == structure
+    def layout(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        keys = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+        for start in range(len(keys)):
+            shape, sharding = known.get(keys[start:], (None, None))
+            if shape == x.shape:
+                return sharding
+        return replicated(mesh)
 
-    return jax.tree.map(
-        lambda x: shardings if mirrors(x) else replicated(mesh), tree, is_leaf=lambda x: mirrors(x) or x is None
-    )
+    return jax.tree_util.tree_map_with_path(layout, tree)

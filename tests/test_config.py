@@ -8,7 +8,7 @@ from configs import base, jsonl, prefeval, prism, smoke
 from configs.models import MODELS
 from configs.scales import SCALES
 from configs.schedules import SCHEDULES
-from popi_jax import config
+from popi_jax import config_check as config
 from popi_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

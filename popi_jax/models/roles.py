@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens, UserBatch
-from popi_jax.losses.preference import PairLogps
+from popi_jax.losses.preference import PairLengths, PairLogps
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.scoring import answer_logps
@@ -19,6 +19,14 @@ class Glue(NamedTuple):
 
     generator_prefix: tuple[int, ...]  # all that comes before a summary in the generator's context
     summary_turn: tuple[int, ...]  # from the end of the signals to the header of the summary
+
+
+class TokenScores(NamedTuple):
+    """Of each token of sampled summaries at the sampling temperature, in nats; entropies only where asked for."""
+
+    logps: Float[Array, "users group seq"]
+    mask: Bool[Array, "users group seq"]
+    entropies: Float[Array, "users group seq"] | None
 
 
 def constant_turn(ids: tuple[int, ...], batch: int) -> Tokens:
@@ -74,11 +82,9 @@ def pair_logps(params: Params, contexts: Tokens, users: UserBatch, *, model: Tra
     return PairLogps(sums[..., 0], sums[..., 1])
 
 
-def reference_logps(params: Params, users: UserBatch, glue: Glue, *, model: TransformerConfig) -> PairLogps:
-    """Log-probs of the replies without any summary: [users 1 pairs]."""
-    batch = users.index.shape[0]
-    context = jax.tree.map(lambda x: x[:, None], empty_summary(glue.generator_prefix, batch))
-    return pair_logps(params, context, users, model=model)
+def pair_lengths(users: UserBatch) -> PairLengths:
+    """Tokens of each user's replies: [users 1 pairs], the same behind every context."""
+    return PairLengths(users.chosen.lengths[:, None], users.rejected.lengths[:, None])
 
 
 def summary_logps(
@@ -89,10 +95,13 @@ def summary_logps(
     model: TransformerConfig,
     glue: Glue,
     temperature: float,
-) -> tuple[Float[Array, "users group seq"], Bool[Array, "users group seq"]]:
+    entropies: bool = False,
+) -> TokenScores:
     """Log-probs of sampled summaries, all G of a user behind one copy of the signals; the mask holds the end token."""
     batch = users.index.shape[0]
     turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, batch))
     answers = jax.tree.map(lambda x: x[:, None], rollouts.summaries)
-    scores = answer_logps(params, users.context, turns, answers, model=model, temperature=temperature)
-    return scores.logps[:, 0], scores.mask[:, 0]
+    scores = answer_logps(
+        params, users.context, turns, answers, model=model, temperature=temperature, entropies=entropies
+    )
+    return TokenScores(*jax.tree.map(lambda x: x[:, 0], tuple(scores)))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, Tokens
-from popi_jax.losses.logprobs import token_logps
+from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
 from popi_jax.models.transformer import Transformer, TransformerConfig, head
 
 
@@ -24,10 +24,11 @@ class Packed(NamedTuple):
 
 
 class AnswerLogps(NamedTuple):
-    """Log-probs (nats) of every answer token and the mask of those that count."""
+    """Log-probs (nats) of every answer token, the mask of those that count, and the entropies where asked for."""
 
     logps: Float[Array, "batch turns answers seq"]
     mask: Bool[Array, "batch turns answers seq"]
+    entropies: Float[Array, "batch turns answers seq"] | None = None  # of the distribution that each token is from
 
     def sums(self) -> Float[Array, "batch turns answers"]:
         return jnp.sum(jnp.where(self.mask, self.logps, 0.0), axis=-1)
@@ -90,8 +91,9 @@ def answer_logps(
     *,
     model: TransformerConfig,
     temperature: float = 1.0,
+    entropies: bool = False,
 ) -> AnswerLogps:
-    """Log-probs of each answer given its context and turn.
+    """Log-probs of each answer given its context and turn, and with `entropies` those too.
 
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
     """
@@ -111,5 +113,7 @@ def answer_logps(
     )
     first = jnp.broadcast_to(first, (batch, num_turns, num_answers, 1, dim))
     predictors = jnp.concatenate([first, of_answers], axis=3)
-    logps = token_logps(predictors, head(params, model), answers.ids, temperature=temperature)
-    return AnswerLogps(logps, length_mask(answers))
+    score = token_logps_and_entropy if entropies else token_logps
+    scores = score(predictors, head(params, model), answers.ids, temperature=temperature)
+    logps, entropy = scores if entropies else (scores, None)
+    return AnswerLogps(logps, length_mask(answers), entropy)

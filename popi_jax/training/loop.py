@@ -16,7 +16,7 @@ from popi_jax.arrays import Metrics
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
-from popi_jax.config import parse_phases
+from popi_jax.config_check import parse_phases
 from popi_jax.data import pipeline
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter

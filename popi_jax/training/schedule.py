@@ -1,22 +1,24 @@
 """The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from popi_jax.arrays import Metrics, UserBatch
+from popi_jax.arrays import Metrics, Params, Tokens, UserBatch
 from popi_jax.config import Config, Phase
 from popi_jax.losses.masked import metric
-from popi_jax.losses.preference import preference_margins
-from popi_jax.models.roles import Glue, pair_logps, reference_logps, rollout, splice
+from popi_jax.losses.preference import PairLogps, margins_of
+from popi_jax.models.roles import Glue, empty_summary, pair_lengths, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms
-from popi_jax.training.steps import generator_step, inference_step
+from popi_jax.training.microbatches import by_parts
+from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
+from popi_jax.training.steps import generator_step, inference_step, preference_objective
 
 
 class Parts(NamedTuple):
@@ -56,43 +58,62 @@ def popi_update(
 ) -> tuple[TrainState, Metrics]:
     """One update of one role or both, on one batch of users (POPI, arXiv 2510.17881 v1).
 
-    Samples G summaries per user; if it is the inference model's turn, rewards them by the present generator's objective
-    on K of the user's pairs and takes a policy-gradient step; if it is the generator's turn, takes a DPO step on the
-    same pairs behind the first summary of each group. In a joint update both see the models as they were before it.
+    Samples G summaries per user; if it is the inference model's turn, rewards them by the generator's objective on K of
+    the user's pairs and takes policy-gradient steps; if it is the generator's turn, takes a preference step on the same
+    pairs behind the first summary of each group. In a joint update both see the models as they were before it.
     """
-    cfg = parts.cfg
+    cfg, model, prefix = parts.cfg, parts.model, parts.glue.generator_prefix
     train_inference, train_generator = phase_at(state.step - parts.first_step, phases)
     key = jax.random.fold_in(state.key, state.step)
-    rollouts = rollout(
-        state.inference.params,
-        users,
-        key,
-        model=parts.model,
+    objective = preference_objective(cfg)
+    draw = partial(
+        rollout,
+        key=key,
+        model=model,
         glue=parts.glue,
         sampling=parts.sampling,
         group_size=cfg.inference.group_size,
     )
-    contexts = splice(parts.glue.generator_prefix, rollouts.summaries, rollouts.finished)
-    reference = reference_logps(frozen.generator, users, parts.glue, model=parts.model)
+    writer = policy(state.inference.params, frozen.inference, cfg.inference)
+    rollouts = by_parts(lambda part: draw(writer, part), users, cfg.batch.microbatches)
+    contexts = splice(prefix, rollouts.summaries, rollouts.finished)
+
+    def logps(params: Params, contexts: Tokens) -> PairLogps:
+        score = partial(pair_logps, params, model=model)
+        return by_parts(lambda part: score(*part), (contexts, users), cfg.batch.microbatches)
+
+    nothing = jax.tree.map(lambda x: x[:, None], empty_summary(prefix, users.index.shape[0]))
+    seen = contexts if cfg.generator.reference == "summary" else nothing
+    reference = logps(frozen.generator, seen) if objective.needs_reference else None
 
     def of_inference(role: RoleState) -> tuple[RoleState, Metrics]:
-        policy = pair_logps(state.generator.params, contexts, users, model=parts.model)
-        margins = preference_margins(policy, reference, beta=cfg.generator.beta)
+        judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(cfg.inference.reward_generator)
+        judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
+
+        def margins(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
+            return margins_of(logps(judge, contexts), pair_lengths(users), reference, objective=objective)
+
+        without = None
+        if cfg.inference.reward_baseline:
+            unseen = logps(frozen.generator, nothing) if objective.needs_reference else None
+            without = margins(nothing, unseen)[:, 0]
         return inference_step(
             role,
             frozen.inference,
-            margins,
+            margins(contexts, reference),
+            without,
             rollouts,
             users,
-            model=parts.model,
+            model=model,
             tx=parts.transforms.inference,
             glue=parts.glue,
             cfg=cfg,
         )
 
     def of_generator(role: RoleState) -> tuple[RoleState, Metrics]:
-        first = jax.tree.map(lambda x: x[:, :1], contexts)
-        return generator_step(role, reference, first, users, model=parts.model, tx=parts.transforms.generator, cfg=cfg)
+        first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
+        tx = parts.transforms.generator
+        return generator_step(role, frozen.generator, given, first, users, model=model, tx=tx, cfg=cfg)
 
     def when(
         turn: Bool[Array, ""], step: Callable[[RoleState], tuple[RoleState, Metrics]], role: RoleState

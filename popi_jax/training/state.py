@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from popi_jax.arrays import Params
+from popi_jax.config import Config, GeneratorConfig, InferenceConfig
+from popi_jax.models.lora import init_lora_boxed, join
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import match_shardings, param_shardings, replicated
 
@@ -17,9 +19,10 @@ from popi_jax.sharding import match_shardings, param_shardings, replicated
 class RoleState(NamedTuple):
     """The trained side of one model."""
 
-    step: Int[Array, ""]  # updates of this role in the present stage
-    params: Params
+    step: Int[Array, ""]  # gradient steps of this role in the present stage
+    params: Params  # under LoRA the adapters alone
     opt_state: PyTree
+    ema: Params | None = None  # average of `params` over the steps; None: not asked for
 
 
 class TrainState(NamedTuple):
@@ -32,7 +35,10 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Reference policies: the models at the start of the main stage. Never donated, never updated."""
+    """Reference policies: the models at the start of the main stage. Never donated, never updated.
+
+    Under LoRA they are the base weights that the adapters stand on, one copy for both roles.
+    """
 
     inference: Params
     generator: Params
@@ -43,47 +49,79 @@ class Transforms(NamedTuple):
     generator: optax.GradientTransformation
 
 
-def new_state(inference: Params, generator: Params, key: Key[Array, ""], *, transforms: Transforms) -> TrainState:
+def policy(params: Params, frozen: Params, role: InferenceConfig | GeneratorConfig) -> Params:
+    """The whole model of a role, as models/ takes it, from what is trained of it and the role's `Frozen` weights."""
+    return join(frozen, params, scale=role.lora.alpha / role.lora.rank) if role.lora.rank else params
+
+
+def new_role(params: Params, tx: optax.GradientTransformation, ema_decay: float) -> RoleState:
+    return RoleState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema_decay else None)
+
+
+def new_state(
+    inference: Params, generator: Params, key: Key[Array, ""], *, transforms: Transforms, cfg: Config
+) -> TrainState:
     """The state at step 0 with given parameters."""
-    zero = jnp.int32(0)
     return TrainState(
-        RoleState(zero, inference, transforms.inference.init(inference)),
-        RoleState(zero, generator, transforms.generator.init(generator)),
-        zero,
+        new_role(inference, transforms.inference, cfg.inference.ema_decay),
+        new_role(generator, transforms.generator, cfg.generator.ema_decay),
+        jnp.int32(0),
         jax.random.fold_in(key, 2),
     )
 
 
-def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms) -> TrainState:
-    """The state at step 0 with random parameters."""
+def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms, cfg: Config) -> TrainState:
+    """The state at step 0 with random parameters, or with adapters that change nothing yet."""
     key = jax.random.key(seed)
-    inference, generator = (unbox(init_boxed(jax.random.fold_in(key, role), model)) for role in range(2))
-    return new_state(inference, generator, key, transforms=transforms)
+    inference, generator = (unbox(params) for params in _boxed(key, model, cfg))
+    return new_state(inference, generator, key, transforms=transforms, cfg=cfg)
 
 
-def restart_optimizers(state: TrainState, *, transforms: Transforms) -> TrainState:
-    """The state at the start of a stage: parameters stay, optimizers and role counters start anew."""
-    zero = jnp.int32(0)
-    inference = RoleState(zero, state.inference.params, transforms.inference.init(state.inference.params))
-    generator = RoleState(zero, state.generator.params, transforms.generator.init(state.generator.params))
-    return TrainState(inference, generator, state.step, state.key)
+def restart_optimizers(state: TrainState, *, transforms: Transforms, cfg: Config) -> TrainState:
+    """The state at the start of a stage: parameters stay; optimizers, averages and role counters start anew."""
+    return TrainState(
+        new_role(state.inference.params, transforms.inference, cfg.inference.ema_decay),
+        new_role(state.generator.params, transforms.generator, cfg.generator.ema_decay),
+        state.step,
+        state.key,
+    )
 
 
-def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh) -> TrainState:
+def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh, *, cfg: Config) -> TrainState:
     """Shapes, types and shardings of the whole state, without any array."""
-    boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.random.key(0))
-    shardings = param_shardings(boxed, mesh)
-    shapes = jax.eval_shape(partial(init_state, model=model, transforms=transforms), jnp.int32(0))
+    boxed = jax.eval_shape(partial(_boxed, model=model, cfg=cfg), jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_state, model=model, transforms=transforms, cfg=cfg), jnp.int32(0))
 
-    def role(shape: RoleState) -> RoleState:
-        layout = match_shardings(shape, shape.params, shardings, mesh)
+    def role(shape: RoleState, params: Params) -> RoleState:
+        layout = match_shardings(shape, shape.params, param_shardings(params, mesh), mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, layout)
 
     def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
 
-    return TrainState(role(shapes.inference), role(shapes.generator), whole(shapes.step), whole(shapes.key))
+    return TrainState(
+        role(shapes.inference, boxed[0]), role(shapes.generator, boxed[1]), whole(shapes.step), whole(shapes.key)
+    )
+
+
+def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
+    """Shapes and shardings of a whole model whose parameters are stored as `dtype`."""
+    boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), param_shardings(boxed, mesh)
+    )
 
 
 def shardings_of(abstract: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def _boxed(key: Key[Array, ""], model: TransformerConfig, cfg: Config) -> tuple[Params, Params]:
+    """What is trained of (inference, generator), with logical axis names."""
+
+    def made(key: Key[Array, ""], role: InferenceConfig | GeneratorConfig) -> Params:
+        if role.lora.rank:
+            return init_lora_boxed(key, model, rank=role.lora.rank, targets=role.lora.targets)
+        return init_boxed(key, model)
+
+    return made(jax.random.fold_in(key, 0), cfg.inference), made(jax.random.fold_in(key, 1), cfg.generator)

@@ -9,28 +9,80 @@ from jaxtyping import Array, Float
 
 from popi_jax.arrays import Demonstrations, Mean, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
-from popi_jax.losses.grpo import group_advantages, grpo_loss, kl_estimates
+from popi_jax.losses.grpo import (
+    PolicyObjective,
+    finished_mask,
+    group_advantages,
+    high_entropy_mask,
+    kl_estimates,
+    policy_loss,
+    policy_sums,
+    policy_weights,
+    summed_kl,
+)
 from popi_jax.losses.masked import masked_mean, metric
-from popi_jax.losses.preference import PairLogps, dpo_losses, preference_margins
+from popi_jax.losses.preference import (
+    PairLengths,
+    PairLogps,
+    PreferenceObjective,
+    batch_terms,
+    margins_of,
+    preference_losses,
+)
 from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.training.state import RoleState, TrainState, Transforms
+from popi_jax.training.microbatches import by_parts, summed_gradients
+from popi_jax.training.state import RoleState, TrainState, Transforms, policy
+
+
+def preference_objective(cfg: Config) -> PreferenceObjective:
+    g = cfg.generator
+    return PreferenceObjective(
+        name=g.objective,
+        beta=g.beta,
+        label_smoothing=g.label_smoothing,
+        length_normalised=g.length_normalised,
+        gamma=g.gamma,
+        sft_coef=g.sft_coef,
+        desirable_weight=g.desirable_weight,
+        undesirable_weight=g.undesirable_weight,
+    )
+
+
+def policy_objective(cfg: Config) -> PolicyObjective:
+    """With inference.kl = "k1" the KL is in the reward, and the loss has none."""
+    i = cfg.inference
+    in_loss = i.kl != "k1"
+    return PolicyObjective(
+        ratio=i.ratio,
+        clip_low=i.clip_low,
+        clip_high=i.clip_high,
+        clip_max=i.clip_max or None,
+        normalise=i.normalise,
+        max_len=cfg.data.summary_len if i.normalise == "max_len" else None,
+        kl=i.kl if in_loss else "k3",
+        kl_coef=i.kl_coef if in_loss else 0.0,
+        kl_corrected=i.kl_corrected,
+        entropy_coef=i.entropy_coef,
+    )
 
 
 def apply_gradients(
-    state: RoleState, grads: Params, tx: optax.GradientTransformation
+    state: RoleState, grads: Params, tx: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> tuple[RoleState, Float[Array, ""]]:
     """The updated role and the norm of its gradient before clipping."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    return RoleState(state.step + 1, params, opt_state), optax.global_norm(grads)
+    ema: Any = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    return RoleState(state.step + 1, params, opt_state, ema), optax.global_norm(grads)
 
 
 def generator_step(
     state: RoleState,
-    reference: PairLogps,
+    frozen: Params,
+    reference: PairLogps | None,
     contexts: Tokens,
     users: UserBatch,
     *,
@@ -38,29 +90,44 @@ def generator_step(
     tx: optax.GradientTransformation,
     cfg: Config,
 ) -> tuple[RoleState, Metrics]:
-    """DPO on the users' pairs behind sampled summaries. contexts: [users group seq]; reference: [users 1 pairs]."""
-    mask = jnp.broadcast_to(users.pair_mask[:, None, :], (*contexts.lengths.shape, users.pair_mask.shape[1]))
+    """The preference objective on the users' pairs behind sampled summaries.
 
-    def loss_fn(params: Params) -> tuple[Array, Array]:
-        policy = pair_logps(params, contexts, users, model=model)
-        both = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape), reference)
-        losses = dpo_losses(policy, both, beta=cfg.generator.beta)
-        return masked_mean(losses, mask), preference_margins(policy, both, beta=cfg.generator.beta)
+    contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does not see the summary.
+    """
+    objective = preference_objective(cfg)
+    group = contexts.lengths.shape[1]
 
-    (_, margins), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state, norm = apply_gradients(state, grads, tx)
-    return state, {
-        "generator/loss": metric(-jax.nn.log_sigmoid(margins), mask),
-        "generator/accuracy": metric((margins > 0) + 0.5 * (margins == 0), mask),
-        "generator/margin": metric(margins, mask),
-        "generator/grad_norm": metric(norm),
-    }
+    def behind_each(x: Array) -> Array:
+        return jnp.broadcast_to(x[:, None], (x.shape[0], group, x.shape[1]))
+
+    total = jnp.maximum(jnp.sum(behind_each(users.pair_mask)), 1)
+    chosen_len = jnp.maximum(masked_mean(users.chosen.lengths.astype(jnp.float32), users.pair_mask), 1.0)
+
+    def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+        users, contexts, reference = part
+        mask = behind_each(users.pair_mask)
+        lengths = PairLengths(behind_each(users.chosen.lengths), behind_each(users.rejected.lengths))
+        logps = pair_logps(policy(params, frozen, cfg.generator), contexts, users, model=model)
+        reference = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape), reference)
+        terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(chosen_len=chosen_len)
+        losses = preference_losses(logps, lengths, reference, terms, objective=objective)
+        margins = jax.lax.stop_gradient(margins_of(logps, lengths, reference, objective=objective))
+        return jnp.sum(jnp.where(mask, losses, 0.0)) / total, {
+            "generator/loss": metric(losses, mask),
+            "generator/accuracy": metric((margins > 0) + 0.5 * (margins == 0), mask),
+            "generator/margin": metric(margins, mask),
+        }
+
+    grads, metrics = summed_gradients(loss_fn, state.params, (users, contexts, reference), cfg.batch.microbatches)
+    state, norm = apply_gradients(state, grads, tx, cfg.generator.ema_decay)
+    return state, metrics | {"generator/grad_norm": metric(norm)}
 
 
 def inference_step(
     state: RoleState,
-    reference_params: Params,
+    frozen: Params,
     margins: Float[Array, "users group pairs"],
+    margins_without_summary: Float[Array, "users pairs"] | None,
     rollouts: Rollouts,
     users: UserBatch,
     *,
@@ -69,34 +136,71 @@ def inference_step(
     glue: Glue,
     cfg: Config,
 ) -> tuple[RoleState, Metrics]:
-    """GRPO on sampled summaries; `margins` are the generator's on the users' held-out pairs behind each summary."""
-    c = cfg.inference
-    rewards = summary_rewards(margins, users.pair_mask, rollouts.summaries.lengths, length_penalty=c.length_penalty)
-    advantages = group_advantages(rewards, scale=c.advantage_scale)
-    reference, mask = summary_logps(
-        reference_params, users, rollouts, model=model, glue=glue, temperature=c.temperature
+    """Policy gradient on sampled summaries: `inference.updates_per_rollout` steps.
+
+    `margins` are the generator's on the users' held-out pairs behind each summary. `frozen` is the reference.
+    """
+    c, objective = cfg.inference, policy_objective(cfg)
+    settings: Any = {"model": model, "glue": glue, "temperature": c.temperature}
+    reference = by_parts(
+        lambda part: summary_logps(frozen, *part, **settings), (users, rollouts), cfg.batch.microbatches
     )
+    counted = finished_mask(reference.mask, rollouts.finished) if c.skip_unfinished else reference.mask
+    rewards = summary_rewards(
+        margins,
+        users.pair_mask,
+        rollouts.summaries.lengths,
+        margins_without_summary,
+        summed_kl(rollouts.logps, reference.logps, reference.mask) if c.kl == "k1" else None,
+        length_penalty=c.length_penalty,
+        kind=c.reward,
+        kl_coef=c.kl_coef,
+    )
+    advantages = group_advantages(rewards, scale=c.advantage_scale, baseline=c.advantage_baseline)
+    weights = policy_weights(counted, objective=objective)
+    wants_entropy = c.entropy_coef > 0 or c.high_entropy_share < 1
 
-    def loss_fn(params: Params) -> tuple[Array, Array]:
-        logps, _ = summary_logps(params, users, rollouts, model=model, glue=glue, temperature=c.temperature)
-        old = jax.lax.stop_gradient(logps)  # one step per rollout: the sampling policy is the present one
-        loss = grpo_loss(logps, old, reference, advantages, mask, clip_eps=c.clip_eps, kl_coef=c.kl_coef)
-        return loss, logps
+    def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+        users, rollouts, reference, advantages, counted = part
+        scores = summary_logps(policy(params, frozen, c), users, rollouts, **settings, entropies=wants_entropy)
+        logps = scores.logps
+        # one step per rollout: the policy that sampled is the present one
+        old = rollouts.logps if c.updates_per_rollout > 1 else jax.lax.stop_gradient(logps)
+        active = None
+        if c.high_entropy_share < 1:
+            active = high_entropy_mask(jax.lax.stop_gradient(scores.entropies), counted, share=c.high_entropy_share)
+        sums = policy_sums(logps, old, reference, advantages, counted, scores.entropies, active, objective=objective)
+        loss = policy_loss(sums, None if active is not None else weights, objective=objective)
+        kl = jnp.sum(jnp.where(scores.mask, kl_estimates(logps, reference), 0.0), axis=-1)
+        metrics = {
+            "inference/loss": Mean(loss, jnp.float32(1 / cfg.batch.microbatches)),
+            "inference/kl": metric(kl),
+            "inference/entropy": metric(-logps if scores.entropies is None else scores.entropies, scores.mask),
+        }
+        if c.updates_per_rollout > 1:
+            ratios = jnp.exp(jnp.where(counted, logps - old, 0.0))
+            outside = (ratios < 1 - c.clip_low) | (ratios > 1 + c.clip_high)
+            metrics["inference/clip_fraction"] = metric(outside.astype(jnp.float32), counted)
+        return loss, jax.lax.stop_gradient(metrics)
 
-    (loss, logps), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state, norm = apply_gradients(state, grads, tx)
+    def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
+        parts = users, rollouts, reference.logps, advantages, counted
+        grads, metrics = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
+        state, norm = apply_gradients(state, grads, tx, c.ema_decay)
+        return state, metrics | {"inference/grad_norm": metric(norm)}
+
+    if c.updates_per_rollout == 1:
+        state, metrics = update(state, None)
+    else:
+        state, each = jax.lax.scan(update, state, length=c.updates_per_rollout)
+        metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
     pair_mask = jnp.broadcast_to(users.pair_mask[:, None, :], margins.shape)
-    kl = jnp.sum(jnp.where(mask, kl_estimates(logps, reference), 0.0), axis=-1)
-    return state, {
-        "inference/loss": metric(loss),
+    return state, metrics | {
         "inference/reward": metric(rewards),
         "inference/reward_std": metric(jnp.std(rewards, axis=-1, ddof=1)),
         "inference/accuracy": metric((margins > 0) + 0.5 * (margins == 0), pair_mask),
-        "inference/kl": metric(kl),
-        "inference/entropy": metric(-logps, mask),
         "inference/summary_len": metric(rollouts.summaries.lengths.astype(jnp.float32)),
         "inference/finished": metric(rollouts.finished.astype(jnp.float32)),
-        "inference/grad_norm": metric(norm),
     }
 
 

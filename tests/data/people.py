@@ -3,7 +3,8 @@
 from typing import Any
 
 from configs.base import base
-from popi_jax.config import Config, from_config_dict
+from popi_jax.config import Config
+from popi_jax.config_check import from_config_dict
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 
 from configs.base import base
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
-from popi_jax.config import Config, from_config_dict, parse_phases
+from popi_jax.config import Config
+from popi_jax.config_check import from_config_dict, parse_phases
 from popi_jax.models.roles import Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.sharding import MESH_AXES

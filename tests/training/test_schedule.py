@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from popi_jax.config import parse_phases
+from popi_jax.config_check import parse_phases
 from popi_jax.models.roles import rollout
 from popi_jax.sharding import place_batch
 from popi_jax.training.schedule import Parts, phase_at, popi_update, role_turns

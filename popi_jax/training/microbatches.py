@@ -1,0 +1,49 @@
+"""An update in parts, to save memory: what is computed for each user, and gradients that are sums over users.
+
+Part j of n holds the users j, n + j, 2n + j, ... so that each device keeps the users that it has.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from popi_jax.arrays import Metrics, Params
+
+
+def split(batch: PyTree, num: int) -> PyTree:
+    """[users ...] -> [num users/num ...]; num divides users."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join(parts: PyTree) -> PyTree:
+    """Inverse of `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
+def by_parts(function: Callable[[Any], PyTree], batch: PyTree, num: int) -> PyTree:
+    """function(batch), which has a row for each user, from one part after the other."""
+    return function(batch) if num == 1 else join(jax.lax.map(function, split(batch, num)))
+
+
+def summed_gradients(
+    loss_fn: Callable[[Params, Any], tuple[Float[Array, ""], Metrics]], params: Params, batch: PyTree, num: int
+) -> tuple[Params, Metrics]:
+    """Gradient of the sum of loss_fn(params, part) over the parts, and the sums of their metrics.
+
+    The loss of a part is its sum over users divided by a weight of the whole batch, so the losses of the parts add up
+    to that of the batch: means of means never occur.
+    """
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if num == 1:
+        return gradient(params, batch)
+
+    def add(total: tuple[Params, Metrics], part: Any) -> tuple[tuple[Params, Metrics], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    parts = split(batch, num)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
