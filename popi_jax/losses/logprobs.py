@@ -7,14 +7,23 @@ from jaxtyping import Array, Float, Int
 CHUNK = 1024  # tokens whose logits exist at a time
 
 
+def token_logits(
+    hidden: Float[Array, "*rows embed"], head: Float[Array, "embed vocab"], *, softcap: float | None = None
+) -> Float[Array, "*rows vocab"]:
+    """hidden @ head in float32, bounded to +-softcap by c tanh(x / c) when there is one."""
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def token_logps(
     hidden: Float[Array, "*rows embed"],
     head: Float[Array, "embed vocab"],
     ids: Int[Array, "*rows"],
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Array, "*rows"]:
-    """log softmax(hidden @ head / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
+    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
     shape, dim = ids.shape, hidden.shape[-1]
     hidden, flat = hidden.reshape(-1, dim), ids.reshape(-1)
     num = flat.shape[0]
@@ -27,7 +36,7 @@ def token_logps(
     @jax.checkpoint
     def chunk_logps(args: tuple[Array, Array]) -> Array:
         states, targets = args
-        logits = jnp.dot(states, head, preferred_element_type=jnp.float32) / temperature
+        logits = token_logits(states, head, softcap=softcap) / temperature
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
