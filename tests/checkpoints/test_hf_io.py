@@ -169,7 +169,10 @@ def test_fields_that_old_files_leave_out(tmp_path):
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'original_max_position_embeddings' is missing"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
+            "'original_max_position_embeddings' is missing",
+        ),
         ({"rope_parameters": "drop", "rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope type is "yarn"'),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"hidden_size": "drop"}, "'hidden_size' is missing"),
