@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from popi_jax import distributed
-from popi_jax.checkpoints.hf_io import read_config
+from popi_jax.checkpoints.hf_config import read_config
 from popi_jax.checkpoints.manager import check_same_run, stored_config
 from popi_jax.config import Config
 from popi_jax.config_check import check_mesh, resolve_mesh
@@ -65,12 +65,14 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
         model = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
         if model.vocab_size < vocab_size:
             raise UserError(
-                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, the embedding only {model.vocab_size}; "
+                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but model.embed_tokens.weight has shape "
+                f"[{model.vocab_size}, {model.embed_dim}], needs at least [{vocab_size}, {model.embed_dim}]; "
                 "give a folder whose tokenizer and weights belong together"
             )
         return model
-    shared = {f.name: getattr(m, f.name) for f in dataclasses.fields(TransformerConfig) if f.name != "vocab_size"}
-    return TransformerConfig(vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **shared)
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    shape = {name: value for name, value in vars(m).items() if name in names}
+    return TransformerConfig(**shape | {"vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE})
 
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:

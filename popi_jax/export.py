@@ -37,7 +37,7 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
     """
     from jax import tree
 
-    from popi_jax.checkpoints import hf_io, manager, model_card
+    from popi_jax.checkpoints import hf_config, hf_io, manager, model_card
     from popi_jax.data import tokenizer as tokenizers
 
     step, params = manager.restore_params(str(workdir), role)
@@ -49,7 +49,10 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
     tokenizer = tokenizers.load(workdir / "tokenizer")
     cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
     lengths = run.data
-    max_len = lengths.context_len + lengths.summary_len + lengths.turn_len + lengths.answer_len
+    trained_len = lengths.context_len + lengths.summary_len + lengths.turn_len + lengths.answer_len
+    base = hf_config.Base("", None)
+    if run.model.checkpoint:
+        base = hf_config.read_base(run.model.checkpoint)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     num_params = sum(math.prod(x.shape) for x in tree.leaves(params))
     card = model_card.render(
@@ -67,9 +70,10 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
             params,
             cfg,
             dtype=run.model.dtype,
-            max_len=max_len,
+            max_len=base.max_len or trained_len,
             special_ids={name: value for name, value in ids.items() if value is not None},
             mark={"role": role, "step": step, "run": run.name, "data": data},
+            model_type=base.model_type,
         )
         tokenizer.save(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -91,12 +95,12 @@ def model_config(run: Config, vocab_size: int) -> Any:
     """Returns the TransformerConfig of a run; its shape is that of the base weights when it started from some."""
     import dataclasses
 
-    from popi_jax.checkpoints import hf_io
+    from popi_jax.checkpoints import hf_config
     from popi_jax.models.transformer import TransformerConfig
 
     model = run.model
     if model.checkpoint:
-        return hf_io.read_config(model.checkpoint, dtype=model.dtype, remat=model.remat)
+        return hf_config.read_config(model.checkpoint, dtype=model.dtype, remat=model.remat)
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     shape = {name: value for name, value in dataclasses.asdict(model).items() if name in names}
     return TransformerConfig(**shape | {"vocab_size": vocab_size})

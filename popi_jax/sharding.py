@@ -24,6 +24,7 @@ AXIS_RULES: dict[str, tuple[str, ...] | str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "layers": None,
+    "rank": None,  # of adapters
 }
 
 

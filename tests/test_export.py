@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from popi_jax import cli, export
-from popi_jax.checkpoints import hf_io, manager
+from popi_jax.checkpoints import hf_config, hf_io, manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json
 from popi_jax.data import templates, tokenizer
@@ -70,7 +70,7 @@ def test_exports_both_roles(run):
     export.main(make_config(workdir))
     for role in manager.ROLES:
         folder = workdir / "export" / role
-        cfg = hf_io.read_config(folder)
+        cfg = hf_config.read_config(folder)
         assert cfg == export.model_config(make_config(workdir), TOKENIZER.vocab_size)
         jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(folder, cfg), params[role])
         config = json.loads((folder / "config.json").read_text())

@@ -1,6 +1,7 @@
-"""Reads and writes Hugging Face model folders (Llama layout, safetensors), without torch or transformers."""
+"""Reads and writes the weights of Hugging Face model folders (safetensors), without torch or transformers."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from safetensors.numpy import save_file
 
 from popi_jax.arrays import Params
 from popi_jax.checkpoints import hf_names
+from popi_jax.checkpoints.hf_config import hf_config, read_json
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import TransformerConfig
 
@@ -25,122 +28,48 @@ _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 
 
-def hf_config(cfg: TransformerConfig, *, dtype: str, max_len: int, special_ids: dict[str, int]) -> dict[str, Any]:
-    """Returns the config.json of a `LlamaForCausalLM`, in the spellings of transformers 4 and 5.
+def read_params(folder: str | Path, cfg: TransformerConfig, abstract: Params | None = None) -> Params:
+    """Returns the weights of a folder as our tree.
 
-    `max_len` is in tokens, `special_ids` maps `bos_token_id`, `eos_token_id`, `pad_token_id` to ids; absent means none.
-    """
-    ids = {name: special_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.embed_dim,
-        "intermediate_size": cfg.mlp_dim,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": max_len,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "tie_word_embeddings": cfg.tied_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **ids,
-    }
+    abstract: the tree of jax.ShapeDtypeStruct with shardings that says where each part shall lie and in which dtype;
+    each host reads only the slices of its devices, one at a time. None: float32 numpy arrays, whole.
 
-
-def read_config(folder: str | Path, *, dtype: str = "float32", remat: str = "none") -> TransformerConfig:
-    """Returns the model that the config.json of a folder describes; `dtype` and `remat` are of our compute.
-
-    Raises: UserError if the file is absent or broken, or describes a model that transformer.py does not compute.
-    """
-    path = Path(folder) / "config.json"
-    c = _read_json(path)
-    rope = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    # field -> (found, supported); a field that is absent has the value that Llama gives it
-    facts = {
-        "model_type": (c.get("model_type"), "llama"),
-        "hidden_act": (c.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(c.get("attention_bias", False)), False),
-        "mlp_bias": (bool(c.get("mlp_bias", False)), False),
-        "rope type": (rope_type, "default"),
-        "quantization_config": (c.get("quantization_config"), None),
-    }
-    for name, (found, supported) in facts.items():
-        if found != supported:
-            raise UserError(
-                f"{path}: {name} is {json.dumps(found)}, supported is {json.dumps(supported)} only; "
-                "use an unquantised LlamaForCausalLM without rope scaling or biases"
-            )
-    try:
-        heads, embed = int(c["num_attention_heads"]), int(c["hidden_size"])
-        return TransformerConfig(
-            vocab_size=int(c["vocab_size"]),
-            num_layers=int(c["num_hidden_layers"]),
-            embed_dim=embed,
-            num_heads=heads,
-            num_kv_heads=int(c.get("num_key_value_heads") or heads),
-            head_dim=int(c.get("head_dim") or embed // heads),
-            mlp_dim=int(c["intermediate_size"]),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-            norm_eps=float(c.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(c.get("tie_word_embeddings", False)),
-            dtype=dtype,
-            remat=remat,
-        )
-    except KeyError as e:
-        raise UserError(f"{path}: field {e} is missing; it is needed for a model_type llama") from e
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path}: a field has the wrong type: {e}") from e
-
-
-def read_params(folder: str | Path, cfg: TransformerConfig) -> Params:
-    """Returns the weights of a folder as our tree, float32 numpy arrays.
-
-    Raises: UserError if a file is absent or broken, or a tensor is missing, unknown or of another shape.
+    Names and shapes of all tensors are checked before any is read.
+    Raises: UserError if a file is absent, cut short or broken, or a tensor is missing, unknown, of another shape or
+    type, or not finite.
     """
     folder = Path(folder)
-    where = _locate(folder)
-    expected = hf_names.stored_shapes(cfg)
-    unused = {name for name in where if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports hold
-    if cfg.tied_embeddings:
-        unused.add("lm_head.weight")
-    missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys() - unused)
-    if missing:
-        first = f"{missing[0]} of shape {list(expected[missing[0]])}"
-        raise UserError(f"{folder}: config.json asks for {len(missing)} tensors that no file holds, first {first}")
-    if extra:
-        raise UserError(
-            f"{folder}: {len(extra)} tensors are not of the LlamaForCausalLM of config.json, first {extra[0]}"
-        )
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in sorted(set(where.values()))}
+        tensors = _open_folder(folder, stack)
+        _check_names(folder, tensors, cfg)
 
-        def get(name: str) -> np.ndarray:
-            path = where[name]
+        def read(name: str, index: hf_names.Index) -> np.ndarray:
+            path, stored = tensors[name]
             try:
-                found = tuple(files[path].get_slice(name).get_shape())
-                if found != expected[name]:
-                    raise UserError(f"{path}: {name} has shape {list(found)}, config.json says {list(expected[name])}")
-                x = files[path].get_tensor(name)
+                x = stored[index]
             except SafetensorError as e:
                 raise UserError(f"{path}: cannot read {name}: {e}") from e
-            if x.dtype not in (*DTYPES.values(), np.float16):
-                raise UserError(f"{path}: {name} is {x.dtype}, allowed are float32, bfloat16 and float16")
+            if not _all_finite(x):
+                raise UserError(f"{path}: {name} of shape {stored.get_shape()} holds numbers that are not finite")
             return x
 
-        return hf_names.from_hf(get, cfg)
+        def leaf(row: hf_names.Row) -> Any:
+            if abstract is None:
+                whole = (slice(None),) * (row.stacked + len(row.shape))
+                return hf_names.read_part(row, whole, read, cfg, np.float32)
+            spec = functools.reduce(lambda node, part: node[part], row.path, abstract)
+            parts: dict[Any, jax.Array] = {}  # device -> its part
+            places: dict[tuple, list[Any]] = {}
+            for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():
+                key = tuple(axis.indices(size)[:2] for axis, size in zip(index, spec.shape, strict=True))
+                places.setdefault(key, []).append(device)
+            for key, devices in places.items():
+                x = hf_names.read_part(row, tuple(slice(*span) for span in key), read, cfg, spec.dtype)
+                parts |= {device: jax.device_put(x, device) for device in devices}
+                jax.block_until_ready(list(parts.values()))  # or the host would hold several parts at a time
+            return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, list(parts.values()))
+
+        return hf_names.build_tree(leaf, cfg)
 
 
 def write_model(
@@ -152,13 +81,15 @@ def write_model(
     max_len: int,
     special_ids: dict[str, int],
     mark: dict[str, Any],
+    model_type: str = "",
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Writes config.json, generation_config.json and the weights into an existing folder.
 
-    `mark` is stored in config.json under `popi_jax`, by which the folder is known as an export.
+    `mark` is stored in config.json under `popi_jax`, by which the folder is known as an export; `model_type` as in
+    `hf_config`. One file of weights at a time is in memory.
     """
-    config = hf_config(cfg, dtype=dtype, max_len=max_len, special_ids=special_ids) | {MARK: mark}
+    config = hf_config(cfg, dtype=dtype, max_len=max_len, special_ids=special_ids, model_type=model_type) | {MARK: mark}
     _write_json(folder / "config.json", config)
     ids = {name: value for name, value in config.items() if name.endswith("_token_id") and value is not None}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
@@ -228,18 +159,74 @@ def _may_replace(target: Path) -> bool:
         return False
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Returns tensor name -> file."""
+Tensors = dict[str, tuple[Path, Any]]  # name in the table -> (file, what safetensors calls a slice)
+
+
+def _open_folder(folder: Path, stack: contextlib.ExitStack) -> Tensors:
+    """Headers of all files; of a folder with a vision tower, the text model under the names that it has alone.
+
+    Raises: UserError if a file is absent, cut short or broken, or index and files differ.
+    """
     if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f'{folder / _INDEX}: the object "weight_map" is missing')
-        return {name: folder / file for name, file in weight_map.items()}
-    if not (folder / _WHOLE).is_file():
+        files = sorted(set(weight_map.values()))
+    elif (folder / _WHOLE).is_file():
+        weight_map, files = None, [_WHOLE]
+    else:
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: needs {_WHOLE} or {_INDEX}, found {found}; convert the weights to safetensors")
-    with _open(folder / _WHOLE) as file:
-        return dict.fromkeys(file.keys(), folder / _WHOLE)
+    tensors: Tensors = {}
+    for path in (folder / file for file in files):
+        opened = stack.enter_context(_open(path))
+        tensors |= {name: (path, opened.get_slice(name)) for name in opened.keys()}
+    for name, file in (weight_map or {}).items():
+        if name not in tensors or tensors[name][0] != folder / file:
+            raise UserError(f"{folder / file}: {name} is missing, {_INDEX} says that it is there")
+    unlisted = sorted(tensors.keys() - weight_map.keys()) if weight_map is not None else []
+    if unlisted:
+        path, tensor = tensors[unlisted[0]]
+        raise UserError(f"{path}: {unlisted[0]} of shape {tensor.get_shape()} is not listed in {_INDEX}")
+    return {_alone(name): where for name, where in tensors.items() if not name.startswith(_VISION)}
+
+
+_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+
+
+def _alone(name: str) -> str:
+    for prefix, replacement in _TEXT.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def _check_names(folder: Path, tensors: Tensors, cfg: TransformerConfig) -> None:
+    expected = hf_names.stored_shapes(cfg)
+    unused = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports hold
+    if cfg.tied_embeddings:
+        unused.add("lm_head.weight")
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys() - unused)
+    if missing:
+        first = f"{missing[0]} of shape {list(expected[missing[0]])}"
+        raise UserError(f"{folder}: config.json asks for {len(missing)} tensors that no file holds, first {first}")
+    if extra:
+        path, tensor = tensors[extra[0]]
+        first = f"{extra[0]} of shape {tensor.get_shape()}"
+        raise UserError(f"{path}: {len(extra)} tensors are not of the model of config.json, first {first}")
+    for name, shape in expected.items():
+        path, tensor = tensors[name]
+        if tuple(tensor.get_shape()) != shape:
+            raise UserError(f"{path}: {name} has shape {tensor.get_shape()}, config.json says {list(shape)}")
+        if tensor.get_dtype() not in ("F32", "BF16", "F16"):
+            raise UserError(f"{path}: {name} is {tensor.get_dtype()}, allowed are F32, BF16 and F16")
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    if x.dtype == ml_dtypes.bfloat16:  # several times faster than its isfinite
+        return not bool(np.any((x.view(np.uint16) & 0x7F80) == 0x7F80))
+    return bool(np.isfinite(x).all())
 
 
 @contextlib.contextmanager
@@ -247,21 +234,24 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         file = safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: cannot be read as safetensors: {e}; fetch the file again") from e
+        raise UserError(f"{path}: {_cut_short(path) or f'cannot be read as safetensors: {e}'}; fetch it again") from e
     with file:
         yield file
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _cut_short(path: Path) -> str:
+    """Which tensor a file that ends too early lacks first; "" when something else is wrong with it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give the folder of a Hugging Face model") from e
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        size = path.stat().st_size
+        ends = sorted((x["data_offsets"][1] + start, name) for name, x in header.items() if name != "__metadata__")
+        end, name = next((end, name) for end, name in ends if end > size)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, MemoryError, OverflowError):
+        return ""
+    shape = header[name]["shape"]
+    return f"is cut short: {name} of shape {shape} ends at byte {end}, the file at {size}"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Int
 CHUNK = 1024  # tokens whose logits exist at a time
 
 
-def _logits(
-    states: Float[Array, "chunk embed"], head: Float[Array, "embed vocab"], temperature: float
-) -> Float[Array, "chunk vocab"]:
-    return jnp.dot(states, head, preferred_element_type=jnp.float32) / temperature
+def token_logits(
+    hidden: Float[Array, "*rows embed"], head: Float[Array, "embed vocab"], *, softcap: float | None = None
+) -> Float[Array, "*rows vocab"]:
+    """hidden @ head in float32, bounded to +-softcap by c tanh(x / c) when there is one."""
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _over_chunks(
@@ -43,11 +45,12 @@ def token_logps(
     ids: Int[Array, "*rows"],
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Array, "*rows"]:
-    """log softmax(hidden @ head / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
+    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
 
     def score(states: Array, targets: Array) -> Array:
-        logits = _logits(states, head, temperature)
+        logits = token_logits(states, head, softcap=softcap) / temperature
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -60,14 +63,15 @@ def token_logps_and_entropy(
     ids: Int[Array, "*rows"],
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """`token_logps` and the entropy of the distribution that each token was drawn from, of one product with the head.
 
-    H = -sum_v p_v log p_v, p = softmax(hidden @ head / temperature): nats, from 0 to log vocab, with its own gradient.
+    H = -sum_v p_v log p_v, p = softmax(logits / temperature): nats, from 0 to log vocab, with its own gradient.
     """
 
     def score(states: Array, targets: Array) -> tuple[Array, Array]:
-        logits = _logits(states, head, temperature)
+        logits = token_logits(states, head, softcap=softcap) / temperature
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=-1)
         logps = logits - total[:, None]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens
+from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.sampling import Sampling, draw, stops
 from popi_jax.models.scoring import length_mask, pack
-from popi_jax.models.transformer import Cache, Transformer, TransformerConfig, empty_cache, head
+from popi_jax.models.transformer import Cache, Transformer, TransformerConfig, empty_cache, head, variables
 
 
 class _Loop(NamedTuple):
@@ -53,12 +54,12 @@ def sample(
     packed = pack(context, turns)
     mask = jnp.pad(packed.mask, ((0, 0), (0, 0), (0, slots - prefix_len)))
     hidden, cache = Transformer(model).apply(
-        {"params": params}, packed.ids, packed.positions, mask, empty_cache(model, batch, slots), jnp.int32(0)
+        variables(params), packed.ids, packed.positions, mask, empty_cache(model, batch, slots), jnp.int32(0)
     )
     kernel = head(params, model)
     last = context.ids.shape[1] + turn.lengths - 1
     first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [batch 1 embed]
-    logits = jnp.dot(first, kernel, preferred_element_type=jnp.float32)
+    logits = token_logits(first, kernel, softcap=model.final_logit_softcap)
     prefix_valid = jnp.concatenate([length_mask(context), length_mask(turn)], axis=1)
     start = context.lengths + turn.lengths
     slot_numbers = jnp.arange(group * sampling.max_len)
@@ -81,8 +82,8 @@ def sample(
         )
         positions = jnp.broadcast_to((start + loop.t)[:, None], (batch, group))
         slot = jnp.int32(prefix_len) + loop.t * group
-        hidden, cache = Transformer(model).apply({"params": params}, token, positions, mask, loop.cache, slot)
-        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        hidden, cache = Transformer(model).apply(variables(params), token, positions, mask, loop.cache, slot)
+        logits = token_logits(hidden, kernel, softcap=model.final_logit_softcap)
         ended = token == sampling.end_id
         done = loop.done | ended | stops(ids, loop.t, sampling)
         return _Loop(loop.t + 1, logits, cache, ids, logps, loop.lengths + live, done, loop.finished | (live & ended))

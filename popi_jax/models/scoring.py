@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, Tokens
 from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
-from popi_jax.models.transformer import Transformer, TransformerConfig, head
+from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
 
 
 class Packed(NamedTuple):
@@ -103,7 +103,7 @@ def answer_logps(
     # the last token of an answer is predicted, never read
     read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
     packed = pack(context, turns, read)
-    hidden, _ = Transformer(model).apply({"params": params}, *packed)
+    hidden, _ = Transformer(model).apply(variables(params), *packed)
     dim = hidden.shape[-1]
     of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(batch, num_turns, turn_len, dim)
     last = jnp.maximum(turns.lengths - 1, 0)
@@ -114,6 +114,7 @@ def answer_logps(
     first = jnp.broadcast_to(first, (batch, num_turns, num_answers, 1, dim))
     predictors = jnp.concatenate([first, of_answers], axis=3)
     score = token_logps_and_entropy if entropies else token_logps
-    scores = score(predictors, head(params, model), answers.ids, temperature=temperature)
+    kernel, softcap = head(params, model), model.final_logit_softcap
+    scores = score(predictors, kernel, answers.ids, temperature=temperature, softcap=softcap)
     logps, entropy = scores if entropies else (scores, None)
     return AnswerLogps(logps, length_mask(answers), entropy)

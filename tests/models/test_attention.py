@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from popi_jax.models import transformer
+from popi_jax.models.rope import frequencies, rope
 
 B, T, HEADS, KV_HEADS, HEAD_DIM = 2, 11, 4, 2, 6
 
@@ -62,8 +63,10 @@ def test_rotary_positions_count_differences_alone() -> None:
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, HEAD_DIM)), jnp.float32) for _ in range(2))
 
+    freqs = jnp.asarray(frequencies(HEAD_DIM // 2, 100.0, None))
+
     def score(i: int, j: int) -> float:
-        a, b = (transformer.rope(x, jnp.array([[p]]), 100.0) for x, p in ((q, i), (k, j)))
+        a, b = (rope(x, jnp.array([[p]]), freqs) for x, p in ((q, i), (k, j)))
         return float(jnp.sum(a * b))
 
     np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)

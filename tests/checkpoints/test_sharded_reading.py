@@ -1,0 +1,149 @@
+"""Weights read straight onto 8 devices: each part once, none larger than what a device holds; and back to files."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from popi_jax.checkpoints import hf_config, hf_io, hf_names
+from popi_jax.errors import UserError
+from popi_jax.models.rope import RopeScaling
+from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
+from popi_jax.sharding import make_mesh, param_shardings
+
+SIZES = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "mlp_dim": 20}
+GEMMA = {"norm_plus_one": True, "post_norms": True, "embed_scale": True, "activation": "gelu_tanh", "score_dim": 5}
+LOCAL = {"sliding_window": 3, "local_layers": (True, False)}
+CAPS = {"attn_logit_softcap": 5.0, "final_logit_softcap": 3.0}
+MODELS = {
+    "llama": {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 32), "tied_embeddings": False},
+    "mistral": {"sliding_window": 5, "local_layers": (True, True), "tied_embeddings": False},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "tied_embeddings": False},
+    "gemma2": {**GEMMA, **LOCAL, **CAPS},
+    "gemma3_text": {**GEMMA, **LOCAL, "qk_norm": True, "local_rope_theta": 77.0},
+}
+
+
+def model(name: str) -> TransformerConfig:
+    return TransformerConfig(vocab_size=40, **SIZES, **MODELS[name])
+
+
+def random_params(cfg: TransformerConfig, dtype: np.dtype) -> dict:
+    abstract = unbox(jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(dtype), abstract)
+
+
+def write(folder: Path, params: dict, cfg: TransformerConfig, model_type: str, dtype: str = "bfloat16", **rest) -> None:
+    folder.mkdir(exist_ok=True)
+    hf_io.write_model(
+        folder, params, cfg, dtype=dtype, max_len=64, special_ids={}, mark={}, model_type=model_type, **rest
+    )
+
+
+def abstract_of(cfg: TransformerConfig, dtype: str) -> dict:
+    boxed = jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0))
+    layout = param_shardings(boxed, make_mesh(1, 4, 2))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_and_export_are_the_identity_of_every_family(name: str, tmp_path: Path) -> None:
+    """File -> sharded arrays -> file, bit for bit in bfloat16, and config.json with it."""
+    cfg = model(name)
+    write(tmp_path / "a", random_params(cfg, np.float32), cfg, name, max_shard_bytes=2000)
+    assert hf_config.read_config(tmp_path / "a") == cfg
+    params = hf_io.read_params(tmp_path / "a", cfg, abstract_of(cfg, "float32"))
+    write(tmp_path / "b", params, cfg, name, max_shard_bytes=2000)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir()) and len(files) > 5
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_each_part_is_read_once_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = model("qwen2")
+    params = random_params(cfg, ml_dtypes.bfloat16)
+    write(tmp_path, params, cfg, "qwen2")
+    sizes: dict[tuple, list[int]] = {}
+    from_file: list[int] = []
+    whole = hf_names.read_part
+
+    def spy(row, index, read, *rest):
+        def counted(name, stored):
+            x = read(name, stored)
+            from_file.append(x.nbytes)
+            return x
+
+        part = whole(row, index, counted, *rest)
+        sizes.setdefault(row.path, []).append(part.size)
+        return part
+
+    monkeypatch.setattr(hf_names, "read_part", spy)
+    abstract = abstract_of(cfg, "bfloat16")
+    found = hf_io.read_params(tmp_path, cfg, abstract)
+    monkeypatch.undo()
+
+    def check(path, x, expected, spec):
+        assert x.sharding == spec.sharding and x.dtype == spec.dtype
+        np.testing.assert_array_equal(np.asarray(x), expected)
+        read = sizes[tuple(k.key for k in path)]
+        assert sum(read) == x.size, "a part was read twice, or not at all"
+        assert max(read) == max(shard.data.size for shard in x.addressable_shards)
+
+    jax.tree_util.tree_map_with_path(check, found, params, abstract)
+    assert len(sizes["layers", "mlp", "up", "kernel"]) == 8
+    assert sum(from_file) == 2 * hf_names.num_params(cfg)  # bytes of bfloat16: nothing was read that nobody holds
+
+
+def test_folder_with_a_vision_tower_is_read_as_its_text_model(tmp_path: Path) -> None:
+    cfg = model("gemma3_text")
+    params = random_params(cfg, np.float32)
+    write(tmp_path, params, cfg, "gemma3_text", "float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    for prefix, tower in (("language_model.model.", ""), ("model.language_model.", "model.")):
+        renamed = {prefix + name.removeprefix("model."): x for name, x in tensors.items()}
+        renamed[f"{tower}vision_tower.vision_model.head.weight"] = np.ones(3, np.float32)
+        renamed[f"{tower}multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(3, np.float32)
+        save_file(renamed, tmp_path / "model.safetensors")
+        assert hf_config.read_config(tmp_path) == cfg
+        jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(tmp_path, cfg), params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, dtype: str, bad: float) -> None:
+    cfg = model("qwen3")
+    params = random_params(cfg, np.float32)
+    params["layers"]["attention"]["q_norm"]["scale"][1, 4] = bad
+    write(tmp_path, params, cfg, "qwen3", dtype)
+    message = r"model.layers.1.self_attn.q_norm.weight of shape \[6\] holds numbers that are not finite"
+    for abstract in (None, abstract_of(cfg, "float32")):
+        with pytest.raises(UserError, match=message):
+            hf_io.read_params(tmp_path, cfg, abstract)
+
+
+def test_shards_that_differ_from_the_index_are_refused(tmp_path: Path) -> None:
+    cfg = model("llama")
+    write(tmp_path, random_params(cfg, np.float32), cfg, "llama", max_shard_bytes=2000)
+    file = sorted(tmp_path.glob("model-*"))[1]
+    tensors = load_file(file)
+    gone = next(iter(tensors))
+    save_file({name: x for name, x in tensors.items() if name != gone} | {"x": np.ones(2, np.float32)}, file)
+    with pytest.raises(UserError, match=f"{gone} is missing, model.safetensors.index.json says"):
+        hf_io.read_params(tmp_path, cfg)
+    save_file(tensors | {"x": np.ones(2, np.float32)}, file)
+    with pytest.raises(UserError, match=r"x of shape \[2\] is not listed in model.safetensors.index.json"):
+        hf_io.read_params(tmp_path, cfg)
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is cut short: .*weight of shape \[.*\] ends at byte .*, the file at"):
+        hf_io.read_params(tmp_path, cfg)
