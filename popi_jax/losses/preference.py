@@ -174,7 +174,7 @@ def kto_losses(
 ) -> Float[Array, "*rows"]:
     """[w_d (1 - sigmoid(beta (s_w - b_w))) + w_u (1 - sigmoid(beta (b_l - s_l)))] / 2, s the log-ratio of a reply.
 
-    KTO (arXiv 2402.01306 equations 7 and 8; TRL KTOTrainer "kto"). Half the sum, because TRL averages over replies:
+    KTO (arXiv 2402.01306; TRL KTOTrainer "kto"). Half the sum, because TRL averages over replies:
     the mean over pairs is its mean over both sides. `baseline`: scalars b, see `kto_baseline`.
     """
     scores = _scores(policy, reference, lengths)

@@ -73,8 +73,9 @@ def test_chunks_change_neither_entropy_nor_its_gradient(monkeypatch: pytest.Monk
     weights = jnp.asarray(np.random.default_rng(1).normal(size=IDS.shape), jnp.float32)
 
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        logps, entropy = logprobs.token_logps_and_entropy(hidden, head, jnp.asarray(IDS), temperature=0.7)
-        return jnp.sum(weights * entropy) + 0.1 * jnp.sum(logps)
+        states, matrix = jnp.asarray(hidden), jnp.asarray(head)  # of check_grads: numpy
+        logps, entropy = logprobs.token_logps_and_entropy(states, matrix, jnp.asarray(IDS), temperature=0.7)
+        return jnp.mean(weights * entropy) + 0.1 * jnp.mean(logps)
 
     arrays = (jnp.asarray(HIDDEN), jnp.asarray(HEAD))
     check_grads(total, arrays, order=1, modes=["rev"], rtol=2e-2)
