@@ -23,8 +23,8 @@ from popi_jax.evals.suites import place, summarize, summarizer
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.progress import Progress
 from popi_jax.sharding import replicated
-from popi_jax.training.loop import make_parts
-from popi_jax.training.state import Frozen, TrainState, abstract_state
+from popi_jax.training.loop import lora_base, make_parts, stored_frozen, trains_adapters
+from popi_jax.training.state import Frozen, TrainState, abstract_state, policy
 
 
 class Restored(NamedTuple):
@@ -47,28 +47,36 @@ def open_run(config: Config) -> Built:
 
 
 def restore_role(built: Built, role: str) -> tuple[int, Params]:
-    """(step, parameters) of one role from the newest checkpoint, laid out on the mesh.
+    """(step, whole model) of one role from the newest checkpoint, laid out on the mesh.
 
+    It is the average of the parameters where the run keeps one; adapters are joined with their base.
     Raises: UserError when none can be read.
     """
-    return manager.restore_params(built.config.workdir, role, getattr(_abstract(built), role).params)
+    return _restore_role(built, role, lora_base(built) if trains_adapters(built.config, role) else {})
 
 
 def restore_run(built: Built) -> Restored:
     """Raises: UserError when the checkpoint cannot be read, or the run has not reached its main stage."""
-    abstract = _abstract(built)
-    frozen = manager.restore_frozen(built.config.workdir, Frozen(abstract.inference.params, abstract.generator.params))
+    base = lora_base(built)
+    frozen = stored_frozen(built, _abstract(built), base)
     if frozen is None:
         raise UserError(
             f'config.workdir: the run in "{built.config.workdir}" is still in its warm-up; continue the training'
         )
-    (step, inference), (other_step, generator) = restore_role(built, "inference"), restore_role(built, "generator")
+    step, inference = _restore_role(built, "inference", base)
+    other_step, generator = _restore_role(built, "generator", base)
     if step != other_step:
         raise UserError(
             f'config.workdir: in "{built.config.workdir}" the newest readable checkpoint of one model is of step '
             f"{step}, of the other {other_step}; try again if the run is being trained, else continue the training"
         )
     return Restored(step, inference, generator, frozen)
+
+
+def _restore_role(built: Built, role: str, base: Params) -> tuple[int, Params]:
+    shapes = getattr(_abstract(built), role).params
+    step, params = manager.restore_params(built.config.workdir, role, shapes)
+    return step, policy(params, base, getattr(built.config, role))
 
 
 def summaries_of(
@@ -127,4 +135,4 @@ def rows_of(built: Built) -> int:
 
 
 def _abstract(built: Built) -> TrainState:
-    return abstract_state(built.model, make_parts(built)[0].transforms, built.mesh)
+    return abstract_state(built.model, make_parts(built)[0].transforms, built.mesh, cfg=built.config)

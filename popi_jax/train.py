@@ -17,7 +17,7 @@ def main(config: Config) -> None:
     from popi_jax.build import build
     from popi_jax.config_check import to_json
     from popi_jax.evals.report import evaluate_run
-    from popi_jax.training.loop import NotFinite, Stopped, train
+    from popi_jax.training.loop import NotFinite, Stopped, train, whole_models
 
     logging.set_verbosity(logging.INFO)
     built = build(config, to_json(config))
@@ -30,13 +30,9 @@ def main(config: Config) -> None:
     except NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
-    evaluate_run(
-        built,
-        step=int(trained.state.step),
-        inference=trained.state.inference.params,
-        generator=trained.state.generator.params,
-        frozen=trained.frozen,
-    )
+    inference, generator = whole_models(trained, config)
+    step = int(trained.state.step)
+    evaluate_run(built, step=step, inference=inference, generator=generator, frozen=trained.frozen)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,41 @@ ENTRY_POINTS = ("train", "evaluate", "summarize", "generate", "export", "prepare
 ALLOWED = {
     "errors": set(),
     "arrays": set(),
-    "config": {"errors"},
-    "cli": {"config", "errors"},
+    "config": set(),
+    "config_check": {"config", "errors"},
+    "objectives": {"config", "losses"},
+    "cli": {"config", "config_check", "errors"},
     "metric_writer": set(),
     "progress": set(),
     "distributed": set(),
-    "build": {"arrays", "checkpoints", "config", "data", "distributed", "errors", "models", "sharding", "training"},
+    "build": {
+        *("arrays", "checkpoints", "config", "config_check", "data", "distributed", "errors", "models", "sharding"),
+        "training",
+    },
     "sharding": {"arrays", "config", "errors"},
     "losses": {"arrays"},
     "data": {"arrays", "config", "errors"},
     "models": {"arrays", "sharding", "losses"},
     "checkpoints": {"arrays", "errors", "sharding", "models", "config"},
-    "training": {"arrays", "config", "errors", "sharding", "models", "losses"},
+    "training": {"arrays", "config", "errors", "sharding", "models", "losses", "objectives"},
     "finished_run": {
-        *("arrays", "build", "checkpoints", "config", "data", "errors", "evals", "models", "progress", "sharding"),
-        "training",
+        *("arrays", "build", "checkpoints", "config", "config_check", "data", "errors", "evals", "models", "progress"),
+        *("sharding", "training"),
     },
-    "evals": {"arrays", "config", "errors", "sharding", "models", "losses", "data"},
+    "evals": {"arrays", "config", "errors", "sharding", "models", "losses", "data", "objectives"},
 }
 # single files that may import more than their folder
 ALSO = {
-    "training/loop.py": {"build", "checkpoints", "data", "distributed", "evals", "metric_writer", "progress"},
+    "training/loop.py": {
+        "build",
+        "checkpoints",
+        "config_check",
+        "data",
+        "distributed",
+        "evals",
+        "metric_writer",
+        "progress",
+    },
     "evals/report.py": {"build", "progress"},
 }
 FLAX = {"models/transformer.py", "sharding.py"}

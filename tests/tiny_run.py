@@ -84,8 +84,8 @@ def shared_run(num_devices: int) -> Run:
     with on_devices(num_devices):
         built = builds.build(config, to_json(config))
         parts, _ = make_parts(built)
-        layout = shardings_of(abstract_state(built.model, parts.transforms, built.mesh))
-        init = functools.partial(init_state, model=built.model, transforms=parts.transforms)
+        layout = shardings_of(abstract_state(built.model, parts.transforms, built.mesh, cfg=built.config))
+        init = functools.partial(init_state, model=built.model, transforms=parts.transforms, cfg=built.config)
         program = jax.jit(init, out_shardings=layout)
         now, before = program(jnp.int32(1)), program(jnp.int32(2))
         frozen = Frozen(before.inference.params, before.generator.params)

@@ -33,6 +33,7 @@ ROLES = ("inference", "generator")
 
 # Fields that a continued run may change: where things are, how fast, and what is looked at, not what is learned.
 # `data.workers` is none of them: the position of an iterator with workers means nothing to one without.
+_AVERAGE = "_ema"  # added to a role: the item that holds the average of its parameters
 _FREE = (
     "name",
     "workdir",
@@ -83,8 +84,9 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, c
         return
     if steps and step < max(steps):
         raise RuntimeError(f"step {step} is older than {max(steps)}, the newest in {manager.directory}")
-    items = {role: ocp.args.StandardSave(params) for role, params in _params(state).items()}
-    items["optimizer"] = ocp.args.StandardSave(_with_params(state, {role: {} for role in ROLES}))
+    models = _models(state)
+    items = {name: ocp.args.StandardSave(params) for name, params in models.items()}
+    items["optimizer"] = ocp.args.StandardSave(_with_models(state, dict.fromkeys(models, {})))
     items["config"] = ocp.args.JsonSave(json.loads(config_json))
     if iterator is not None:
         items["data"] = ocp.args.JsonSave({"position": iterator.get_state().decode()})
@@ -113,12 +115,13 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
     """
 
     def read(step: int) -> Any:
-        items = {role: ocp.args.StandardRestore(params) for role, params in _params(abstract_state).items()}
-        items["optimizer"] = ocp.args.StandardRestore(_with_params(abstract_state, {role: {} for role in ROLES}))
+        models = _models(abstract_state)
+        items = {name: ocp.args.StandardRestore(params) for name, params in models.items()}
+        items["optimizer"] = ocp.args.StandardRestore(_with_models(abstract_state, dict.fromkeys(models, {})))
         if iterator is not None:
             items["data"] = ocp.args.JsonRestore()
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-        state = _with_params(restored["optimizer"], {role: restored[role] for role in ROLES})
+        state = _with_models(restored["optimizer"], {name: restored[name] for name in models})
         # without one of its small files Orbax returns a key as plain numbers instead of failing
         kinds = jax.tree.map(lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state)
         if not jax.tree.all(kinds):
@@ -144,19 +147,22 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
 def restore_params(workdir: str, role: str, abstract_params: Params | None = None) -> tuple[int, Params]:
     """Returns (step, parameters) of one role from the newest readable step; nothing in the folder is changed.
 
-    Without `abstract_params` (as in `restore_latest`) the parameters come as saved, whole on the first local device.
+    They are the average of the parameters where the run keeps one, and adapters alone where it trains those. Without
+    `abstract_params` (as in `restore_latest`) they come as saved, whole on the first local device.
     Raises: UserError if there is no step that can be read.
     """
     with _reader(workdir) as manager:
 
         def read(step: int) -> Params:
             target = abstract_params
+            folder = manager.directory / str(step)
+            name = role + _AVERAGE if (folder / (role + _AVERAGE)).exists() else role
             if target is None:
                 one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                saved = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / role)
+                saved = ocp.StandardCheckpointHandler().metadata(folder / name)
                 target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(saved.tree))
-            item = {role: ocp.args.StandardRestore(target)}
-            return manager.restore(step, args=ocp.args.Composite(**item))[role]
+            item = {name: ocp.args.StandardRestore(target)}
+            return manager.restore(step, args=ocp.args.Composite(**item))[name]
 
         found = _first_readable(manager.directory, sorted(manager.all_steps(), reverse=True), read)
     if found is None:
@@ -201,12 +207,12 @@ def check_same_run(workdir: str, config_json: str) -> None:
 
 
 def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
-    """Writes `<workdir>/reference` (a `Frozen`) and waits for it; an earlier one is replaced.
+    """Writes `<workdir>/reference` (a `Frozen` whose empty trees are left out) and waits; an earlier one is replaced.
 
     Raises: UserError if the disk is full.
     """
     folder = epath.Path(workdir).resolve() / "reference"
-    items = {role: ocp.args.StandardSave(getattr(frozen, role)) for role in ROLES}
+    items = {role: ocp.args.StandardSave(getattr(frozen, role)) for role in ROLES if getattr(frozen, role)}
     with full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(json.loads(config_json)))
         checkpointer.save(folder, args=args, force=True)
@@ -220,22 +226,31 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
     folder = epath.Path(workdir).resolve() / "reference"
     if not folder.exists():
         return None
-    items = {role: ocp.args.StandardRestore(getattr(abstract_frozen, role)) for role in ROLES}
+    trees = {role: getattr(abstract_frozen, role) for role in ROLES}
+    items = {role: ocp.args.StandardRestore(tree) for role, tree in trees.items() if tree}
+    if not items:
+        return abstract_frozen
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as e:
         reason = _one_line(e)
         raise UserError(f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR') from e
-    return abstract_frozen._replace(**{role: restored[role] for role in ROLES})
+    return abstract_frozen._replace(**{role: restored[role] for role in items})
 
 
-def _params(state: Any) -> dict[str, Params]:
-    return {role: getattr(state, role).params for role in ROLES}
+def _models(state: Any) -> dict[str, Params]:
+    """Item name -> tree: the parameters of each role, and their average where there is one."""
+    roles = {role: getattr(state, role) for role in ROLES}
+    averages = {role + _AVERAGE: parts.ema for role, parts in roles.items() if parts.ema is not None}
+    return {role: parts.params for role, parts in roles.items()} | averages
 
 
-def _with_params(state: Any, params: dict[str, Params]) -> Any:
-    return state._replace(**{role: getattr(state, role)._replace(params=params[role]) for role in ROLES})
+def _with_models(state: Any, models: dict[str, Params]) -> Any:
+    def role(name: str) -> Any:
+        return getattr(state, name)._replace(params=models[name], ema=models.get(name + _AVERAGE))
+
+    return state._replace(**{name: role(name) for name in ROLES})
 
 
 @contextlib.contextmanager

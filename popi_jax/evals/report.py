@@ -45,8 +45,8 @@ def evaluate_run(
         raise UserError(f"data.{split}_fraction: the {split} split holds no user; take another --split")
     is_main = jax.process_index() == 0
     num_batches = -(-len(users) // config.evaluation.batch_users)
-    with Progress(num_passes(users) * num_batches, label="evaluation", enabled=is_main) as progress:
-        done = iter(range(1, num_passes(users) * num_batches + 1))
+    with Progress(num_passes(users, config) * num_batches, label="evaluation", enabled=is_main) as progress:
+        done = iter(range(1, num_passes(users, config) * num_batches + 1))
         evaluation = evaluate(
             Models(inference, generator),
             Models(frozen.inference, frozen.generator),

@@ -20,10 +20,11 @@ from popi_jax.data.records import User
 from popi_jax.data.templates import signals_text
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.evals.metrics import score_pairs
-from popi_jax.losses.preference import PairLogps, preference_margins
+from popi_jax.losses.preference import PairLengths, PairLogps, margins_of
 from popi_jax.models.roles import Glue, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.objectives import preference_objective
 from popi_jax.sharding import replicated, spec
 
 CONDITIONS = ("no_signals", "raw_signals", "summary_before_rl", "summary", "other_user_summary", "oracle")
@@ -55,9 +56,14 @@ class Evaluation(NamedTuple):
     summaries: Tokens  # [users seq], greedy, of the trained inference model, without end token
 
 
-def num_passes(users: Sequence[User]) -> int:
+def num_passes(users: Sequence[User], config: Any) -> int:
     """How many times `evaluate` goes through the users, for a progress bar."""
-    return 15 if any(user.oracle for user in users) else 13
+    rows = 10 if any(user.oracle for user in users) else 8
+    if not preference_objective(config).needs_reference:
+        references = 0
+    else:
+        references = rows if config.generator.reference == "summary" else 1
+    return 4 + rows + references
 
 
 def evaluate(
@@ -79,8 +85,8 @@ def evaluate(
     `data.context_len` tokens (raw_signals), a summary by the inference model as it was `before` (summary_before_rl) or
     `trained` (summary), that summary of another person (other_user_summary), the true persona (oracle; only users who
     have one). Summaries are drawn as `sampling` says, at temperature 0 and 1. The generator is the trained one in all
-    rows. The reference of the margins is the generator `before` without any text; where both are equal, no_signals has
-    margins of exactly 0.
+    rows. Margins are those of the objective of training; their reference, if they have one, is the generator `before`,
+    without any text unless `generator.reference` says otherwise. Where both are equal, no_signals has margins of 0.
     """
     batches = list(eval_batches(users, tokenizer, config))
     placed = [place(batch.batch, mesh) for batch in batches]
@@ -99,10 +105,15 @@ def evaluate(
         return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[:num_users]), *results)
 
     nothing = Tokens(np.zeros((num_users, config.data.summary_len), np.int32), np.zeros(num_users, np.int32))
-    reference = logps(before.generator, nothing)
+    objective = preference_objective(config)
+    sides = ([getattr(batch.batch, side).lengths for batch in batches] for side in PairLengths._fields)
+    lengths = PairLengths(*(jnp.asarray(np.concatenate(side)[:num_users]) for side in sides))
+    sees_text = config.generator.reference == "summary"
+    unseen = logps(before.generator, nothing) if objective.needs_reference and not sees_text else None
 
     def row(condition: str, decoding: str, text: Tokens, counted: np.ndarray, params: Params) -> Row:
-        margins = preference_margins(logps(params, text), reference, beta=config.generator.beta)
+        reference = logps(before.generator, text) if objective.needs_reference and sees_text else unseen
+        margins = margins_of(logps(params, text), lengths, reference, objective=objective)
         seen = counted.any(axis=1)
         return Row(condition, decoding, *score_pairs(np.asarray(margins), counted), float(text.lengths[seen].mean()))
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from absl import logging
 
 from popi_jax import distributed
-from popi_jax.arrays import Metrics
+from popi_jax.arrays import Metrics, Params
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
+from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
 from popi_jax.data import pipeline
 from popi_jax.errors import UserError
@@ -26,11 +27,14 @@ from popi_jax.training import optim
 from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import (
     Frozen,
+    RoleState,
     TrainState,
     Transforms,
+    abstract_params,
     abstract_state,
     init_state,
     new_state,
+    policy,
     restart_optimizers,
     shardings_of,
 )
@@ -122,9 +126,9 @@ def train(built: Built) -> Trained:
     parts, warmup_transforms = make_parts(built)
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
-    abstract = abstract_state(built.model, parts.transforms, built.mesh)
+    abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
     layout = (shardings_of(abstract), None)  # of what an update returns: as given, so that it is compiled once
-    frozen_shape = Frozen(abstract.inference.params, abstract.generator.params)
+    base = lora_base(built)
 
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
     batches = open_batches(built)
@@ -145,16 +149,18 @@ def train(built: Built) -> Trained:
                 update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
                 program = jax.jit(update, donate_argnums=0, out_shardings=layout)
                 step, state = loop(program, state, step, warmup_steps, label="warm-up")
-            frozen = checkpoints.restore_frozen(cfg.workdir, frozen_shape) if step > warmup_steps else None
+            frozen = stored_frozen(built, abstract, base) if step > warmup_steps else None
             if frozen is None and step > warmup_steps:
                 raise UserError(
                     f'config.workdir: "{cfg.workdir}/reference" is gone, without which the run cannot continue; '
                     "put it back, or start again in another WORKDIR"
                 )
             if frozen is None:
-                frozen = jax.tree.map(jnp.copy, Frozen(state.inference.params, state.generator.params))
-                checkpoints.save_frozen(cfg.workdir, frozen, built.config_json)
-                restart = partial(restart_optimizers, transforms=parts.transforms)
+                copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
+                own = jax.tree.map(jnp.copy, Frozen(**copies))
+                checkpoints.save_frozen(cfg.workdir, own, built.config_json)
+                frozen = _on_base(own, base)
+                restart = partial(restart_optimizers, transforms=parts.transforms, cfg=cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
                 update = partial(popi_update, parts=parts, phases=phases)
@@ -167,15 +173,61 @@ def train(built: Built) -> Trained:
     return Trained(state, frozen)
 
 
+def whole_models(trained: Trained, cfg: Config) -> tuple[Params, Params]:
+    """(inference, generator) as they are to be used: the averages where the run keeps them, adapters on their base."""
+
+    def whole(role: str) -> Params:
+        state: RoleState = getattr(trained.state, role)
+        params = state.params if state.ema is None else state.ema
+        return policy(params, getattr(trained.frozen, role), getattr(cfg, role))
+
+    return whole("inference"), whole("generator")
+
+
+def trains_adapters(cfg: Config, role: str) -> bool:
+    return getattr(cfg, role).lora.rank > 0
+
+
+def lora_base(built: Built) -> Params:
+    """The weights that adapters stand on, in the compute type and laid out on the mesh; {} when no role has adapters.
+
+    Raises: UserError when the checkpoint cannot be read.
+    """
+    cfg = built.config
+    if not any(trains_adapters(cfg, role) for role in checkpoints.ROLES):
+        return {}
+    return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, cfg.model.dtype))
+
+
+def stored_frozen(built: Built, abstract: TrainState, base: Params) -> Frozen | None:
+    """The reference policies of a run; None while it is in its warm-up. Raises: UserError."""
+    shapes = {
+        role: {} if trains_adapters(built.config, role) else getattr(abstract, role).params
+        for role in checkpoints.ROLES
+    }
+    own = checkpoints.restore_frozen(built.config.workdir, Frozen(**shapes))
+    return None if own is None else _on_base(own, base)
+
+
+def _on_base(own: Frozen, base: Params) -> Frozen:
+    return Frozen(own.inference or base, own.generator or base)
+
+
 def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> TrainState:
     cfg, layout = built.config, shardings_of(abstract)
+    init = partial(init_state, model=built.model, transforms=transforms, cfg=cfg)
     if not cfg.model.checkpoint:
-        init = partial(init_state, model=built.model, transforms=transforms)
         return jax.jit(init, out_shardings=layout)(jnp.int32(cfg.seed))
-    base = read_params(cfg.model.checkpoint, built.model)
-    roles = (jax.device_put(base, layout.inference.params), jax.device_put(base, layout.generator.params))
-    start = partial(new_state, transforms=transforms)
-    return jax.jit(start, out_shardings=layout, donate_argnums=(0, 1))(*roles, jax.random.key(cfg.seed))
+
+    def start(role: str) -> Params:
+        if trains_adapters(cfg, role):
+            made = jax.jit(lambda seed: getattr(init(seed), role).params, out_shardings=getattr(layout, role).params)
+            return made(jnp.int32(cfg.seed))
+        return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, "float32"))
+
+    begin = partial(new_state, transforms=transforms, cfg=cfg)
+    program = jax.jit(begin, out_shardings=layout, donate_argnums=(0, 1))
+    return program(start("inference"), start("generator"), jax.random.key(cfg.seed))
 
 
 def _save(manager: Any, batches: StagedBatches, config_json: str, step: int, state: TrainState) -> None:

@@ -16,9 +16,10 @@ from popi_jax.losses.preference import PairLogps, margins_of
 from popi_jax.models.roles import Glue, empty_summary, pair_lengths, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.objectives import preference_objective
 from popi_jax.training.microbatches import by_parts
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
-from popi_jax.training.steps import generator_step, inference_step, preference_objective
+from popi_jax.training.steps import generator_step, inference_step
 
 
 class Parts(NamedTuple):

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from popi_jax.arrays import Demonstrations, Mean, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.losses.grpo import (
-    PolicyObjective,
     finished_mask,
     group_advantages,
     high_entropy_mask,
@@ -24,7 +23,6 @@ from popi_jax.losses.masked import masked_mean, metric
 from popi_jax.losses.preference import (
     PairLengths,
     PairLogps,
-    PreferenceObjective,
     batch_terms,
     margins_of,
     preference_losses,
@@ -33,40 +31,9 @@ from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.roles import Glue, pair_logps, summary_logps
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.objectives import policy_objective, preference_objective
 from popi_jax.training.microbatches import by_parts, summed_gradients
 from popi_jax.training.state import RoleState, TrainState, Transforms, policy
-
-
-def preference_objective(cfg: Config) -> PreferenceObjective:
-    g = cfg.generator
-    return PreferenceObjective(
-        name=g.objective,
-        beta=g.beta,
-        label_smoothing=g.label_smoothing,
-        length_normalised=g.length_normalised,
-        gamma=g.gamma,
-        sft_coef=g.sft_coef,
-        desirable_weight=g.desirable_weight,
-        undesirable_weight=g.undesirable_weight,
-    )
-
-
-def policy_objective(cfg: Config) -> PolicyObjective:
-    """With inference.kl = "k1" the KL is in the reward, and the loss has none."""
-    i = cfg.inference
-    in_loss = i.kl != "k1"
-    return PolicyObjective(
-        ratio=i.ratio,
-        clip_low=i.clip_low,
-        clip_high=i.clip_high,
-        clip_max=i.clip_max or None,
-        normalise=i.normalise,
-        max_len=cfg.data.summary_len if i.normalise == "max_len" else None,
-        kl=i.kl if in_loss else "k3",
-        kl_coef=i.kl_coef if in_loss else 0.0,
-        kl_corrected=i.kl_corrected,
-        entropy_coef=i.entropy_coef,
-    )
 
 
 def apply_gradients(
@@ -76,7 +43,7 @@ def apply_gradients(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     ema: Any = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-    return RoleState(state.step + 1, params, opt_state, ema), optax.global_norm(grads)
+    return RoleState(state.step + 1, params, opt_state, ema), optax.tree.norm(grads)
 
 
 def generator_step(

@@ -65,7 +65,9 @@ def test_conditions_and_decodings(evaluated, users):
 
 
 def test_the_bar_ends_full(evaluated, run, users):
-    assert evaluated[1] == suites.num_passes(users) * math.ceil(len(users) / run.built.config.evaluation.batch_users)
+    assert evaluated[1] == suites.num_passes(users, run.built.config) * math.ceil(
+        len(users) / run.built.config.evaluation.batch_users
+    )
 
 
 def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, users):
@@ -132,7 +134,7 @@ def test_what_cannot_be_asked_is_left_out(run, users):
     assert {row.condition for row in evaluation.rows} == {"no_signals", "raw_signals", "summary_before_rl", "summary"}
     assert evaluation.before_rl == {}
     assert all(math.isnan(row.stderr) for row in evaluation.rows)
-    assert len(calls) == suites.num_passes(alone) - 2  # nobody else's summary
+    assert len(calls) == suites.num_passes(alone, run.built.config) - 2  # nobody else's summary
 
 
 def test_oracle_counts_only_users_who_have_one(run, users):

@@ -101,7 +101,8 @@ def test_summaries_are_scored_behind_the_signals() -> None:
     users, params = Users(), plain.random_params(0)
     rollouts = Rollouts(users.summaries, jnp.ones((4, 2), bool), jnp.zeros((4, 2, 4)))
     score = jax.jit(partial(roles.summary_logps, model=MODEL, glue=users.glue, temperature=1.3))
-    found, mask = score(params, users.batch, rollouts)
+    scores = score(params, users.batch, rollouts)
+    found, mask = scores.logps, scores.mask
     places = list(np.ndindex(4, 2))
     sequences = [
         plain.Scored([*plain.row(users.batch.context, u), 4, 5], plain.row(users.summaries, u, g)) for u, g in places
@@ -112,9 +113,10 @@ def test_summaries_are_scored_behind_the_signals() -> None:
         np.testing.assert_allclose(np.asarray(found)[place][: len(expected)], expected, atol=1e-4)
 
 
-def test_the_reference_sees_no_summary() -> None:
+def test_without_a_summary_the_prompts_follow_the_prefix() -> None:
     users, params = Users(), plain.random_params(0)
-    found = jax.jit(partial(roles.reference_logps, glue=users.glue, model=MODEL))(params, users.batch)
+    context = jax.tree.map(lambda x: x[:, None], roles.empty_summary(users.glue.generator_prefix, 4))
+    found = jax.jit(partial(roles.pair_logps, model=MODEL))(params, context, users.batch)
     assert found.chosen.shape == (4, 1, 2)
     sequences = [
         plain.Scored([1, 2, 3, *plain.row(users.batch.turns, u, k)], plain.row(users.batch.rejected, u, k))

@@ -97,8 +97,10 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 
 def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:
     """A state and reference policies that differ from it, on the mesh (which must be set)."""
-    shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh))
-    init = jax.jit(partial(init_state, model=parts.model, transforms=parts.transforms), out_shardings=shardings)
+    shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh, cfg=parts.cfg))
+    init = jax.jit(
+        partial(init_state, model=parts.model, transforms=parts.transforms, cfg=parts.cfg), out_shardings=shardings
+    )
     state, other = init(jnp.int32(0)), init(jnp.int32(1))
     return state, jax.tree.map(jnp.copy, Frozen(other.inference.params, other.generator.params))
 

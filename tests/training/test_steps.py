@@ -61,7 +61,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     rollouts = random_rollouts(2, 1)
     contexts = splice(small.GLUE.generator_prefix, rollouts.summaries, rollouts.finished)
     step = jax.jit(partial(generator_step, model=MODEL, tx=SGD, cfg=CFG))
-    after, metrics = step(role(params), reference, contexts, users)
+    after, metrics = step(role(params), params, reference, contexts, users)
 
     places = [(u, k) for u, k in np.ndindex(8, 2) if users.pair_mask[u, k]]
     sequences = []
@@ -82,7 +82,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     assert metrics["generator/loss"].weight == len(places) == 15
     np.testing.assert_allclose(metrics["generator/loss"].total, losses.sum(), rtol=1e-4)
     np.testing.assert_allclose(metrics["generator/accuracy"].total, (losses < np.log(2)).sum())
-    np.testing.assert_allclose(metrics["generator/grad_norm"].total, optax.global_norm(grads), rtol=1e-3)
+    np.testing.assert_allclose(metrics["generator/grad_norm"].total, optax.tree.norm(grads), rtol=1e-3)
     assert after.step == 1
 
 
@@ -100,7 +100,7 @@ def test_inference_step_is_reinforce_with_group_advantages(same_reference: bool,
     if not same_reference:
         reference = jax.tree.map(lambda x, y: x + 0.1 * y, params, plain.random_params(5))
     margins = np.random.default_rng(4).normal(size=(8, group, 2)).astype(np.float32)
-    after, metrics = inference_program(role(params), reference, jnp.asarray(margins), rollouts, users)
+    after, metrics = inference_program(role(params), reference, jnp.asarray(margins), None, rollouts, users)
 
     lengths = np.asarray(rollouts.summaries.lengths)
     rewards = oracle.rewards(margins, np.asarray(users.pair_mask), lengths, c.length_penalty)
@@ -130,12 +130,12 @@ def test_inference_step_is_reinforce_with_group_advantages(same_reference: bool,
 def test_what_follows_the_end_of_a_summary_is_not_trained(inference_program) -> None:
     params, users, rollouts = plain.random_params(0), on_device(small.user_batch(0)), random_rollouts(3, 3)
     margins = jnp.asarray(np.random.default_rng(4).normal(size=(8, 3, 2)), jnp.float32)
-    after, _ = inference_program(role(params), params, margins, rollouts, users)
+    after, _ = inference_program(role(params), params, margins, None, rollouts, users)
     ids, lengths = np.array(rollouts.summaries.ids), np.asarray(rollouts.summaries.lengths)
     beyond = np.arange(4) >= lengths[..., None]
     assert beyond.any()
     changed = rollouts._replace(summaries=Tokens(jnp.asarray(np.where(beyond, 60, ids)), rollouts.summaries.lengths))
-    again, _ = inference_program(role(params), params, margins, changed, users)
+    again, _ = inference_program(role(params), params, margins, None, changed, users)
     for x, y in zip(
         jax.tree.leaves(gradient(role(params), after)), jax.tree.leaves(gradient(role(params), again)), strict=True
     ):
@@ -143,7 +143,7 @@ def test_what_follows_the_end_of_a_summary_is_not_trained(inference_program) -> 
 
 
 def test_warmup_lowers_the_loss_of_a_batch() -> None:
-    adamw = optim.adamw(CFG.optimizer, 3e-3, 0, 20)
+    adamw = optim.optimizer(CFG.optimizer, 3e-3, 0, 20)
     parts = small.make_parts(CFG, Transforms(adamw, adamw))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):

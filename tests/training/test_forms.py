@@ -1,0 +1,228 @@
+"""The forms of training: in parts, several steps per rollout, averages, adapters, frozen roles, every optimizer."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from popi_jax.arrays import Mean
+from popi_jax.config import Config
+from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE
+from popi_jax.models.lora import join
+from popi_jax.models.roles import pair_logps
+from popi_jax.training import microbatches, optim
+from popi_jax.training.schedule import Parts, popi_update
+from popi_jax.training.state import Frozen, TrainState, Transforms, policy, restart_optimizers
+from tests.oracles.plain import MODEL
+from tests.training import small
+from tests.training.test_steps import assert_close
+
+SGD = optax.sgd(1.0)
+JOINT = small.parse_phases(("joint 8",))
+LORA = {"rank": 2, "alpha": 3.0, "targets": ("q", "o", "down")}
+
+
+def changed(generator: dict[str, Any] | None = None, inference: dict[str, Any] | None = None, **batch: Any) -> Config:
+    cfg = small.make_config()
+    for name, values in (("generator", generator), ("inference", inference), ("batch", batch)):
+        values = dict(values or {})
+        if "lora" in values:
+            values["lora"] = dataclasses.replace(getattr(cfg, name).lora, **values["lora"])
+        cfg = small.replace(cfg, name, **values)
+    return cfg
+
+
+def run(cfg: Config, updates: int = 1, phases: tuple = JOINT) -> tuple[TrainState, TrainState, dict[str, Mean], Parts]:
+    """(state before, state after, metrics of the last update, parts) with plain gradient descent."""
+    parts = small.make_parts(cfg, Transforms(SGD, SGD))
+    mesh = small.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        state, frozen = small.make_state(parts, mesh)
+        if cfg.inference.lora.rank:  # what the adapters stand on
+            whole = small.make_parts(small.make_config(), Transforms(SGD, SGD))
+            base, _ = small.make_state(whole, mesh)
+            frozen = Frozen(base.inference.params, base.generator.params)
+        before = small.copied(state)
+        program = jax.jit(partial(popi_update, parts=parts, phases=phases))
+        for i in range(updates):
+            state, metrics = program(state, frozen, small.user_batch(i))
+    return before, state, metrics, parts
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("num", [2, 8])
+def test_an_update_in_parts_is_that_of_the_whole(num: int) -> None:
+    """Under settings whose denominators are counts of tokens, of pairs and of samples."""
+    settings_ = {
+        "generator": {"objective": "ipo", "sft_coef": 0.3},
+        "inference": {"normalise": "tokens", "entropy_coef": 0.01, "reward_baseline": True, "kl": "k1"},
+    }
+    _, whole, metrics, _ = run(changed(**settings_))
+    _, parts, of_parts, _ = run(changed(**settings_, microbatches=num))
+    for role in ("inference", "generator"):
+        assert_close(getattr(parts, role).params, getattr(whole, role).params)
+    assert metrics.keys() == of_parts.keys()
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(of_parts[name].total / of_parts[name].weight, mean.total / mean.weight, rtol=2e-4)
+
+
+@given(st.integers(0, 3), st.sampled_from([1, 2, 3, 6]))
+@settings(max_examples=20, deadline=None)
+def test_parts_hold_every_user_once(seed: int, num: int) -> None:
+    x = np.random.default_rng(seed).normal(size=(6, 2))
+    parts = microbatches.split(jnp.asarray(x), num)
+    assert parts.shape == (num, 6 // num, 2)
+    np.testing.assert_array_equal(parts[0], x[::num].astype(np.float32))
+    np.testing.assert_array_equal(microbatches.join(parts), x.astype(np.float32))
+    doubled = microbatches.by_parts(lambda part: {"a": 2 * part}, jnp.asarray(x), num)
+    np.testing.assert_array_equal(doubled["a"], 2 * x.astype(np.float32))
+
+
+def test_several_steps_on_the_same_summaries() -> None:
+    """The first step is that of a single one; the ratio then counts: far from the old policy the clip stops it."""
+    _, once, _, _ = run(changed())
+    _, twice, metrics, _ = run(changed(inference={"updates_per_rollout": 2}))
+    assert (once.inference.step, twice.inference.step) == (1, 2)
+    assert 0 <= metrics["inference/clip_fraction"].total < metrics["inference/clip_fraction"].weight
+    assert np.abs(flat(twice.inference.params) - flat(once.inference.params)).max() > 1e-4
+    tight = {"updates_per_rollout": 2, "clip_low": 0.0, "clip_high": 0.0, "kl_coef": 0.0}
+    _, _, told, _ = run(changed(inference=tight))
+    assert told["inference/clip_fraction"].total > 0.2 * told["inference/clip_fraction"].weight
+
+
+def test_averages_follow_the_parameters() -> None:
+    before, after, _, _ = run(changed(generator={"ema_decay": 0.75}, inference={"ema_decay": 0.5}))
+    for role, decay in (("generator", 0.75), ("inference", 0.5)):
+        old, new = flat(getattr(before, role).params), flat(getattr(after, role).params)
+        assert np.abs(new - old).max() > 1e-4
+        np.testing.assert_allclose(flat(getattr(after, role).ema), decay * old + (1 - decay) * new, atol=1e-6)
+    assert run(changed())[1].generator.ema is None
+
+
+def test_the_average_can_judge_summaries() -> None:
+    """At the first update average and generator agree; later they do not."""
+    keep = {"generator": {"ema_decay": 0.9}}
+    for updates, same in ((1, True), (3, False)):
+        current = run(changed(**keep), updates)[2]["inference/reward"].total
+        averaged = run(changed(**keep, inference={"reward_generator": "ema"}), updates)[2]["inference/reward"].total
+        assert bool(np.isclose(current, averaged, atol=1e-6)) == same
+
+
+def test_adapters_alone_are_trained() -> None:
+    cfg = changed(generator={"lora": LORA, "reference": "summary"}, inference={"lora": LORA})
+    before, after, metrics, _ = run(cfg)
+    assert set(before.generator.params["layers"]) == {"attention", "mlp"}
+    assert set(before.generator.params["layers"]["attention"]) == {"q", "o"}
+    # adapters start as nothing, so policy and reference agree wherever both see the summary
+    np.testing.assert_allclose(metrics["generator/loss"].total / metrics["generator/loss"].weight, np.log(2), atol=1e-6)
+    np.testing.assert_allclose(metrics["inference/kl"].total, 0, atol=1e-6)
+    for role in ("inference", "generator"):
+        moved = jax.tree.map(
+            lambda x, y: np.abs(x - y).max(), getattr(before, role).params, getattr(after, role).params
+        )
+        of_b = [x for path, x in jax.tree_util.tree_leaves_with_path(moved) if path[-1].key == "b"]
+        assert len(of_b) == 3 and max(of_b) > 1e-6
+
+
+def test_policy_joins_adapters_and_leaves_whole_models() -> None:
+    cfg = changed(generator={"lora": LORA})
+    base, lora = {"w": 1}, {"layers": {"mlp": {"down": {"a": jnp.ones(2), "b": jnp.ones(2)}}}}
+    joined = policy(lora, base, cfg.generator)
+    assert joined["params"] is base
+    np.testing.assert_allclose(joined["lora"]["layers"]["mlp"]["down"]["b"], 1.5)
+    assert policy(base, {}, cfg.inference) is base
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE + REFERENCE_FREE)
+def test_every_objective_makes_an_update(name: str) -> None:
+    """Traced, not run: the numbers are tested in tests/losses."""
+    cfg = changed(generator={"objective": name, "label_smoothing": 0.1, "sft_coef": 1.0})
+    parts = small.make_parts(cfg, Transforms(SGD, SGD))
+    mesh = small.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        state, frozen = small.make_state(parts, mesh)
+        jaxpr = str(jax.make_jaxpr(partial(popi_update, parts=parts, phases=JOINT))(state, frozen, small.user_batch(0)))
+    assert len(jaxpr) > 1000
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_optimizers_lower_a_loss(name: str, schedule: str) -> None:
+    cfg = dataclasses.replace(small.make_config().optimizer, name=name, schedule=schedule)
+    tx = optim.optimizer(cfg, 0.05, 2, 40)
+    target = jax.random.normal(jax.random.key(0), (2, 4, 2, 3))
+    params = {"layers": {"q": {"kernel": jnp.zeros((2, 4, 2, 3))}, "norm": {"scale": jnp.zeros((2, 4))}}}
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.mean((params["layers"]["q"]["kernel"] - target) ** 2) + jnp.mean(
+            (params["layers"]["norm"]["scale"] - 1.0) ** 2
+        )
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    start, state = loss(params), tx.init(params)
+    for _ in range(40):
+        params, state = step(params, state)
+    assert loss(params) < 0.6 * start
+
+
+def test_learning_rates() -> None:
+    cfg = small.make_config().optimizer
+    ends = {"cosine": 0.2, "linear": 0.2, "constant": 1.0}
+    for schedule, end in ends.items():
+        rates = optim.learning_rates(dataclasses.replace(cfg, schedule=schedule), 1.0, 10, 110)
+        np.testing.assert_allclose([rates(0), rates(5), rates(10), rates(110)], [0.0, 0.5, 1.0, end], atol=1e-6)
+    middle = [optim.learning_rates(dataclasses.replace(cfg, schedule=s), 1.0, 10, 110)(60) for s in ends]
+    np.testing.assert_allclose(middle, [0.6, 0.6, 1.0], atol=1e-6)
+
+
+def test_muon_takes_each_layer_as_a_matrix() -> None:
+    kernels = {"q": (3, 4, 2, 5), "o": (3, 2, 5, 4)}
+    params = {"layers": {name: {"kernel": jnp.zeros(shape)} for name, shape in kernels.items()}}
+    params |= {"embed": {"embedding": jnp.zeros((7, 4))}}
+    found = optim.matrices(params)
+    assert found["layers"]["q"]["kernel"] == ((1,), (2, 3))
+    assert found["layers"]["o"]["kernel"] == ((1, 2), (3,))
+    assert found["embed"]["embedding"] is None
+
+
+def test_a_role_that_is_never_trained_needs_no_optimizer() -> None:
+    cfg = small.make_config()
+    parts = small.make_parts(cfg, Transforms(optim.inference_transform(cfg, 3), optim.generator_transform(cfg, 0)))
+    mesh = small.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        state, frozen = small.make_state(parts, mesh)
+        assert jax.tree.leaves(state.generator.opt_state) == []
+        program = jax.jit(partial(popi_update, parts=parts, phases=small.parse_phases(("inference 3",))))
+        after, _ = program(state, frozen, small.user_batch(0))
+    np.testing.assert_array_equal(flat(after.generator.params), flat(state.generator.params))
+    again = restart_optimizers(after, transforms=parts.transforms, cfg=cfg)
+    assert again.inference.step == 0 and again.step == after.step
+
+
+def test_joined_adapters_change_the_scores_of_pairs() -> None:
+    """Adapters in the whole chain of a role: not only in one layer."""
+    cfg = changed(generator={"lora": LORA}, inference={"lora": LORA})
+    _, after, _, _ = run(cfg, 2)
+    mesh = small.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        base = small.make_state(small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh)[0].generator.params
+        users = jax.tree.map(jnp.asarray, small.user_batch(3))
+        context = jax.tree.map(lambda x: x[:, None], users.context)
+        score = jax.jit(partial(pair_logps, model=MODEL))
+        plain = score(base, context, users)
+        adapted = score(join(base, after.generator.params, scale=1.5), context, users)
+    assert np.abs(plain.chosen - adapted.chosen).max() > 1e-4
