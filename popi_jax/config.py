@@ -75,6 +75,7 @@ class WarmupConfig:
     guess: float
     no_summary: float
     drop: float
+    repeat: float
     wrong: float
     learning_rate: float
     lr_warmup_steps: int
@@ -211,7 +212,7 @@ ABOVE_ZERO = (
 ).split()
 FRACTIONS = (
     "data.validation_fraction data.test_fraction warmup.reading_survey warmup.guess warmup.no_summary warmup.drop "
-    "warmup.wrong optimizer.final_lr"
+    "warmup.repeat warmup.wrong optimizer.final_lr"
 ).split()
 BELOW_ONE = "optimizer.b1 optimizer.b2 data.test_fraction data.validation_fraction".split()
 
