@@ -79,6 +79,7 @@ def base() -> ConfigDict:
     w.guess = 0.12  # probability that a summary names one side, at random, of a contrast that past pairs show
     w.no_summary = 0.1  # probability that the generator sees no summary
     w.drop = 0.25  # probability that the generator's summary lacks an item
+    w.repeat = 0.25  # probability that the generator's summary says an item twice
     w.wrong = 0.05  # the generator's summary gets Binomial(8, wrong) random items
     w.learning_rate = 3e-3
     w.lr_warmup_steps = 20
@@ -95,7 +96,7 @@ def base() -> ConfigDict:
     g.reference = "prompt"  # what the reference model sees: prompt (x alone) | summary (x and z)
     g.ema_decay = 0.0  # of an average of the parameters, per update; 0 = none is kept
     g.lora = _lora()
-    g.learning_rate = 1e-4
+    g.learning_rate = 5e-5
     g.lr_warmup_steps = 5
 
     c.inference = i = ConfigDict()

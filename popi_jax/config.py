@@ -63,6 +63,7 @@ class WarmupConfig:
     guess: float
     no_summary: float
     drop: float
+    repeat: float
     wrong: float
     learning_rate: float
     lr_warmup_steps: int

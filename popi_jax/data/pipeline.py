@@ -94,9 +94,9 @@ def warmup_batches(
 ) -> grain.IterDataset:
     """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in `user_batches`.
 
-    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`) and
-    with random ones (`warmup.wrong`), or with nothing (`warmup.no_summary`); the answers are the chosen replies to K =
-    `batch.pairs` random prompts.
+    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`), with
+    some said twice (`warmup.repeat`: saying it again shall add nothing) and with random ones (`warmup.wrong`), or with
+    nothing (`warmup.no_summary`); the answers are the chosen replies to K = `batch.pairs` random prompts.
     Summary: the answer is what the survey text states; with probability `warmup.guess` each contrast that past pairs
     show adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that
     states nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same
@@ -300,13 +300,13 @@ def _pad_nested(rows: list[list[Ids]], count: int, length: int, pad_id: int) -> 
 
 
 def _known(user: EncodedUser, items: tuple[str, ...], w: Any, rng: np.random.Generator, tokenizer: Tokenizer) -> Ids:
-    """What the generator is told of a user in the warm-up: the oracle summary, at times incomplete, wrong or absent."""
+    """What the generator is told of a user in the warm-up: the oracle summary, often not quite, at times nothing."""
     told = user.oracle_text or user.stated_text
     if not told or rng.random() < w.no_summary:
         return []
     kept = {item for item in told.split(_SEPARATOR) if rng.random() >= w.drop}
     kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_WRONG_SLOTS, w.wrong)]}
-    named = [item for item in items if item in kept] if items else [told]
+    named = [item for item in items if item in kept for _ in range(1 + (rng.random() < w.repeat))] if items else [told]
     return tokenizer.encode(_SEPARATOR.join(named)) if named else []
 
 

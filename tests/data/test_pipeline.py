@@ -186,7 +186,7 @@ def warm(
     tokenizer: Tokenizer, users: list[User], *, count: int = 20, items: tuple[str, ...] = ITEMS, **changes: Any
 ) -> list[Any]:
     """The first batches; without `changes` the generator's summaries are true and readings are of pairs."""
-    true = {"warmup__no_summary": 0.0, "warmup__drop": 0.0, "warmup__wrong": 0.0, "warmup__reading_survey": 0.0}
+    true = {f"warmup__{name}": 0.0 for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey")}
     changes = true | changes
     return take(pipeline.warmup_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
 
@@ -246,6 +246,10 @@ def test_noise_in_what_the_generator_is_told(tokenizer: Tokenizer) -> None:
     assert 0.5 < np.mean([len(named) for named in added]) < 1.1  # 0.8 of 8 slots; standard error 0.1
     assert {item for named in added for item in named} == set(ITEMS)
     assert told(tokenizer, USERS, warmup__wrong=1.0, count=1) == [list(ITEMS)] * 4
+    once = told(tokenizer, USERS, count=1)
+    assert told(tokenizer, USERS, warmup__repeat=1.0, count=1) == [[i for i in row for _ in range(2)] for row in once]
+    again = [len(row) - len(set(row)) for row in told(tokenizer, USERS, warmup__repeat=0.5)]
+    assert 0.7 < np.mean(again) < 1.3  # of 2 items
 
 
 def number_of(tokenizer: Tokenizer, d: Demonstrations, row: int) -> int:
