@@ -260,6 +260,8 @@ def _check_roles(config: Config) -> None:
     """What the two roles and their optimizer can be combined with."""
     g, i, b = config.generator, config.inference, config.batch
     _check(g.label_smoothing < 0.5, "generator.label_smoothing", g.label_smoothing, "must be at least 0 and below 0.5")
+    rule = f"must be above 0 with generator.objective = {g.objective}, whose likelihood term it weighs; as published, 1"
+    _check(g.sft_coef > 0 or g.objective not in ("orpo", "cpo", "rrhf"), "generator.sft_coef", g.sft_coef, rule)
     rule = "needs an average: set generator.ema_decay above 0, e.g. 0.99, or take current or frozen"
     _check(i.reward_generator != "ema" or g.ema_decay > 0, "inference.reward_generator", i.reward_generator, rule)
     rule = f'goes with inference.kl = "k3" only, not "{i.kl}", whose gradient it would make wrong'

@@ -85,7 +85,7 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "inference.advantage_scale",
             "std",
-            'config.inference.advantage_scale = "std": must be one of group, batch, none',
+            'config.inference.advantage_scale = "std": must be one of group, batch, batch_rewards,',
         ),
         ("warmup.summary_users", 0, "config.warmup.summary_users = 0: must be at least 1"),
         ("warmup.reading_shots", 0, "config.warmup.reading_shots = 0: must be at least 1"),
@@ -104,6 +104,30 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("mesh.data", 0, "config.mesh.data = 0: must be at least 1, or -1"),
         ("mesh.num_devices", 3, "config.batch.users = 16: must be a multiple of 3"),
         ("mesh.tensor", 2, "config.mesh (data=1, fsdp=-1, tensor=2) does not fit 1 devices"),
+        ("generator.label_smoothing", 0.5, "config.generator.label_smoothing = 0.5: must be at least 0"),
+        (
+            "generator.objective",
+            "orpo",
+            "config.generator.sft_coef = 0.0: must be above 0 with",
+        ),
+        ("generator.objective", "sigmoid", 'config.generator.objective = "sigmoid": must be one of dpo, robust, ipo,'),
+        ("generator.lora.rank", 8, "config.generator.lora.rank = 8: needs base weights (model.checkpoint)"),
+        (
+            "inference.lora.targets",
+            ("qkv",),
+            'config.inference.lora.targets = ["qkv"]: must be some of q, k',
+        ),
+        (
+            "inference.reward_generator",
+            "ema",
+            'config.inference.reward_generator = "ema": needs an average',
+        ),
+        (
+            "inference.clip_max",
+            1.1,
+            "config.inference.clip_max = 1.1: must be 0 (no bound) or more",
+        ),
+        ("batch.microbatches", 3, "config.batch.microbatches = 3: must divide batch.users = 16"),
         ("name", "", 'config.name = "": must consist of'),
         ("schedule.phases", ("inference",), 'config.schedule.phases[0] = "inference": must be like "inference 240"'),
         ("schedule.phases", (3,), "config.schedule.phases = [3]: must be a tuple of strings"),
@@ -169,3 +193,20 @@ def test_saved_text_that_is_no_configuration_is_an_error() -> None:
     for text in ("{", "[]", "{}"):
         with pytest.raises(UserError):
             config.from_json(text)
+
+
+def test_words_are_those_of_the_losses() -> None:
+    from popi_jax.losses import grpo, preference, reward
+    from popi_jax.models import lora
+
+    words = {
+        "generator.objective": preference.WITH_REFERENCE + preference.REFERENCE_FREE,
+        "inference.reward": reward.KINDS,
+        "inference.advantage_baseline": grpo.BASELINES,
+        "inference.advantage_scale": grpo.SCALES,
+        "inference.ratio": grpo.RATIOS,
+        "inference.normalise": grpo.NORMALISATIONS,
+        "inference.kl": grpo.ESTIMATORS,
+    }
+    assert {name: set(config.WORDS[name]) for name in words} == {name: set(known) for name, known in words.items()}
+    assert config.LORA_TARGETS == lora.TARGETS
