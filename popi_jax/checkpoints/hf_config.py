@@ -251,9 +251,9 @@ def _read_rope(path: Path, c: dict[str, Any], family: Family) -> tuple[float, Ro
         raise _unsupported(path, "rope type", kind, ["default", *family.scalings])
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"])), local_theta
-    names = ("factor", "low_freq_factor", "high_freq_factor")
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     original = int(rope["original_max_position_embeddings"])
-    return theta, RopeScaling("llama3", *(float(rope[name]) for name in names), original), local_theta
+    return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original), local_theta
 
 
 def _read_local_layers(path: Path, c: dict[str, Any], layers: int) -> tuple[bool, ...]:
