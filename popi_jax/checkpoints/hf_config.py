@@ -113,9 +113,7 @@ def hf_config(
     `model_type` names the family; "" is the first that computes `cfg`.
     Raises: ValueError if the family does not compute `cfg`.
     """
-    model_type = model_type or next((name for name in FAMILIES if _computes(name, cfg)), "")
-    if not _computes(model_type, cfg):
-        raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
+    model_type = family_of(cfg, model_type)
     ids = {name: special_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = {
         "architectures": [FAMILIES[model_type].architecture],
@@ -156,6 +154,14 @@ def hf_config(
             "layer_types": _layer_types(cfg),
         }
     return config
+
+
+def family_of(cfg: TransformerConfig, model_type: str = "") -> str:
+    """`model_type`, or the first family that computes `cfg`. Raises: ValueError if it does not compute it."""
+    model_type = model_type or next((name for name in FAMILIES if _computes(name, cfg)), "")
+    if not _computes(model_type, cfg):
+        raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
+    return model_type
 
 
 def _computes(model_type: str, cfg: TransformerConfig) -> bool:
