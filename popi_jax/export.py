@@ -60,6 +60,7 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
         role=role,
         step=step,
         num_params=num_params,
+        architecture=hf_config.FAMILIES[hf_config.family_of(cfg, base.model_type)].architecture,
         dtype=run.model.dtype,
         data=data,
         results=read_results(workdir / "results.json"),

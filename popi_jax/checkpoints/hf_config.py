@@ -113,9 +113,7 @@ def hf_config(
     `model_type` names the family; "" is the first that computes `cfg`.
     Raises: ValueError if the family does not compute `cfg`.
     """
-    model_type = model_type or next((name for name in FAMILIES if _computes(name, cfg)), "")
-    if not _computes(model_type, cfg):
-        raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
+    model_type = family_of(cfg, model_type)
     ids = {name: special_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = {
         "architectures": [FAMILIES[model_type].architecture],
@@ -156,6 +154,14 @@ def hf_config(
             "layer_types": _layer_types(cfg),
         }
     return config
+
+
+def family_of(cfg: TransformerConfig, model_type: str = "") -> str:
+    """`model_type`, or the first family that computes `cfg`. Raises: ValueError if it does not compute it."""
+    model_type = model_type or next((name for name in FAMILIES if _computes(name, cfg)), "")
+    if not _computes(model_type, cfg):
+        raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
+    return model_type
 
 
 def _computes(model_type: str, cfg: TransformerConfig) -> bool:
@@ -251,9 +257,9 @@ def _read_rope(path: Path, c: dict[str, Any], family: Family) -> tuple[float, Ro
         raise _unsupported(path, "rope type", kind, ["default", *family.scalings])
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"])), local_theta
-    names = ("factor", "low_freq_factor", "high_freq_factor")
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     original = int(rope["original_max_position_embeddings"])
-    return theta, RopeScaling("llama3", *(float(rope[name]) for name in names), original), local_theta
+    return theta, RopeScaling("llama3", float(rope["factor"]), low, high, original), local_theta
 
 
 def _read_local_layers(path: Path, c: dict[str, Any], layers: int) -> tuple[bool, ...]:

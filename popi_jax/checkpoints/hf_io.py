@@ -57,7 +57,7 @@ def read_params(folder: str | Path, cfg: TransformerConfig, abstract: Params | N
             if abstract is None:
                 whole = (slice(None),) * (row.stacked + len(row.shape))
                 return hf_names.read_part(row, whole, read, cfg, np.float32)
-            spec = functools.reduce(lambda node, part: node[part], row.path, abstract)
+            spec: Any = functools.reduce(lambda node, part: node[part], row.path, abstract)
             parts: dict[Any, jax.Array] = {}  # device -> its part
             places: dict[tuple, list[Any]] = {}
             for device, index in spec.sharding.addressable_devices_indices_map(spec.shape).items():

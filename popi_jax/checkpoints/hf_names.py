@@ -90,7 +90,7 @@ def to_hf(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndar
     if extra:
         raise ValueError(f"parameters that the table does not know: {sorted(extra)}")
     for row in rows:
-        leaf = functools.reduce(lambda node, part: node[part], row.path, params)
+        leaf: Any = functools.reduce(lambda node, part: node[part], row.path, params)
         names = row.names(cfg)
         expected = (len(names), *row.shape) if row.stacked else row.shape
         if leaf.shape != expected:

@@ -59,7 +59,15 @@ print(f"summary: {summary}\\nanswer: {answer}")
 
 
 def render(
-    config: Any, *, role: str, step: int, num_params: int, dtype: str, data: str, results: list[dict[str, Any]]
+    config: Any,
+    *,
+    role: str,
+    step: int,
+    num_params: int,
+    architecture: str,
+    dtype: str,
+    data: str,
+    results: list[dict[str, Any]],
 ) -> str:
     """Returns the card of a run with this `popi_jax.config.Config`.
 
@@ -80,7 +88,7 @@ def render(
 | data | {data or "not recorded"} (source {source}) |
 | checkpoint | update {step} of all stages |
 | parameters | {num_params:,}, stored as {dtype} |
-| architecture | LlamaForCausalLM |""",
+| architecture | {architecture} |""",
         "## Use",
         "The two models work together; this runs both, from the folder above this one:",
         f"```python\n{_snippet(config)}```",

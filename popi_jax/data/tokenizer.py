@@ -43,7 +43,7 @@ class Tokenizer:
         self.chat_template, self.bos, self.eos, self.pad, self.source = chat_template, bos, eos, pad, source
         # Two copies: whether control tokens are recognised is a mutable switch of the object, and threads share us.
         self._control = _backend(tokenizer_json, source)
-        self._plain = _backend(tokenizer_json, source)
+        self._plain = _backend(_all_control_marked(tokenizer_json, chat_template), source)
         self._plain.encode_special_tokens = True
         self._template = _compile(chat_template, source)
         self._frames: dict[tuple[str, ...], list[list[int] | int]] = {}  # a memo: templates are slow to render
@@ -70,7 +70,9 @@ class Tokenizer:
 
         The template's own text is encoded with control tokens, contents (stripped of outer white space) without, and
         each piece by itself: nothing merges across a border. `cut` must be a string that no content holds by accident.
-        Whether there is a begin token is for the template to say; none is added to it.
+        A conversation starts with one begin token where the template writes one, or where the tokenizer puts one before
+        any text; with none where neither does. A template that refuses or drops system messages gets the system
+        message at the head of the first user message, as Gemma 3's own template puts it.
 
         Raises: UserError when the template refuses the conversation, or drops, repeats or changes a content.
         """
@@ -125,12 +127,33 @@ class Tokenizer:
     def _frame(self, roles: tuple[str, ...]) -> list[list[int] | int]:
         """What the template writes around messages with these roles: token ids, and message numbers in their place."""
         if roles not in self._frames:
-            parts = _SENTINEL.split(self._fill(roles, add_generation_prompt=True))
-            self._frames[roles] = [
+            try:
+                text = self._fill(roles, add_generation_prompt=True)
+            except UserError:
+                if roles[:2] != ("system", "user"):
+                    raise
+                between = self._control.encode("\n\n", add_special_tokens=False).ids
+                frame: list[list[int] | int] = []
+                for part in self._frame(roles[1:]):
+                    if part == 0:
+                        frame += [0, between, 1]
+                    else:
+                        frame.append(part if isinstance(part, list) else part + 1)
+                self._frames[roles] = frame
+                return frame
+            parts = [
                 int(part) if i % 2 else self._control.encode(part, add_special_tokens=False).ids
-                for i, part in enumerate(parts)
+                for i, part in enumerate(_SENTINEL.split(text))
             ]
+            if isinstance(parts[0], list) and self.bos_id is not None:
+                parts[0] = self._with_one_begin(parts[0])
+            self._frames[roles] = parts
         return self._frames[roles]
+
+    def _with_one_begin(self, ids: list[int]) -> list[int]:
+        count = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+        expected = bool(count) or self._control.encode("").ids[:1] == [self.bos_id]
+        return [self.bos_id] * expected + ids[count:] if self.bos_id is not None else ids
 
     def _fill(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
         """The rendered template of messages with these roles, with a sentinel in place of each content."""
@@ -209,6 +232,8 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         raise UserError(f"{root}/tokenizer.json: not found (the folder holds {found}); slow tokenizers are not read")
     config = _read_json(root / "tokenizer_config.json")
+    if (root / "special_tokens_map.json").is_file():  # the names, where tokenizer_config.json leaves them out
+        config = _read_json(root / "special_tokens_map.json") | config
     tokenizer_json = _read_text(root / "tokenizer.json")
     names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     if not names["eos_token"]:
@@ -231,6 +256,17 @@ def _backend(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
     return backend
 
 
+def _all_control_marked(tokenizer_json: str, chat_template: str) -> str:
+    """Marks as special what the template uses as control tokens though the file calls them text (Qwen 3's <think>)."""
+    try:
+        state = json.loads(tokenizer_json)
+        for token in state["added_tokens"]:
+            token["special"] |= bool(token["content"].strip()) and token["content"] in chat_template
+    except (ValueError, KeyError, TypeError):
+        return tokenizer_json  # broken: told where it is loaded
+    return json.dumps(state, ensure_ascii=False)
+
+
 def _compile(chat_template: str, source: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -251,6 +287,8 @@ def _chat_template(root: pathlib.Path, config: dict[str, Any]) -> str:
     if (root / "chat_template.jinja").is_file():
         return _read_text(root / "chat_template.jinja")
     template = config.get("chat_template")
+    if template is None and (root / "chat_template.json").is_file():  # of processors for text and images
+        template = _read_json(root / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         if "default" not in named:

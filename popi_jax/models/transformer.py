@@ -333,7 +333,7 @@ class Transformer(nn.Module):
         x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)
         if not c.tied_embeddings:  # declared here so that it belongs to the tree; `head` reads it
             Head(c, name="lm_head")()
-        return x, None if cache is None else Cache(*kv, key_positions)
+        return x, None if cache is None else Cache(kv[0], kv[1], key_positions)
 
 
 class Embedding(nn.Module):

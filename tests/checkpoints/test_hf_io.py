@@ -171,7 +171,7 @@ def test_fields_that_old_files_leave_out(tmp_path):
         ({"mlp_bias": True}, "mlp_bias is true"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
-            "'original_max_position_embeddings' is missing",
+            "'low_freq_factor' is missing",
         ),
         ({"rope_parameters": "drop", "rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope type is "yarn"'),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),

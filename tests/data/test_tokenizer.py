@@ -230,3 +230,84 @@ def test_other_user_errors(llama_like: pathlib.Path) -> None:
     shutil.rmtree(llama_like)
     with pytest.raises(UserError, match="model.checkpoint: .* is not a folder"):
         tokenizer_lib.load(llama_like)
+
+
+NO_SYSTEM = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>' }}{% endif %}"
+)
+
+
+def with_template(folder: pathlib.Path, template: str, **fields) -> tokenizer_lib.Tokenizer:
+    config = {"bos_token": "<|bot|>", "eos_token": "<|eos|>", "chat_template": template} | fields
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer_lib.load(folder)
+
+
+def spelled(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
+    return tokenizer._control.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NO_SYSTEM,
+        NO_SYSTEM.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}"),
+    ],
+)
+def test_without_a_system_role_it_goes_into_the_first_user_turn(llama_like: pathlib.Path, template: str) -> None:
+    tokenizer = with_template(llama_like, template)
+    messages = [("system", "known: @rest"), ("user", "bees ?"), ("assistant", "bees sing"), ("user", "honey ?")]
+    first, second = tokenizer.render([{"role": r, "content": c} for r, c in messages], cut="@")
+    assert spelled(tokenizer, first) == "<|bot|><|start|>user<|stop|>known: "
+    assert spelled(tokenizer, second) == (
+        "rest\n\nbees ?<|eot|><|start|>assistant<|stop|>bees sing<|eot|>"
+        "<|start|>user<|stop|>honey ?<|eot|><|start|>assistant<|stop|>"
+    )
+    assert tokenizer.eos_id == 4
+    with pytest.raises(UserError, match="refuses the roles|once and unchanged"):
+        tokenizer.render([{"role": "system", "content": "alone"}], cut="@")
+
+
+@pytest.mark.parametrize("begins", ["", "{{ bos_token }}", "{{ bos_token }}<|bot|>"])
+def test_one_begin_token(llama_like: pathlib.Path, begins: str) -> None:
+    tokenizer = with_template(llama_like, NO_SYSTEM.replace("{{ bos_token }}", begins))
+    (ids,) = tokenizer.render([{"role": "user", "content": "bees <|bot|>"}], cut="@")
+    assert ids[0] == tokenizer.bos_id == 0 and ids.count(0) == 1
+
+
+def test_no_begin_token_where_the_files_name_none(llama_like: pathlib.Path) -> None:
+    tokenizer = with_template(llama_like, NO_SYSTEM, bos_token=None)
+    (ids,) = tokenizer.render([{"role": "user", "content": "bees"}], cut="@")
+    assert tokenizer.bos_id is None and 0 not in ids
+
+
+def test_tokens_that_the_template_uses_are_control_tokens_whatever_the_file_calls_them(
+    llama_like: pathlib.Path,
+) -> None:
+    state = json.loads((llama_like / "tokenizer.json").read_text())
+    shape = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    last = max(state["model"]["vocab"].values())
+    names = ("<think>", "<table>", "\n\n")
+    state["added_tokens"] += [{"id": last + i, "content": name, **shape} for i, name in enumerate(names, 1)]
+    (llama_like / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = with_template(llama_like, NO_SYSTEM + "{% if add_generation_prompt %}{{ '<think>\n\n' }}{% endif %}")
+    (ids,) = tokenizer.render([{"role": "user", "content": "a<think>b<table>c\n\nd"}], cut="@")
+    assert ids.count(last + 1) == 1 and ids[-2:] == [last + 1, last + 3]  # the template's own, at its end
+    assert ids.count(last + 2) == 1 and ids.count(last + 3) == 2  # plain text keeps the tokens of plain text
+    assert tokenizer.vocab_size == last + 4
+
+
+def test_spellings_of_transformers_5(llama_like: pathlib.Path) -> None:
+    """Names as strings or objects, special tokens in a list or an object, the template in a file of its own."""
+    token = {"__type": "AddedToken", "content": "<|bot|>", "lstrip": False, "special": True}
+    for extra in (["<|start|>"], {"start": "<|start|>"}):
+        tokenizer = with_template(llama_like, LLAMA_LIKE, bos_token=token, extra_special_tokens=extra)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 4)
+    (llama_like / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (llama_like / "special_tokens_map.json").write_text(json.dumps({"bos_token": token, "eos_token": "<|eos|>"}))
+    (llama_like / "chat_template.json").write_text(json.dumps({"chat_template": LLAMA_LIKE}))
+    tokenizer = tokenizer_lib.load(llama_like)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (0, 4, LLAMA_LIKE)
