@@ -281,23 +281,3 @@ def policy_loss(
         sums = PolicySums(Mean(sums.policy.total, weights.policy), Mean(sums.entropy.total, weights.entropy))
     loss = divided(sums.policy)
     return loss - objective.entropy_coef * divided(sums.entropy) if objective.entropy_coef else loss
-
-
-def grpo_loss(
-    logps: Float[Array, "users group seq"],
-    old_logps: Float[Array, "users group seq"],
-    reference_logps: Float[Array, "users group seq"],
-    advantages: Float[Array, "users group"],
-    mask: Bool[Array, "users group seq"],
-    *,
-    clip_eps: float,
-    kl_coef: float,
-) -> Float[Array, ""]:
-    """`policy_loss` of a whole batch at this project's defaults: per token, k3, divided by the number of samples.
-
-    Dividing by samples and not by tokens leaves no length bias within a group (Dr. GRPO, arXiv 2503.20783, up to its
-    constant).
-    """
-    objective = PolicyObjective(clip_low=clip_eps, clip_high=clip_eps, kl_coef=kl_coef)
-    sums = policy_sums(logps, old_logps, reference_logps, advantages, mask, objective=objective)
-    return policy_loss(sums, objective=objective)

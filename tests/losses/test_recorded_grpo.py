@@ -7,7 +7,7 @@ import pytest
 
 from popi_jax.losses import grpo
 from popi_jax.losses.grpo import PolicyObjective
-from tests.losses import recorded
+from tests.oracles import recorded
 
 R = recorded.load("grpo_losses.npz")
 A = recorded.load("grpo_advantages.npz")

@@ -8,7 +8,7 @@ import pytest
 from popi_jax.losses import preference
 from popi_jax.losses.masked import masked_mean
 from popi_jax.losses.preference import BatchTerms, PairLengths, PairLogps, PreferenceObjective
-from tests.losses import recorded
+from tests.oracles import recorded
 
 R = recorded.load("preference_losses.npz")
 pytestmark = recorded.needed
