@@ -32,13 +32,15 @@ def main(config: Config) -> None:
 def export_role(workdir: Path, role: str, target: Path) -> None:
     """Writes config.json, weights, tokenizer and model card of one role; an earlier export in `target` is replaced.
 
+    Of a run that trains adapters the weights are merged, and <target>-adapter holds the adapters alone, for `peft`.
     Everything but the place comes from the run itself, so the flags of the training need not be repeated.
     Raises: UserError if the folder holds no run, or a file of it is missing or broken.
     """
     from jax import tree
 
-    from popi_jax.checkpoints import hf_config, hf_io, manager, model_card
+    from popi_jax.checkpoints import adapter, hf_config, hf_io, manager, model_card
     from popi_jax.data import tokenizer as tokenizers
+    from popi_jax.models.lora import merge
 
     step, params = manager.restore_params(str(workdir), role)
     run, data = stored_run(workdir)
@@ -47,7 +49,12 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
             f"{workdir / 'tokenizer'}: not found; give the --config.workdir of a run, which stores it there"
         )
     tokenizer = tokenizers.load(workdir / "tokenizer")
-    cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
+    lora, adapters = getattr(run, role).lora, None
+    if lora.rank:
+        cfg, adapters = model_config(run, vocab_size=0), params
+        params = merge(hf_io.read_params(run.model.checkpoint, cfg), adapters, scale=lora.alpha / lora.rank)
+    else:
+        cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
     lengths = run.data
     trained_len = lengths.context_len + lengths.summary_len + lengths.turn_len + lengths.answer_len
     base = hf_config.Base("", None)
@@ -78,6 +85,21 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
         )
         tokenizer.save(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    if adapters is not None:
+        beside = target.with_name(f"{target.name}-adapter")
+        with hf_io.new_export(beside) as folder:
+            adapter.write_adapter(
+                folder,
+                adapters,
+                cfg,
+                alpha=lora.alpha,
+                base=run.model.checkpoint,
+                decoder="model.language_model" if base.model_type == "gemma3" else "model",
+            )
+            (folder / hf_io.MARK_FILE).write_text(json.dumps({"role": role, "step": step, "run": run.name}) + "\n")
+            tokenizer.save(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        print(f"{beside}: its adapters alone, of rank {lora.rank}, for {run.model.checkpoint}")
     print(f"{target}: {role} model of step {step}, {num_params:,} parameters as {run.model.dtype}")
 
 

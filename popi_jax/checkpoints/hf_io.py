@@ -23,6 +23,7 @@ from popi_jax.errors import UserError
 from popi_jax.models.transformer import TransformerConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MARK_FILE = "popi_jax.json"  # the same of a folder that holds adapters, whose own files have no room for it
 MARK = "popi_jax"  # key of config.json by which we know a folder as our own export
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -151,7 +152,7 @@ def new_export(target: Path) -> Iterator[Path]:
 def _may_replace(target: Path) -> bool:
     if not target.is_dir():
         return False
-    if not any(target.iterdir()):
+    if not any(target.iterdir()) or (target / MARK_FILE).is_file():
         return True
     try:
         return MARK in json.loads((target / "config.json").read_text())

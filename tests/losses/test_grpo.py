@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from popi_jax.losses import grpo
-from popi_jax.losses.grpo import PolicyObjective, group_advantages, grpo_loss, kl_estimates
+from popi_jax.losses.grpo import PolicyObjective, group_advantages, kl_estimates, policy_loss, policy_sums
 from tests.oracles import losses as oracle
 from tests.oracles import objectives
 
@@ -34,10 +34,13 @@ class Case:
         self.mask = np.arange(6) < rng.integers(0, 7, shape[:2])[..., None]
 
     def loss_and_grad(self, clip_eps: float = 0.2, kl_coef: float = 0.05) -> tuple[jax.Array, jax.Array]:
-        rest = (self.old, self.reference, self.advantages, self.mask)
-        return jax.value_and_grad(grpo_loss)(
-            jnp.asarray(self.logps), *map(jnp.asarray, rest), clip_eps=clip_eps, kl_coef=kl_coef
-        )
+        rest = map(jnp.asarray, (self.old, self.reference, self.advantages, self.mask))
+        objective = PolicyObjective(clip_low=clip_eps, clip_high=clip_eps, kl_coef=kl_coef)
+
+        def loss(logps: jax.Array, *rest: jax.Array) -> jax.Array:
+            return policy_loss(policy_sums(logps, *rest, objective=objective), objective=objective)
+
+        return jax.value_and_grad(loss)(jnp.asarray(self.logps), *rest)
 
 
 @pytest.mark.parametrize("seed", range(4))
