@@ -125,6 +125,7 @@ def _settings(config: Any) -> list[dict[str, Any]]:
         "schedule.phases": ", ".join(config.schedule.phases),
         "warmup.steps": config.warmup.steps,
         "batch": f"{config.batch.users} users x {config.batch.pairs} pairs",
+        "generator.objective": config.generator.objective,
         "generator.beta": config.generator.beta,
         "generator.learning_rate": config.generator.learning_rate,
         "inference.group_size": config.inference.group_size,
