@@ -1,0 +1,78 @@
+"""A run that trains adapters on a Hugging Face folder: continues to the bit, is used as it was trained, is exported."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from popi_jax import build as builds
+from popi_jax import export, finished_run
+from popi_jax.checkpoints import hf_io
+from popi_jax.config_check import to_json
+from popi_jax.errors import UserError
+from popi_jax.models.lora import merge
+from popi_jax.training import loop
+from tests.tiny_run import config_of, on_devices, shared_run
+
+STEPS = 3
+
+
+def leaves(tree: object) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def test_adapters_from_start_to_export(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    export.export_role(shared_run(8).workdir, "generator", base)
+    own = {
+        "model.checkpoint": base,
+        "warmup.steps": 0,
+        "generator.lora.rank": 2,
+        "generator.ema_decay": 0.5,
+        "inference.lora.rank": 4,
+        "inference.lora.targets": "('q', 'v')",
+        "schedule.phases": "('joint 3',)",
+        "schedule.save_every": 1,
+        "schedule.keep": 3,
+    }
+    config = config_of(tmp_path / "run", *(f"--config.{name}={value}" for name, value in own.items()))
+    run = Path(config.workdir)
+    with on_devices(1):
+        built = builds.build(config, to_json(config))
+        first = loop.train(built)
+        end = jax.device_get((first.state.inference.params, first.state.generator.params, first.state.generator.ema))
+        shutil.rmtree(run / "checkpoints" / str(STEPS))
+        again = loop.train(built)  # from the step before
+        state = again.state
+        for x, y in zip(
+            leaves(end), leaves((state.inference.params, state.generator.params, state.generator.ema)), strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+        assert any(np.abs(x).max() > 0 for x in leaves(state.inference.params["layers"]["attention"]["q"]["b"]))
+
+        # what is used later is the average of the adapters, on the base that both roles share
+        restored = finished_run.restore_run(built)
+        used, used_by_generator = loop.whole_models(again, config)
+        for x, y in zip(
+            leaves((used, used_by_generator)), leaves((restored.inference, restored.generator)), strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+        assert again.frozen.inference is again.frozen.generator
+        whole = hf_io.read_params(base, built.model)
+        for x, y in zip(leaves(again.frozen.generator), leaves(whole), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert not (run / "reference" / "generator").exists()  # the base is not copied into the run
+
+    for _ in range(2):  # an earlier export is replaced
+        export.export_role(run, "generator", tmp_path / "out" / "generator")
+    merged = hf_io.read_params(tmp_path / "out" / "generator", built.model)
+    expected = merge(whole, end[2], scale=config.generator.lora.alpha / config.generator.lora.rank)
+    for x, y in zip(leaves(merged), leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    assert (tmp_path / "out" / "generator-adapter" / "adapter_model.safetensors").exists()
+
+    shutil.rmtree(base)
+    with on_devices(1), pytest.raises(UserError, match="base"):
+        loop.lora_base(built)
