@@ -96,7 +96,7 @@ def base() -> ConfigDict:
     g.reference = "prompt"  # what the reference model sees: prompt (x alone) | summary (x and z)
     g.ema_decay = 0.0  # of an average of the parameters, per update; 0 = none is kept
     g.lora = _lora()
-    g.learning_rate = 5e-5
+    g.learning_rate = 1e-4
     g.lr_warmup_steps = 5
 
     c.inference = i = ConfigDict()

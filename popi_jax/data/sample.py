@@ -29,70 +29,43 @@ class Pole(NamedTuple):
     replies: tuple[str, ...]  # how a reply shows it
 
 
-class Attribute(NamedTuple):
-    prior: float  # share of the people who care about it that prefer the first pole
-    poles: tuple[Pole, Pole]
-
-
-ATTRIBUTES = (
-    Attribute(
-        0.45,
-        (
-            Pole("brief answers", ("that is the short version .", "here it is in one line .")),
-            Pole("thorough answers", ("here is the whole story .", "now follows every detail .")),
-        ),
+# Both poles of an attribute are equally common: who knows nothing of a person can only guess, so that what is above one
+# half is personal.
+ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
+    (
+        Pole("brief answers", ("that is the short version .", "here it is in one line .")),
+        Pole("thorough answers", ("here is the whole story .", "now follows every detail .")),
     ),
-    Attribute(
-        0.56,
-        (
-            Pole("warm tone", ("happy to help you , friend !", "what a lovely thing to ask !")),
-            Pole("formal tone", ("kindly note the following remark .", "one may state it thus .")),
-        ),
+    (
+        Pole("warm tone", ("happy to help you , friend !", "what a lovely thing to ask !")),
+        Pole("formal tone", ("kindly note the following remark .", "one may state it thus .")),
     ),
-    Attribute(
-        0.54,
-        (
-            Pole("concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")),
-            Pole("general principles", ("as a rule this always holds .", "the idea behind it matters most .")),
-        ),
+    (
+        Pole("concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")),
+        Pole("general principles", ("as a rule this always holds .", "the idea behind it matters most .")),
     ),
-    Attribute(
-        0.43,
-        (
-            Pole("cited sources", ("a study from 2019 confirms it .", "see the official report on it .")),
-            Pole("personal opinion", ("i believe that it is best .", "my own view is clear .")),
-        ),
+    (
+        Pole("cited sources", ("a study from 2019 confirms it .", "see the official report on it .")),
+        Pole("personal opinion", ("i believe that it is best .", "my own view is clear .")),
     ),
-    Attribute(
-        0.57,
-        (
-            Pole("plain words", ("put simply , it just works .", "anyone can follow this bit .")),
-            Pole("technical terms", ("the mechanism is thermodynamic .", "its parameters are quantified .")),
-        ),
+    (
+        Pole("plain words", ("put simply , it just works .", "anyone can follow this bit .")),
+        Pole("technical terms", ("the mechanism is thermodynamic .", "its parameters are quantified .")),
     ),
-    Attribute(
-        0.46,
-        (
-            Pole("metric units", ("it spans ten kilometres .", "it weighs two kilograms .")),
-            Pole("imperial units", ("it spans six miles .", "it weighs four pounds .")),
-        ),
+    (
+        Pole("metric units", ("it spans ten kilometres .", "it weighs two kilograms .")),
+        Pole("imperial units", ("it spans six miles .", "it weighs four pounds .")),
     ),
-    Attribute(
-        0.55,
-        (
-            Pole("bullet points", ("* first * second * third", "- one - two - three")),
-            Pole("flowing prose", ("and so one thought leads to another .", "which brings us gently onward .")),
-        ),
+    (
+        Pole("bullet points", ("* first * second * third", "- one - two - three")),
+        Pole("flowing prose", ("and so one thought leads to another .", "which brings us gently onward .")),
     ),
-    Attribute(
-        0.44,
-        (
-            Pole("playful jokes", ("cue the drum roll , ha !", "even my toaster laughed !")),
-            Pole("serious style", ("this is no laughing matter .", "let us stay sober here .")),
-        ),
+    (
+        Pole("playful jokes", ("cue the drum roll , ha !", "even my toaster laughed !")),
+        Pole("serious style", ("this is no laughing matter .", "let us stay sober here .")),
     ),
 )
-ITEMS = tuple(pole.item for attribute in ATTRIBUTES for pole in attribute.poles)  # canonical order of a summary
+ITEMS = tuple(pole.item for poles in ATTRIBUTES for pole in poles)  # canonical order of a summary
 SEPARATOR = " ; "
 NOTHING_STATED = "no strong preference"  # the stated summary of a self-description that names no attribute
 
@@ -128,11 +101,11 @@ class Person(NamedTuple):
 
 def _draw_person(rng: np.random.Generator) -> Person:
     active = tuple(sorted(int(a) for a in rng.choice(len(ATTRIBUTES), NUM_ACTIVE, replace=False)))
-    return Person(active, tuple(int(rng.random() >= ATTRIBUTES[a].prior) for a in active))
+    return Person(active, tuple(int(rng.integers(2)) for _ in active))
 
 
 def _summary(items: Iterable[tuple[int, int]]) -> str:
-    return SEPARATOR.join(ATTRIBUTES[a].poles[p].item for a, p in sorted(items))
+    return SEPARATOR.join(ATTRIBUTES[a][p].item for a, p in sorted(items))
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -150,7 +123,7 @@ def _self_description(rng: np.random.Generator, person: Person) -> tuple[str, li
                 stated.append((a, pole if right else 1 - pole))
         elif rng.random() < 2 * STRAY:
             stated.append((a, int(rng.integers(2))))
-    sentences = [_pick(rng, STATEMENTS).format(ATTRIBUTES[a].poles[p].item) for a, p in stated]
+    sentences = [_pick(rng, STATEMENTS).format(ATTRIBUTES[a][p].item) for a, p in stated]
     sentences += [str(f) for f in rng.choice(FACTS, 3, replace=False)]
     order = rng.permutation(len(sentences))
     return " ".join(sentences[i] for i in order), stated
@@ -202,7 +175,7 @@ def _conversation(
     attribute, preferred = person.active[slot], person.poles[slot]
     first = int(rng.integers(2))
     poles = (first, 1 - first)
-    replies = tuple(_pick(rng, ATTRIBUTES[attribute].poles[p].replies) for p in poles)
+    replies = tuple(_pick(rng, ATTRIBUTES[attribute][p].replies) for p in poles)
     noisy = [UTILITY * (p == preferred) + rng.gumbel() for p in poles]
     scores = [int(np.clip(round(45 + 8 * value), 2, 99)) for value in noisy]
     best = int(noisy[1] > noisy[0])
@@ -279,8 +252,10 @@ def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
 
 # ---- the best that any model could do -------------------------------------------------------------------------------
 
-_REPLIES = {reply: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles) for reply in pole.replies}
-_ITEM = {pole.item: (a, p) for a, x in enumerate(ATTRIBUTES) for p, pole in enumerate(x.poles)}
+_REPLIES = {
+    reply: (a, p) for a, sides in enumerate(ATTRIBUTES) for p, pole in enumerate(sides) for reply in pole.replies
+}
+_ITEM = {pole.item: (a, p) for a, sides in enumerate(ATTRIBUTES) for p, pole in enumerate(sides)}
 _STATES = [
     Person(active, poles)
     for active in itertools.combinations(range(len(ATTRIBUTES)), NUM_ACTIVE)
@@ -290,8 +265,7 @@ _STATES = [
 _POLES = np.array(
     [[dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))] for s in _STATES]
 )
-_PRIOR = np.prod([np.where(_POLES[:, a] == 0, x.prior, np.where(_POLES[:, a] == 1, 1 - x.prior, 1.0))
-                  for a, x in enumerate(ATTRIBUTES)], axis=0)  # fmt: skip
+_PRIOR = np.ones(len(_STATES))  # weights; all states are equally likely
 _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
 
 
@@ -303,9 +277,9 @@ def read_reply(reply: str) -> tuple[int, int]:
 def _posterior(user: User) -> np.ndarray:
     """Probability of each state given the self-description and the past pairs."""
     weights = _PRIOR.copy()
-    for a, attribute in enumerate(ATTRIBUTES):
+    for a, sides in enumerate(ATTRIBUTES):
         cares = _POLES[:, a] >= 0
-        said = [p for p, pole in enumerate(attribute.poles) if f" {pole.item} ." in f" {user.profile}"]
+        said = [p for p, pole in enumerate(sides) if f" {pole.item} ." in f" {user.profile}"]
         if said:
             match = np.where(_POLES[:, a] == said[0], STATED_RIGHT, 1 - STATED_RIGHT)
             weights *= np.where(cares, STATED * match, STRAY)
