@@ -21,6 +21,7 @@ from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals.suites import place, summarize, summarizer
 from popi_jax.models.decode import sample, sample_keys
+from popi_jax.models.sampling import Sampling
 from popi_jax.progress import Progress
 from popi_jax.sharding import replicated
 from popi_jax.training.loop import lora_base, make_parts, stored_frozen, trains_adapters
@@ -107,10 +108,8 @@ def summaries_of(
     ]
 
 
-def answers(
-    built: Built, params: Params, *, prompt: str, summary: str, temperature: float, max_tokens: int, num: int
-) -> list[str]:
-    """`num` answers of the generator; one that reached `max_tokens` before its end is cut there."""
+def answers(built: Built, params: Params, *, prompt: str, summary: str, sampling: Sampling, num: int) -> list[str]:
+    """`num` answers of the generator; one that reached `sampling.max_len` before its end is cut there."""
     words, rows = built.tokenizer, rows_of(built)
 
     def repeated(ids: list[int]) -> Tokens:
@@ -118,7 +117,6 @@ def answers(
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
     turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
-    sampling = built.sampling._replace(temperature=temperature, max_len=max_tokens)
 
     def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
         keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)

@@ -26,6 +26,14 @@ _USER = flags.DEFINE_string("user", "", "user_id of the person who asks")
 _USERS = flags.DEFINE_string("users", "", "file that --user is in, as for summarize; empty: the data of the run")
 _SUMMARY = flags.DEFINE_string("summary", "", "summary to use instead of that of a user")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the answer; 0 takes the likeliest tokens", lower_bound=0.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0: among all", lower_bound=0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "sample among the likeliest tokens of this total probability", lower_bound=1e-6, upper_bound=1.0
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "sample among tokens of this part of the likeliest's probability", lower_bound=0.0, upper_bound=1.0
+)
+_STOP = flags.DEFINE_multi_string("stop", [], "text at which an answer ends, compared token by token; may be repeated")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0)
 _NUM = flags.DEFINE_integer("num", 1, "how many answers to sample", lower_bound=1)
 
@@ -37,6 +45,8 @@ def main(config: Config) -> None:
         raise UserError("--summary stands in place of a user's; leave out --user and --users, or --summary")
     if _USERS.value and not _USER.value:
         raise UserError(f"--users={_USERS.value} needs the person who asks: --user=ID")
+    if _TEMPERATURE.value == 0 and (_TOP_K.value or _TOP_P.value < 1 or _MIN_P.value):
+        raise UserError("--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1, or leave them out")
     if _NUM.value > 1 and _TEMPERATURE.value == 0:
         raise UserError(f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1")
 
@@ -58,15 +68,15 @@ def main(config: Config) -> None:
         _, params = restore_role(built, "inference")
         summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0]["summary"]
     _, params = restore_role(built, "generator")
-    texts = answers(
-        built,
-        params,
-        prompt=_PROMPT.value,
-        summary=summary,
+    sampling = built.sampling._replace(
         temperature=_TEMPERATURE.value,
-        max_tokens=_MAX_TOKENS.value or config.data.answer_len,
-        num=_NUM.value,
+        max_len=_MAX_TOKENS.value or config.data.answer_len,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        stop=tuple(tuple(built.tokenizer.encode(text)) for text in _STOP.value if text),
     )
+    texts = answers(built, params, prompt=_PROMPT.value, summary=summary, sampling=sampling, num=_NUM.value)
     if jax.process_index() == 0:
         print(f"summary: {summary or '(none)'}")
         for text in texts:

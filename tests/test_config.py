@@ -50,7 +50,7 @@ def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatc
     ("arg", "message"),
     [
         ("modle=tiny", 'unknown name "modle", allowed are model, scale, schedule. Did you mean "model"?'),
-        ("model=smal", 'model = "smal": must be one of tiny, small, pretrained. Did you mean "small"?'),
+        ("model=smal", 'model = "smal": must be one of tiny, small, pretrained, lora. Did you mean "small"?'),
         ("tiny", '"tiny" is not name=value; write e.g. model=tiny'),
         ("model=tiny,model=small", '"model" is given twice'),
     ],

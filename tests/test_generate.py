@@ -30,7 +30,8 @@ def test_an_answer_for_a_user_of_the_run(run, capsys):
     printed = capsys.readouterr().out
     roles, config = (run.now.inference.params, run.now.generator.params), config_of(run.workdir)
     summary = finished_run.summaries_of([user], run.built, roles[0], lengths=config, temperature=0.0)[0]["summary"]
-    options = {"prompt": "tell me about tea", "temperature": 0.0, "max_tokens": config.data.answer_len, "num": 1}
+    sampling = run.built.sampling._replace(temperature=0.0, max_len=config.data.answer_len)
+    options = {"prompt": "tell me about tea", "sampling": sampling, "num": 1}
     (answer,) = finished_run.answers(run.built, roles[1], summary=summary, **options)
     assert printed == f"summary: {summary}\nanswer: {answer}\n"
     (other,) = finished_run.answers(run.built, roles[1], summary="", **options)
@@ -46,6 +47,22 @@ def test_samples_of_a_user_of_a_file(run, tmp_path, capsys):
     assert len(lines) == len(set(lines)) == 3
 
 
+def test_cuts_and_stops_of_an_answer(run, capsys):
+    """Of one token only the likeliest is left, which is what temperature 0 takes; then the first word stops it."""
+
+    def answer(*args: str) -> str:
+        with flags_set(ASK, "--max_tokens=6", *args):
+            generate.main(config_of(run.workdir))
+        return capsys.readouterr().out.split("answer: ")[1].strip()
+
+    greedy = answer()
+    assert answer("--temperature=1", "--top_k=1") == answer("--temperature=1", "--min_p=1") == greedy
+    tokens = run.built.tokenizer.encode(greedy)
+    first = run.built.tokenizer.decode(tokens[:1])
+    if run.built.tokenizer.encode(first) == tokens[:1]:  # a byte of a longer character is no text of its own
+        assert answer(f"--stop={first}") == first.strip()
+
+
 def test_your_own_summary(run, capsys):
     with flags_set(ASK, "--summary=brief answers"):
         generate.main(config_of(run.workdir))
@@ -58,6 +75,7 @@ def test_your_own_summary(run, capsys):
         ([], "--prompt is missing; say what to answer, e.g. python -m"),
         ([ASK, "--summary=x", "--user=y"], "--summary stands in place of a user's"),
         ([ASK, "--users=x"], "--users=x needs the person who asks: --user=ID"),
+        ([ASK, "--top_p=0.5"], "--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1"),
         ([ASK, "--num=2"], "all answers at temperature 0 are equal"),
         ([ASK, "--user=prism/user_"], 'not among the 60 users. Did you mean "prism/user'),
     ],
