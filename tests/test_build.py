@@ -1,0 +1,33 @@
+"""From a configuration to the model: the shape comes from the base folder, which must hold the whole tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from popi_jax import build
+from popi_jax.config_check import from_config_dict
+from popi_jax.errors import UserError
+from tests.tiny_run import shared_run
+
+
+def test_never_drawn_are_control_tokens_and_the_padding_of_the_vocabulary() -> None:
+    built = shared_run(1).built
+    words, never = built.tokenizer, set(built.sampling.banned)
+    assert words.eos_id not in never and words.pad_id in never and len(never) > 2
+    assert set(range(words.vocab_size, built.model.vocab_size)) <= never
+    assert never.isdisjoint(words.encode("plain words ; <pad> and an end"))
+
+
+def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path: Path) -> None:
+    from configs.base import compose
+
+    shape = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "model_type": "llama", "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    c = compose("model=pretrained,scale=laptop")
+    c.name, c.model.checkpoint = "test", str(tmp_path)
+    config = from_config_dict(c)
+    assert build.model_config(config, 300).vocab_size == 300
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"):
+        build.model_config(config, 301)
