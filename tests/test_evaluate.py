@@ -93,7 +93,7 @@ def test_a_run_in_its_warm_up_has_nothing_to_compare_with(run, tmp_path):
 
 def test_roles_of_different_steps_are_not_mixed(run, monkeypatch):
     steps = {"inference": 7, "generator": 5}
-    monkeypatch.setattr(finished_run, "restore_role", lambda built, role: (steps[role], {}))
+    monkeypatch.setattr(finished_run, "_restore_role", lambda built, role, base: (steps[role], {}))
     with pytest.raises(UserError, match="of step 7, of the other 5"):
         finished_run.restore_run(run.built)
 

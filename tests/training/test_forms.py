@@ -1,6 +1,7 @@
 """The forms of training: in parts, several steps per rollout, averages, adapters, frozen roles, every optimizer."""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE
 from popi_jax.models.lora import join
 from popi_jax.models.roles import pair_logps
 from popi_jax.training import microbatches, optim
-from popi_jax.training.schedule import Parts, popi_update
+from popi_jax.training.schedule import popi_update
 from popi_jax.training.state import Frozen, TrainState, Transforms, policy, restart_optimizers
 from tests.oracles.plain import MODEL
 from tests.training import small
@@ -39,21 +40,30 @@ def changed(generator: dict[str, Any] | None = None, inference: dict[str, Any] |
     return cfg
 
 
-def run(cfg: Config, updates: int = 1, phases: tuple = JOINT) -> tuple[TrainState, TrainState, dict[str, Mean], Parts]:
-    """(state before, state after, metrics of the last update, parts) with plain gradient descent."""
+@functools.cache
+def compiled(cfg: Config) -> tuple[TrainState, Frozen, Any]:
+    """(state, reference policies, update) with plain gradient descent."""
     parts = small.make_parts(cfg, Transforms(SGD, SGD))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
         state, frozen = small.make_state(parts, mesh)
         if cfg.inference.lora.rank:  # what the adapters stand on
-            whole = small.make_parts(small.make_config(), Transforms(SGD, SGD))
-            base, _ = small.make_state(whole, mesh)
+            base, _ = small.make_state(small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh)
             frozen = Frozen(base.inference.params, base.generator.params)
-        before = small.copied(state)
-        program = jax.jit(partial(popi_update, parts=parts, phases=phases))
+    return state, frozen, jax.jit(partial(popi_update, parts=parts, phases=JOINT))
+
+
+def run(cfg: Config, updates: int = 1) -> tuple[TrainState, TrainState, dict[str, Mean]]:
+    """(state before, state after, metrics of the last update)."""
+    before, frozen, program = compiled(cfg)
+    state = before
+    with jax.set_mesh(small.make_mesh(1, 1, 1)):
         for i in range(updates):
             state, metrics = program(state, frozen, small.user_batch(i))
-    return before, state, metrics, parts
+    return before, state, metrics
+
+
+ADAPTED = changed(generator={"lora": LORA, "reference": "summary"}, inference={"lora": LORA})
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -67,8 +77,8 @@ def test_an_update_in_parts_is_that_of_the_whole(num: int) -> None:
         "generator": {"objective": "ipo", "sft_coef": 0.3},
         "inference": {"normalise": "tokens", "entropy_coef": 0.01, "reward_baseline": True, "kl": "k1"},
     }
-    _, whole, metrics, _ = run(changed(**settings_))
-    _, parts, of_parts, _ = run(changed(**settings_, microbatches=num))
+    _, whole, metrics = run(changed(**settings_))
+    _, parts, of_parts = run(changed(**settings_, microbatches=num))
     for role in ("inference", "generator"):
         assert_close(getattr(parts, role).params, getattr(whole, role).params)
     assert metrics.keys() == of_parts.keys()
@@ -90,18 +100,18 @@ def test_parts_hold_every_user_once(seed: int, num: int) -> None:
 
 def test_several_steps_on_the_same_summaries() -> None:
     """The first step is that of a single one; the ratio then counts: far from the old policy the clip stops it."""
-    _, once, _, _ = run(changed())
-    _, twice, metrics, _ = run(changed(inference={"updates_per_rollout": 2}))
+    _, once, _ = run(changed())
+    _, twice, metrics = run(changed(inference={"updates_per_rollout": 2}))
     assert (once.inference.step, twice.inference.step) == (1, 2)
     assert 0 <= metrics["inference/clip_fraction"].total < metrics["inference/clip_fraction"].weight
     assert np.abs(flat(twice.inference.params) - flat(once.inference.params)).max() > 1e-4
     tight = {"updates_per_rollout": 2, "clip_low": 0.0, "clip_high": 0.0, "kl_coef": 0.0}
-    _, _, told, _ = run(changed(inference=tight))
+    _, _, told = run(changed(inference=tight))
     assert told["inference/clip_fraction"].total > 0.2 * told["inference/clip_fraction"].weight
 
 
 def test_averages_follow_the_parameters() -> None:
-    before, after, _, _ = run(changed(generator={"ema_decay": 0.75}, inference={"ema_decay": 0.5}))
+    before, after, _ = run(changed(generator={"ema_decay": 0.75}, inference={"ema_decay": 0.5}))
     for role, decay in (("generator", 0.75), ("inference", 0.5)):
         old, new = flat(getattr(before, role).params), flat(getattr(after, role).params)
         assert np.abs(new - old).max() > 1e-4
@@ -111,16 +121,16 @@ def test_averages_follow_the_parameters() -> None:
 
 def test_the_average_can_judge_summaries() -> None:
     """At the first update average and generator agree; later they do not."""
-    keep = {"generator": {"ema_decay": 0.9}}
+    keep: dict[str, Any] = {"generator": {"ema_decay": 0.75}, "inference": {"ema_decay": 0.5}}
     for updates, same in ((1, True), (3, False)):
         current = run(changed(**keep), updates)[2]["inference/reward"].total
-        averaged = run(changed(**keep, inference={"reward_generator": "ema"}), updates)[2]["inference/reward"].total
+        judged = {"generator": keep["generator"], "inference": {"reward_generator": "ema"}}
+        averaged = run(changed(**judged), updates)[2]["inference/reward"].total
         assert bool(np.isclose(current, averaged, atol=1e-6)) == same
 
 
 def test_adapters_alone_are_trained() -> None:
-    cfg = changed(generator={"lora": LORA, "reference": "summary"}, inference={"lora": LORA})
-    before, after, metrics, _ = run(cfg)
+    before, after, metrics = run(ADAPTED)
     assert set(before.generator.params["layers"]) == {"attention", "mlp"}
     assert set(before.generator.params["layers"]["attention"]) == {"q", "o"}
     # adapters start as nothing, so policy and reference agree wherever both see the summary
@@ -215,11 +225,9 @@ def test_a_role_that_is_never_trained_needs_no_optimizer() -> None:
 
 def test_joined_adapters_change_the_scores_of_pairs() -> None:
     """Adapters in the whole chain of a role: not only in one layer."""
-    cfg = changed(generator={"lora": LORA}, inference={"lora": LORA})
-    _, after, _, _ = run(cfg, 2)
-    mesh = small.make_mesh(1, 1, 1)
-    with jax.set_mesh(mesh):
-        base = small.make_state(small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh)[0].generator.params
+    _, after, _ = run(ADAPTED, 2)
+    base = compiled(ADAPTED)[1].generator
+    with jax.set_mesh(small.make_mesh(1, 1, 1)):
         users = jax.tree.map(jnp.asarray, small.user_batch(3))
         context = jax.tree.map(lambda x: x[:, None], users.context)
         score = jax.jit(partial(pair_logps, model=MODEL))
