@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from popi_jax.arrays import Mean
+from popi_jax.arrays import Mean, Rollouts, Tokens
 from popi_jax.config import Config
 from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE, PairLogps
 from popi_jax.models.lora import join
@@ -21,7 +21,7 @@ from popi_jax.models.roles import pair_logps
 from popi_jax.training import microbatches, optim
 from popi_jax.training.schedule import popi_update
 from popi_jax.training.state import Frozen, TrainState, Transforms, policy, restart_optimizers
-from popi_jax.training.steps import generator_step
+from popi_jax.training.steps import generator_step, inference_step
 from tests.oracles.plain import MODEL
 from tests.training import small
 from tests.training.test_steps import assert_close
@@ -164,6 +164,36 @@ def test_every_objective_makes_a_step(name: str) -> None:
     after, metrics = jax.eval_shape(step, state, state.params, reference, contexts, users)
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(lambda x: x.shape, state.params)
     assert {"generator/loss", "generator/accuracy", "generator/margin"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ratio": "sequence"},
+        {"ratio": "sequence_token", "normalise": "sequences"},
+        {"normalise": "tokens", "clip_high": 0.28, "clip_max": 3.0},
+        {"normalise": "max_len", "advantage_scale": "none"},
+        {"kl": "k1", "advantage_baseline": "leave_one_out", "advantage_scale": "whiten"},
+        {"kl": "k2", "advantage_baseline": "batch", "advantage_scale": "batch_rewards"},
+        {"kl_corrected": True, "entropy_coef": 0.01, "skip_unfinished": True},
+        {"high_entropy_share": 0.2, "entropy_coef": 0.01, "reward": "accuracy"},
+        {"reward": "margin", "advantage_scale": "group", "updates_per_rollout": 3},
+    ],
+    ids=str,
+)
+def test_every_policy_objective_makes_a_step(values: dict[str, Any]) -> None:
+    """Traced, not run, as above."""
+    cfg = changed(inference=values)
+    state, users = compiled(changed())[0].inference, jax.tree.map(lambda x: jnp.asarray(x)[:2], small.user_batch(0))
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray([[4, 2, 4], [1, 4, 3]])
+    ids = jnp.asarray(rng.integers(3, 64, (2, 3, 4)))
+    rollouts = Rollouts(Tokens(ids, lengths), lengths < 4, jnp.asarray(-rng.random((2, 3, 4)) - 3.0, jnp.float32))
+    margins = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)
+    step = partial(inference_step, model=MODEL, tx=SGD, glue=small.GLUE, cfg=cfg)
+    after, metrics = jax.eval_shape(step, state, state.params, margins, None, rollouts, users)
+    assert {"inference/loss", "inference/kl", "inference/reward"} <= metrics.keys()
+    assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(lambda x: x.shape, state.params)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
