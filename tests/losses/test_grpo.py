@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from popi_jax.losses import grpo
-from popi_jax.losses.grpo import PolicyObjective, group_advantages, kl_estimates, policy_loss, policy_sums
+from popi_jax.losses.grpo import (
+    PolicyObjective,
+    clipped_surrogates,
+    group_advantages,
+    kl_estimates,
+    policy_loss,
+    policy_sums,
+)
 from tests.oracles import losses as oracle
 from tests.oracles import objectives
 
@@ -291,3 +298,16 @@ def test_unfinished_samples_leave_the_loss() -> None:
 def test_what_is_not_allowed_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PolicyObjective(), **settings)
+
+
+def test_clips_by_hand() -> None:
+    """Ratios 5, 1 and 0.1 with advantages -1 and 1."""
+    ratios = jnp.broadcast_to(jnp.array([5.0, 1.0, 0.1]), (1, 2, 3))
+    advantages = jnp.array([[-1.0, 1.0]])
+
+    def surrogates(clip_max: float | None) -> list[list[float]]:
+        found = clipped_surrogates(ratios, advantages, clip_low=0.2, clip_high=0.3, clip_max=clip_max)
+        return np.asarray(found)[0].round(6).tolist()
+
+    assert surrogates(None) == [[5.0, 1.0, 0.8], [-1.3, -1.0, -0.1]]
+    assert surrogates(3.0) == [[3.0, 1.0, 0.8], [-1.3, -1.0, -0.1]]
