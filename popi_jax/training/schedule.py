@@ -96,8 +96,8 @@ def popi_update(
 
         without = None
         if cfg.inference.reward_baseline:
-            unseen = logps(frozen.generator, nothing) if objective.needs_reference else None
-            without = margins(nothing, unseen)[:, 0]
+            without_text = logps(frozen.generator, nothing) if reference is not None and seen is contexts else reference
+            without = margins(nothing, without_text)[:, 0]
         return inference_step(
             role,
             frozen.inference,
