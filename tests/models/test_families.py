@@ -3,9 +3,7 @@
 The second needs values that transformers computed, in $POPI_ORACLES or beside the project, and is skipped without.
 """
 
-import os
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +17,10 @@ from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.rope import RopeScaling, frequencies
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox, variables
-from tests.oracles import decoder
+from tests.oracles import decoder, recorded
 from tests.oracles import losses as oracle
 from tests.oracles.plain import row
 
-ORACLES = Path(os.environ.get("POPI_ORACLES") or Path(__file__).parents[3] / "shared" / "oracles")
 SIZES = {"vocab_size": 64, "num_layers": 3, "embed_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 EVERYTHING = TransformerConfig(  # no released model has all of it; each behaviour shows in the numbers
     **SIZES,
@@ -124,7 +121,7 @@ def padded_logits(params: dict, ids: jax.Array, positions: jax.Array, valid: jax
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers(family: str) -> None:
-    folder = ORACLES / "models" / family
+    folder = recorded.FOLDER / "models" / family
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     cfg = hf_config.read_config(folder)
