@@ -8,15 +8,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.losses.logprobs import token_logits
+from popi_jax.models.attention import KeysValues, Level
 from popi_jax.models.sampling import Sampling, draw, stops
-from popi_jax.models.scoring import length_mask, pack
-from popi_jax.models.transformer import Cache, Transformer, TransformerConfig, empty_cache, head, variables
+from popi_jax.models.scoring import pack
+from popi_jax.models.transformer import Transformer, TransformerConfig, for_compute, head, variables
 
 
 class _Loop(NamedTuple):
     t: Int[Array, ""]
     logits: Float[Array, "batch group vocab"]
-    cache: Cache
+    k: Float[Array, "layers batch kv_heads group seq head_dim"]
+    v: Float[Array, "layers batch kv_heads group seq head_dim"]
     ids: Int[Array, "batch group seq"]
     logps: Float[Array, "batch group seq"]
     lengths: Int[Array, "batch group"]
@@ -44,26 +46,22 @@ def sample(
 ) -> Rollouts:
     """Draws one answer per key. Shapes: context [batch seq], turn [batch seq].
 
-    The cache holds [context | turn | step 0 of all samples | step 1 of all samples | ...], so that each step writes one
-    slice. Stops early when every sample has ended.
+    The prefix is one read-only cache that all samples of a row share; each sample has its own small cache, of which a
+    step writes one slot. Stops early when every sample has ended.
     """
     batch, group = keys.shape
-    prefix_len = context.ids.shape[1] + turn.ids.shape[1]
-    slots = prefix_len + group * sampling.max_len
-    turns = Tokens(turn.ids[:, None], turn.lengths[:, None])
-    packed = pack(context, turns)
-    mask = jnp.pad(packed.mask, ((0, 0), (0, 0), (0, slots - prefix_len)))
-    hidden, cache = Transformer(model).apply(
-        variables(params), packed.ids, packed.positions, mask, empty_cache(model, batch, slots), jnp.int32(0)
-    )
-    kernel = head(params, model)
+    transformer, weights = Transformer(model), for_compute(params, model)
+    packed = pack(context, Tokens(turn.ids[:, None], turn.lengths[:, None]))
+    hidden, (k, v) = transformer.apply(variables(weights), *packed[:3], levels=packed.levels, keep=True)
+    k, v = (x.swapaxes(2, 3)[:, :, :, None] for x in (k, v))
+    prefix = KeysValues(k, v, packed.valid[:, None], packed.positions[:, None])
+    kernel = head(weights, model)
     last = context.ids.shape[1] + turn.lengths - 1
     first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [batch 1 embed]
     logits = token_logits(first, kernel, softcap=model.final_logit_softcap)
-    prefix_valid = jnp.concatenate([length_mask(context), length_mask(turn)], axis=1)
     start = context.lengths + turn.lengths
-    slot_numbers = jnp.arange(group * sampling.max_len)
-    own = (slot_numbers % group)[None, :] == jnp.arange(group)[:, None]  # [group slots]
+    steps = jnp.arange(sampling.max_len)
+    own_positions = jnp.broadcast_to(start[:, None, None] + steps[None, None], (batch, group, sampling.max_len))
 
     def body(loop: _Loop) -> _Loop:
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.t)))(keys)
@@ -72,33 +70,40 @@ def sample(
         token = jnp.where(live, token, sampling.end_id)
         ids = jax.lax.dynamic_update_index_in_dim(loop.ids, token, loop.t, axis=2)
         logps = jax.lax.dynamic_update_index_in_dim(loop.logps, jnp.where(live, logp, 0.0), loop.t, axis=2)
-        seen = own & (slot_numbers // group <= loop.t)[None, :]
-        mask = jnp.concatenate(
-            [
-                jnp.broadcast_to(prefix_valid[:, None, :], (batch, group, prefix_len)),
-                jnp.broadcast_to(seen[None], (batch, group, slots - prefix_len)),
-            ],
-            axis=2,
-        )
+        written = jnp.broadcast_to((steps < loop.t)[None, None], own_positions.shape)
         positions = jnp.broadcast_to((start + loop.t)[:, None], (batch, group))
-        slot = jnp.int32(prefix_len) + loop.t * group
-        hidden, cache = Transformer(model).apply(variables(params), token, positions, mask, loop.cache, slot)
+        hidden, new = transformer.apply(
+            variables(weights),
+            token,
+            positions,
+            jnp.ones((batch, group), bool),
+            (prefix, KeysValues(loop.k, loop.v, written, own_positions)),
+            levels=(Level(group, 1),),
+            keep=True,
+        )
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(cache, x.swapaxes(2, 3)[:, :, :, :, None], loop.t, axis=4)
+            for cache, x in zip((loop.k, loop.v), new, strict=True)
+        )
         logits = token_logits(hidden, kernel, softcap=model.final_logit_softcap)
         ended = token == sampling.end_id
         done = loop.done | ended | stops(ids, loop.t, sampling)
-        return _Loop(loop.t + 1, logits, cache, ids, logps, loop.lengths + live, done, loop.finished | (live & ended))
+        lengths, finished = loop.lengths + live, loop.finished | (live & ended)
+        return _Loop(loop.t + 1, logits, k, v, ids, logps, lengths, done, finished)
 
     def unfinished(loop: _Loop) -> Array:
         return (loop.t < sampling.max_len) & ~jnp.all(loop.done)
 
     shape = (batch, group, sampling.max_len)
+    own = (model.num_layers, batch, model.num_kv_heads, group, sampling.max_len, model.head_dim)
     end = jax.lax.while_loop(
         unfinished,
         body,
         _Loop(
             t=jnp.int32(0),
             logits=jnp.broadcast_to(logits, (batch, group, logits.shape[-1])),
-            cache=cache,
+            k=jnp.zeros(own, model.dtype),
+            v=jnp.zeros(own, model.dtype),
             ids=jnp.full(shape, sampling.end_id, jnp.int32),
             logps=jnp.zeros(shape, jnp.float32),
             lengths=jnp.zeros((batch, group), jnp.int32),

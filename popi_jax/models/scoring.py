@@ -9,18 +9,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, Tokens
 from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
+from popi_jax.models.attention import Level, Levels
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
 
 
 class Packed(NamedTuple):
     ids: Int[Array, "batch slots"]
     positions: Int[Array, "batch slots"]
-    mask: Bool[Array, "batch slots slots"]
+    valid: Bool[Array, "batch slots"]
+    levels: Levels
 
 
 class AnswerLogps(NamedTuple):
@@ -36,24 +37,6 @@ class AnswerLogps(NamedTuple):
 
 def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
     return jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1) < tokens.lengths[..., None]
-
-
-def tree_mask(context_len: int, num_turns: int, turn_len: int, num_answers: int, answer_len: int) -> np.ndarray:
-    """bool[slots, slots]: what each slot of the packed tree may see, padding aside."""
-    turn_nodes = np.arange(num_turns)
-    answer_nodes = np.arange(num_turns * num_answers)
-    # each slot: (turn it lies under or -1, answer it lies in or -1)
-    turn = np.concatenate(
-        [
-            np.full(context_len, -1),
-            np.repeat(turn_nodes, turn_len),
-            np.repeat(turn_nodes, num_answers * answer_len),
-        ]
-    )
-    answer = np.concatenate([np.full(context_len + num_turns * turn_len, -1), np.repeat(answer_nodes, answer_len)])
-    same_turn = (turn[None, :] == -1) | (turn[None, :] == turn[:, None])
-    same_answer = (answer[None, :] == -1) | (answer[None, :] == answer[:, None])
-    return np.tri(len(turn), dtype=bool) & same_turn & same_answer
 
 
 def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packed:
@@ -79,8 +62,8 @@ def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packe
         answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
     )
     valid = flat(length_mask(context), length_mask(turns), length_mask(answers))
-    visible = tree_mask(context_len, num_turns, turn_len, num_answers, answer_len)
-    return Packed(ids, positions, jnp.asarray(visible)[None] & valid[:, None, :])
+    levels = Level(1, context_len), Level(num_turns, turn_len), Level(num_turns * num_answers, answer_len)
+    return Packed(ids, positions, valid, levels)
 
 
 def answer_logps(
@@ -103,7 +86,7 @@ def answer_logps(
     # the last token of an answer is predicted, never read
     read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
     packed = pack(context, turns, read)
-    hidden, _ = Transformer(model).apply(variables(params), *packed)
+    hidden, _ = Transformer(model).apply(variables(params), *packed[:3], levels=packed.levels)
     dim = hidden.shape[-1]
     of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(batch, num_turns, turn_len, dim)
     last = jnp.maximum(turns.lengths - 1, 0)

@@ -1,7 +1,7 @@
 """The decoder: pre-norm, rotary positions, grouped-query attention, gated MLP, scanned over layers.
 
-Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers decide what a position sees by a boolean mask, so
-this file knows nothing of prompts, trees or samples, nor of model families: `TransformerConfig` switches behaviours.
+Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers say by `Levels` and caches what a token sees, so
+this file knows nothing of prompts or samples, nor of model families: `TransformerConfig` switches behaviours.
 Einsum letters: B batch, T queries, S keys, D embed, N heads, K kv_heads, G heads per kv_head, H head_dim, F mlp,
 V vocab.
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from popi_jax.models.attention import KeysValues, Level, Levels, attend
 from popi_jax.models.rope import RopeScaling, frequencies, rope
 from popi_jax.sharding import constrain
 
@@ -61,20 +62,14 @@ class TransformerConfig:
             raise ValueError("local_layers: needs one entry per layer and a sliding_window")
 
 
-class Cache(NamedTuple):
-    """Keys and values of the slots written so far; a value that goes in and comes out of `apply`.
+class Now(NamedTuple):
+    """What all layers are told of the new tokens and of what lies before them."""
 
-    Slots need not be in the order of positions, so those are kept too: windows are measured in positions.
-    """
-
-    k: Float[Array, "layers batch slots kv_heads head_dim"]
-    v: Float[Array, "layers batch slots kv_heads head_dim"]
-    positions: Int[Array, "batch slots"]
-
-
-def empty_cache(cfg: TransformerConfig, batch: int, slots: int) -> Cache:
-    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-    return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.zeros((batch, slots), jnp.int32))
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    past: tuple[tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...]  # (valid, positions) of each cache
+    freqs: Float[Array, " half"]
+    local_freqs: Float[Array, " half"]
 
 
 def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
@@ -138,98 +133,19 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-QUERY_CHUNK = 96  # queries whose scores exist at a time
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-    *,
-    causal_slots: bool,
-    score_dim: int | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Softmax attention, a chunk of queries at a time; the backward pass recomputes the scores.
-
-    causal_slots: no query sees a later slot than its own, so a chunk needs the keys up to its end only.
-    Scores are divided by sqrt(score_dim), None for head_dim, and bounded to +-softcap.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = (
-        (q * (score_dim or head_dim) ** -0.5)
-        .reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        .transpose(0, 2, 3, 1, 4)
-    )
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-
-    @jax.checkpoint
-    def chunk(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
-        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        y = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (y / total).astype(v.dtype)
-
-    chunks = []
-    for start in range(0, length, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, length)
-        keys = end if causal_slots else k.shape[2]
-        chunks.append(chunk(q[..., start:end, :], k[:, :, :keys], v[:, :, :keys], mask[:, start:end, :keys]))
-    y = jnp.concatenate(chunks, axis=3)
-    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-class Seen(NamedTuple):
-    """What differs between local and other layers, for both kinds: the masks and the rotary frequencies."""
-
-    mask: Bool[Array, "B T S"]
-    freqs: Float[Array, " half"]
-    local_mask: Bool[Array, "B T S"] | None  # None: no layer is local
-    local_freqs: Float[Array, " half"] | None
-
-    def of(self, is_local: Bool[Array, ""]) -> tuple[Bool[Array, "B T S"], Float[Array, " half"]]:
-        if self.local_mask is None or self.local_freqs is None:
-            return self.mask, self.freqs
-        return jnp.where(is_local, self.local_mask, self.mask), jnp.where(is_local, self.local_freqs, self.freqs)
-
-
-def seen_by(
-    cfg: TransformerConfig,
-    positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B S"],
-    mask: Bool[Array, "B T S"],
-) -> Seen:
-    """A local layer sees what the mask allows at most sliding_window - 1 positions back, wherever its slot lies."""
-    half = cfg.head_dim // 2
-    freqs = jnp.asarray(frequencies(half, cfg.rope_theta, cfg.rope_scaling))
-    if not any(cfg.local_layers):
-        return Seen(mask, freqs, None, None)
-    near = positions[:, :, None] - key_positions[:, None, :] < cfg.sliding_window
-    local_freqs = freqs if cfg.local_rope_theta is None else jnp.asarray(frequencies(half, cfg.local_rope_theta, None))
-    return Seen(mask, freqs, mask & near, local_freqs)
-
-
 class Attention(nn.Module):
     cfg: TransformerConfig
+    levels: Levels
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
-        is_local: Bool[Array, ""],
-        positions: Int[Array, "B T"],
-        seen: Seen,
-        slot: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None]:
+        self, x: Float[Array, "B T D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         c = self.cfg
-        mask, freqs = seen.of(is_local)
+        window, freqs = None, now.freqs
+        if any(c.local_layers):  # a local layer sees a window of positions, wherever their slots lie
+            window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
+            freqs = jnp.where(is_local, now.local_freqs, now.freqs)
 
         def project(heads: int, axis: str, name: str) -> Float[Array, "B T heads H"]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
@@ -241,14 +157,21 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="k_norm")(k)
-        q, k = rope(q, positions, freqs), rope(k, positions, freqs)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)
-            cache = (k, v)
-        y = attend(q, k, v, mask, causal_slots=cache is None, score_dim=c.score_dim, softcap=c.attn_logit_softcap)
+        q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
+        y = attend(
+            q,
+            k,
+            v,
+            now.valid,
+            now.positions,
+            tuple(KeysValues(*kv, *at) for kv, at in zip(past, now.past, strict=True)),
+            levels=self.levels,
+            window=window,
+            score_dim=c.score_dim,
+            softcap=c.attn_logit_softcap,
+        )
         o = Linear((c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), 2, c.dtype, name="o")(y)
-        return o, cache
+        return o, (k, v)
 
 
 class Mlp(nn.Module):
@@ -265,16 +188,12 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     cfg: TransformerConfig
+    levels: Levels
+    keep: bool
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        cache: tuple[Array, Array] | None,
-        is_local: Bool[Array, ""],
-        positions: Int[Array, "B T"],
-        seen: Seen,
-        slot: Int[Array, ""] | None,
+        self, x: Float[Array, "B T D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         c = self.cfg
 
@@ -282,11 +201,11 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x)
 
         x = constrain(x, ("batch", "seq", "embed_unsharded"))
-        y, cache = Attention(c, name="attention")(norm(x, "attention_norm"), cache, is_local, positions, seen, slot)
+        y, new = Attention(c, self.levels, name="attention")(norm(x, "attention_norm"), past, is_local, now)
         x = x + (norm(y, "attention_post_norm") if c.post_norms else y)
         y = Mlp(c, name="mlp")(norm(x, "mlp_norm"))
         x = x + (norm(y, "mlp_post_norm") if c.post_norms else y)
-        return x, cache
+        return x, new if self.keep else None
 
 
 class Transformer(nn.Module):
@@ -297,14 +216,15 @@ class Transformer(nn.Module):
         self,
         ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: Cache | None = None,
-        slot: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final hidden states, before the LM head.
+        valid: Bool[Array, "B T"],
+        past: tuple[KeysValues, ...] = (),
+        *,
+        levels: Levels,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
+        """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values of all layers.
 
-        mask: True where a query may see a key slot. Without a cache the key slots are the T tokens themselves; with one
-        they are the cache's, and the T new keys are written from index `slot` on.
+        The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False for padding.
         """
         c = self.cfg
         init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed"))
@@ -319,21 +239,21 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             out_axes=0,
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, name="layers")
-        key_positions = positions
-        if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-        kv = None if cache is None else (cache.k, cache.v)
+        )(c, levels, keep, name="layers")
+        half = c.head_dim // 2
+        freqs = jnp.asarray(frequencies(half, c.rope_theta, c.rope_scaling))
+        local = freqs if c.local_rope_theta is None else jnp.asarray(frequencies(half, c.local_rope_theta, None))
+        now = Now(positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local)
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
-        x, kv = layers(x, kv, is_local, positions, seen_by(c, positions, key_positions, mask), slot)
+        x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, now)
         x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)
         if not c.tied_embeddings:  # declared here so that it belongs to the tree; `head` reads it
             Head(c, name="lm_head")()
-        return x, None if cache is None else Cache(kv[0], kv[1], key_positions)
+        return x, new
 
 
 class Embedding(nn.Module):
@@ -359,6 +279,15 @@ def variables(params: dict) -> dict:
     return params if "lora" in params else {"params": params}
 
 
+def for_compute(params: dict, cfg: TransformerConfig) -> dict:
+    """The weights with matrices in the compute type: what a loop over tokens reads, cast once before it."""
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        return x if path[-1].key == "scale" else x.astype(cfg.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
     """The LM head, in the compute type: the transposed embedding when tied."""
     tree = variables(params)["params"]
@@ -369,7 +298,7 @@ def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
 def init_boxed(key: Array, cfg: TransformerConfig) -> dict:
     """Random parameters that still carry their logical axis names; `unbox` drops them."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
+    return Transformer(cfg).init(key, one, one, jnp.ones((1, 1), bool), levels=(Level(1, 1),))["params"]
 
 
 def unbox(boxed: dict) -> dict:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from popi_jax.checkpoints import hf_config, hf_io, hf_names
 from popi_jax.errors import UserError
+from popi_jax.models.attention import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
@@ -57,8 +58,8 @@ def edit(folder: Path, **fields) -> None:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def padded_logits(params: dict, ids: jax.Array, cfg: TransformerConfig) -> jax.Array:
-    mask = jnp.tri(len(ids), dtype=bool)[None]
-    hidden, _ = Transformer(cfg).apply({"params": params}, ids[None], jnp.arange(len(ids))[None], mask)
+    one = ids[None], jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool)
+    hidden, _ = Transformer(cfg).apply({"params": params}, *one, levels=(Level(1, len(ids)),))
     return hidden[0] @ head(params, cfg)
 
 

@@ -1,14 +1,15 @@
-"""Attention in chunks against softmax attention written out in float64, with grouped heads."""
+"""Attention over trees in chunks against softmax attention written out in float64, with grouped heads."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.models import transformer
+from popi_jax.models import attention
+from popi_jax.models.attention import Level
 from popi_jax.models.rope import frequencies, rope
 
-B, T, HEADS, KV_HEADS, HEAD_DIM = 2, 11, 4, 2, 6
+B, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 6
 
 
 def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -21,28 +22,60 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.
     return out
 
 
-@pytest.mark.parametrize(("chunk", "slots"), [(96, T), (4, T), (4, T + 5)])
-def test_equals_the_equation_in_any_chunks(chunk: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "QUERY_CHUNK", chunk)
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(B, T, HEADS, HEAD_DIM)).astype(np.float32)
+def sees(levels: tuple[Level, ...]) -> np.ndarray:
+    """bool[slots, slots], slot by slot: the earlier slots of the same node and all of its ancestors."""
+    places = [(depth, node, i) for depth, (nodes, length) in enumerate(levels) for node, i in np.ndindex(nodes, length)]
+
+    def seen(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
+        if key[0] == query[0]:
+            return key[1] == query[1] and key[2] <= query[2]
+        each = levels[query[0]].nodes // max(levels[key[0]].nodes, 1)
+        return key[0] < query[0] and query[1] // each == key[1]
+
+    return np.array([[seen(query, key) for key in places] for query in places])
+
+
+def test_what_a_tree_sees_by_hand() -> None:
+    """Context 1 token; turns p, q of 1 token; answers pa, pb, qa, qb of 1 token."""
+    assert sees((Level(1, 1), Level(2, 1), Level(4, 1))).astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],  # context
+        [1, 1, 0, 0, 0, 0, 0],  # p
+        [1, 0, 1, 0, 0, 0, 0],  # q
+        [1, 1, 0, 1, 0, 0, 0],  # pa
+        [1, 1, 0, 0, 1, 0, 0],  # pb
+        [1, 0, 1, 0, 0, 1, 0],  # qa
+        [1, 0, 1, 0, 0, 0, 1],  # qb
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 128])
+@pytest.mark.parametrize(
+    "shape", [((1, 11),), ((1, 5), (2, 3), (6, 2)), ((1, 3), (3, 1), (3, 4)), ((1, 4), (2, 0), (4, 2))]
+)
+def test_equals_the_equation_in_any_chunks(
+    shape: tuple[tuple[int, int], ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+    monkeypatch.setattr(attention, "MOST_CHUNKS", 100)
+    levels = tuple(Level(*level) for level in shape)
+    slots = attention.num_slots(levels)
+    rng = np.random.default_rng(chunk)
+    q = rng.normal(size=(B, slots, HEADS, HEAD_DIM)).astype(np.float32)
     k, v = (rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in range(2))
-    mask = rng.random((B, T, slots)) < 0.5
-    causal = slots == T
-    if causal:
-        mask &= np.tri(T, dtype=bool)
-    mask[:, :, 0] = True
-    arrays = [jnp.asarray(x) for x in (q, k, v, mask)]
+    valid = rng.random((B, slots)) < 0.7
+    valid[:, 0] = True
+    positions = jnp.zeros((B, slots), jnp.int32)
+    mask = sees(levels)[None] & valid[:, None, :]
 
     @jax.jit
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = transformer.attend(q, k, v, mask, causal_slots=causal)
+            y = attention.attend(q, k, v, jnp.asarray(valid), positions, levels=levels)
             return jnp.sum(jnp.sin(y)), y
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
-    grads, found = attend(*arrays)
+    grads, found = attend(*map(jnp.asarray, (q, k, v)))
     np.testing.assert_allclose(found, oracle(q, k, v, mask), atol=1e-5)
     direction = [rng.normal(size=x.shape) for x in (q, k, v)]
 
@@ -53,9 +86,31 @@ def test_equals_the_equation_in_any_chunks(chunk: int, slots: int, monkeypatch: 
     np.testing.assert_allclose(sum(np.sum(g * d) for g, d in zip(grads, direction, strict=True)), slope, rtol=1e-3)
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_a_cache_is_as_good_as_a_level(nodes: int) -> None:
+    """What lies in the past, seen by all or by one branch each, counts as if it were computed with the rest."""
+    levels = Level(1, 5), Level(nodes, 3), Level(4, 2)
+    slots, behind = attention.num_slots(levels), 5 + nodes * 3
+    rng = np.random.default_rng(nodes)
+    q = jnp.asarray(rng.normal(size=(B, slots, HEADS, HEAD_DIM)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
+    valid, positions = jnp.asarray(rng.random((B, slots)) < 0.8), jnp.zeros((B, slots), jnp.int32)
+    whole = attention.attend(q, k, v, valid, positions, levels=levels)
+
+    def kept(start: int, nodes: int, length: int) -> attention.KeysValues:
+        def rows(x: jax.Array) -> jax.Array:
+            return x[:, start : start + nodes * length].reshape(B, nodes, length, *x.shape[2:])
+
+        return attention.KeysValues(*(rows(x).transpose(0, 3, 1, 2, 4) for x in (k, v)), rows(valid), rows(positions))
+
+    past = kept(0, 1, 5), kept(5, nodes, 3)
+    new = (x[:, behind:] for x in (q, k, v, valid, positions))
+    np.testing.assert_allclose(attention.attend(*new, past, levels=levels[2:]), whole[:, behind:], atol=1e-6)
+
+
 def test_a_row_that_sees_nothing_is_finite() -> None:
-    x = jnp.ones((1, 2, 2, 4))
-    grad = jax.grad(lambda q: jnp.sum(transformer.attend(q, x, x, jnp.zeros((1, 2, 2), bool), causal_slots=True)))(x)
+    x, none, at = jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 2), bool), jnp.zeros((1, 2), jnp.int32)
+    grad = jax.grad(lambda q: jnp.sum(attention.attend(q, x, x, none, at, levels=(Level(1, 2),))))(x)
     assert np.isfinite(grad).all()
 
 

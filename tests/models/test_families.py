@@ -13,6 +13,7 @@ import pytest
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints import hf_config, hf_io, hf_names
 from popi_jax.losses.logprobs import token_logits
+from popi_jax.models.attention import Level
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.rope import RopeScaling, frequencies
 from popi_jax.models.scoring import answer_logps
@@ -114,8 +115,7 @@ FAMILIES = ("llama", "llama31_ropescaled", "qwen2", "qwen3", "gemma2", "gemma3_t
 
 @partial(jax.jit, static_argnames="cfg")
 def padded_logits(params: dict, ids: jax.Array, positions: jax.Array, valid: jax.Array, *, cfg: TransformerConfig):
-    mask = jnp.tri(ids.shape[1], dtype=bool)[None] & valid[:, None, :]
-    hidden, _ = Transformer(cfg).apply(variables(params), ids, positions, mask)
+    hidden, _ = Transformer(cfg).apply(variables(params), ids, positions, valid, levels=(Level(1, ids.shape[1]),))
     return token_logits(hidden, head(params, cfg), softcap=cfg.final_logit_softcap)
 
 

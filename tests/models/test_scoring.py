@@ -134,8 +134,8 @@ def test_a_token_depends_on_its_own_past_alone(params: dict, packed) -> None:
 def test_recomputing_and_chunks_of_queries_change_nothing(
     remat: str, params: dict, packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 44 slots are six chunks of queries here, and one chunk in the program that it is compared with."""
-    monkeypatch.setattr("popi_jax.models.transformer.QUERY_CHUNK", 9)
+    """Chunks of whole nodes, of one node and of parts of one here, and one a level in what it is compared with."""
+    monkeypatch.setattr("popi_jax.models.attention.QUERY_CHUNK", 6)
     tree = Tree(3)
     model = TransformerConfig(**{**vars(MODEL), "remat": remat})
     arguments = (params, tree.context, tree.turns, tree.answers, jnp.asarray(tree.weights))
@@ -153,17 +153,3 @@ def test_the_temperature_divides_the_logits(params: dict) -> None:
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=0.5)
     for place, expected in zip(places, logps, strict=True):
         np.testing.assert_allclose(np.asarray(scores.logps)[place][: len(expected)], expected, atol=1e-4)
-
-
-def test_tree_mask_by_hand() -> None:
-    """Context 1 token; turns p, q of 1 token; answers pa, pb, qa, qb of 1 token."""
-    rows = scoring.tree_mask(1, 2, 1, 2, 1).astype(int).tolist()
-    assert rows == [
-        [1, 0, 0, 0, 0, 0, 0],  # context
-        [1, 1, 0, 0, 0, 0, 0],  # p
-        [1, 0, 1, 0, 0, 0, 0],  # q
-        [1, 1, 0, 1, 0, 0, 0],  # pa
-        [1, 1, 0, 0, 1, 0, 0],  # pb
-        [1, 0, 1, 0, 0, 1, 0],  # qa
-        [1, 0, 1, 0, 0, 0, 1],  # qb
-    ]

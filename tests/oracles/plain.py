@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from popi_jax.arrays import Tokens
+from popi_jax.models.attention import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
@@ -87,8 +88,8 @@ def row(tokens: Tokens, *at: int) -> list[int]:
 def _program(params: dict, ids: jax.Array, weights: jax.Array, temperature: jax.Array, *, model: TransformerConfig):
     def total(params: dict) -> tuple[jax.Array, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], ids.shape)
-        mask = jnp.broadcast_to(jnp.tri(LENGTH, dtype=bool)[None], (ROWS, LENGTH, LENGTH))
-        hidden, _ = Transformer(model).apply({"params": params}, ids, positions, mask)
+        valid = jnp.ones(ids.shape, bool)
+        hidden, _ = Transformer(model).apply({"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),))
         logps = jax.nn.log_softmax(hidden[:, :-1] @ head(params, model) / temperature)
         logps = jnp.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]
         return jnp.sum(logps * weights), logps
