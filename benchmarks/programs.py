@@ -70,6 +70,7 @@ def user_batch(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
         chosen=tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
         rejected=tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
         pair_mask=jnp.ones((users, pairs), bool),
+        pair_number=jnp.arange(users * pairs, dtype=jnp.int32).reshape(users, pairs),
     )
 
 
@@ -98,10 +99,10 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
 
         def generator(role: Any, frozen: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
             reference = pair_logps(frozen, contexts, users, model=model)
-            return step_of(role, frozen, reference, contexts, users)
+            return step_of(role, frozen, reference, contexts, users)[:2]
 
         def stored(role: Any, reference: PairLogps, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
-            return step_of(role, {}, reference, contexts, users)
+            return step_of(role, {}, reference, contexts, users)[:2]
 
         reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, contexts, users)
         add("generator_step", generator, state.generator, frozen.generator, contexts, users)
@@ -143,7 +144,7 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
     reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, nothing, users)
     first = jax.tree.map(lambda x: x[:, :1], contexts)
     add("reward", reward, jnp.int32(0), state.generator.params, contexts, users)
-    add("generator_step", lambda role, *rest: step_of(role, {}, *rest), state.generator, reference, first, users)
+    add("generator_step", lambda role, *rest: step_of(role, {}, *rest)[:2], state.generator, reference, first, users)
     fused = partial(popi_update, parts=parts, phases=parse_phases(cfg.schedule.phases))
     add("fused_update", lambda state, frozen, users: fused(state, frozen, users), state, frozen, users)
     return made

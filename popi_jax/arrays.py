@@ -34,6 +34,7 @@ class UserBatch(NamedTuple):
     chosen: Tokens  # [users pairs seq]
     rejected: Tokens  # [users pairs seq]
     pair_mask: Bool[Array, "users pairs"]  # False: the user has fewer than K pairs
+    pair_number: Int[Array, "users pairs"]  # in the split: user's number x data.num_pairs + pair of the user
 
 
 class Demonstrations(NamedTuple):

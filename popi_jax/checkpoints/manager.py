@@ -212,7 +212,7 @@ def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
     Raises: UserError if the disk is full.
     """
     folder = epath.Path(workdir).resolve() / "reference"
-    items = {role: ocp.args.StandardSave(getattr(frozen, role)) for role in ROLES if getattr(frozen, role)}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in frozen._asdict().items() if tree}
     with full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(json.loads(config_json)))
         checkpointer.save(folder, args=args, force=True)
@@ -226,8 +226,7 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
     folder = epath.Path(workdir).resolve() / "reference"
     if not folder.exists():
         return None
-    trees = {role: getattr(abstract_frozen, role) for role in ROLES}
-    items = {role: ocp.args.StandardRestore(tree) for role, tree in trees.items() if tree}
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_frozen._asdict().items() if tree}
     if not items:
         return abstract_frozen
     try:
@@ -236,7 +235,7 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
     except Exception as e:
         reason = _one_line(e)
         raise UserError(f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR') from e
-    return abstract_frozen._replace(**{role: restored[role] for role in items})
+    return abstract_frozen._replace(**{name: restored[name] for name in items})
 
 
 def _models(state: Any) -> dict[str, Params]:

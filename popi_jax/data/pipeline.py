@@ -77,7 +77,7 @@ def user_batches(
         drawn = users.take(members[rows])
         picks = [rng.permutation(len(u.turns))[:count] for u, rng in zip(drawn, rngs[rows], strict=True)]
         index = step * size + np.arange(size)[rows]
-        return _user_batch(drawn, picks, index, tokenizer, cfg, count)
+        return _user_batch(drawn, picks, index, members[rows], tokenizer, cfg, count)
 
     return _steps(len(source), size, make, seed=seed, workers=cfg.data.workers)
 
@@ -185,7 +185,7 @@ def eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Itera
         rows += rows[:1] * fill
         yield EvalBatch(
             user_ids=user_ids,
-            batch=_user_batch(rows, picks, start + np.arange(size), tokenizer, cfg, count),
+            batch=_user_batch(rows, picks, start + np.arange(size), start + np.arange(size), tokenizer, cfg, count),
             oracle=_pad([u.oracle for u in rows], cfg.data.summary_len, tokenizer.pad_id),
             user_mask=np.arange(size) < size - fill,
         )
@@ -253,6 +253,7 @@ def _user_batch(
     users: list[EncodedUser],
     picks: list[np.ndarray],
     index: np.ndarray,
+    numbers: np.ndarray,
     tokenizer: Tokenizer,
     cfg: Any,
     count: int,
@@ -266,6 +267,13 @@ def _user_batch(
         chosen=_pad_nested([[u.chosen[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id),
         rejected=_pad_nested([[u.rejected[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id),
         pair_mask=np.array([np.arange(count) < len(ks) for ks in picks]),
+        pair_number=np.array(
+            [
+                np.pad(number * d.num_pairs + ks, (0, count - len(ks)))
+                for number, ks in zip(numbers, picks, strict=True)
+            ],
+            np.int32,
+        ),
     )
 
 

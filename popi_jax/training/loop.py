@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from popi_jax import distributed
-from popi_jax.arrays import Metrics, Params
+from popi_jax.arrays import Metrics, Params, UserBatch
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
@@ -20,9 +21,13 @@ from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
 from popi_jax.data import pipeline
 from popi_jax.errors import UserError
+from popi_jax.evals import suites
+from popi_jax.losses.preference import PairLogps
 from popi_jax.metric_writer import MetricWriter
+from popi_jax.models.roles import empty_summary, pair_logps
+from popi_jax.objectives import preference_objective
 from popi_jax.progress import Progress
-from popi_jax.sharding import place_batch
+from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import optim
 from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import (
@@ -158,8 +163,10 @@ def train(built: Built) -> Trained:
             if frozen is None:
                 copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
                 own = jax.tree.map(jnp.copy, Frozen(**copies))
-                checkpoints.save_frozen(cfg.workdir, own, built.config_json)
                 frozen = _on_base(own, base)
+                pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
+                frozen = frozen._replace(pairs=pairs)
+                checkpoints.save_frozen(cfg.workdir, own._replace(pairs=pairs), built.config_json)
                 restart = partial(restart_optimizers, transforms=parts.transforms, cfg=cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
@@ -205,12 +212,47 @@ def stored_frozen(built: Built, abstract: TrainState, base: Params) -> Frozen | 
         role: {} if trains_adapters(built.config, role) else getattr(abstract, role).params
         for role in checkpoints.ROLES
     }
-    own = checkpoints.restore_frozen(built.config.workdir, Frozen(**shapes))
+    pairs = None
+    if _stores_pairs(built):
+        count = len(built.dataset.splits["train"]) * built.config.data.num_pairs
+        column = jax.ShapeDtypeStruct((count,), jnp.float32, sharding=replicated(built.mesh))
+        pairs = PairLogps(column, column)
+    own = checkpoints.restore_frozen(built.config.workdir, Frozen(**shapes, pairs=pairs))
     return None if own is None else _on_base(own, base)
 
 
 def _on_base(own: Frozen, base: Params) -> Frozen:
-    return Frozen(own.inference or base, own.generator or base)
+    return own._replace(inference=own.inference or base, generator=own.generator or base)
+
+
+def _stores_pairs(built: Built) -> bool:
+    """Whether the reference's log-probs are computed beforehand: where they never change, and each is read at least
+    about once."""
+    cfg = built.config
+    draws = cfg.batch.users * sum(phase.steps for phase in parse_phases(cfg.schedule.phases))
+    fixed = preference_objective(cfg).needs_reference and cfg.generator.reference == "prompt"
+    return fixed and draws >= len(built.dataset.splits["train"])
+
+
+def reference_pairs(params: Params, built: Built) -> PairLogps:
+    """The generator's log-probs of all pairs of the training users behind no summary: [users x data.num_pairs]."""
+    cfg, users, size = built.config, built.dataset.splits["train"], built.config.evaluation.batch_users
+
+    def score(params: Params, batch: UserBatch) -> PairLogps:
+        nothing = jax.tree.map(lambda x: x[:, None], empty_summary(built.glue.generator_prefix, size))
+        return jax.tree.map(lambda x: x[:, 0], pair_logps(params, nothing, batch, model=built.model))
+
+    program = jax.jit(score, out_shardings=replicated(built.mesh))
+    found = []
+    batches = pipeline.eval_batches(users, built.tokenizer, cfg)
+    with Progress(-(-len(users) // size), label="reference", enabled=distributed.is_main_process()) as progress:
+        for number, batch in enumerate(batches):
+            found.append(jax.device_get(program(params, suites.place(batch.batch, built.mesh))))
+            progress.update(number + 1)
+    table = jax.tree.map(lambda *x: np.concatenate(x)[: len(users)].reshape(-1), *found)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, replicated(built.mesh), lambda at: x[at]), table
+    )
 
 
 def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> TrainState:
@@ -251,12 +293,12 @@ def _run(
     schedule = built.config.schedule
     pending: list[tuple[int, Metrics]] = []
     tokens, since = 0, time.monotonic()
-    batch = next(batches)
+    batch, placed = _next(batches, built)
     logging.info("%s: compiling, then steps %d to %d", label, step + 1, last_step)
     with Progress(last_step, initial=step, label=label, enabled=distributed.is_main_process()) as progress:
         while step < last_step:
             tokens += _num_tokens(batch)
-            state, metrics = program(state, place_batch(batch, built.mesh))
+            state, metrics = program(state, placed)
             step += 1
             saving = step % schedule.save_every == 0 or step == last_step
             number = stop.agreed() if saving or step % schedule.log_every == 0 or jax.process_count() == 1 else 0
@@ -276,8 +318,14 @@ def _run(
             else:
                 progress.update(step)
             if step < last_step:
-                batch = next(batches)
+                batch, placed = _next(batches, built)
     return step, state
+
+
+def _next(batches: Iterator[Any], built: Built) -> tuple[Any, Any]:
+    """The next batch on the host, and on the devices: its copy runs while the update before it does."""
+    batch = next(batches)
+    return batch, place_batch(batch, built.mesh)
 
 
 def _num_tokens(batch: Any) -> int:

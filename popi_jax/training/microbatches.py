@@ -29,21 +29,28 @@ def by_parts(function: Callable[[Any], PyTree], batch: PyTree, num: int) -> PyTr
 
 
 def summed_gradients(
-    loss_fn: Callable[[Params, Any], tuple[Float[Array, ""], Metrics]], params: Params, batch: PyTree, num: int
-) -> tuple[Params, Metrics]:
-    """Gradient of the sum of loss_fn(params, part) over the parts, and the sums of their metrics.
+    loss_fn: Callable[[Params, Any], tuple[Float[Array, ""], tuple[Metrics, PyTree]]],
+    params: Params,
+    batch: PyTree,
+    num: int,
+) -> tuple[Params, Metrics, PyTree]:
+    """Gradient of the sum of loss_fn(params, part) over the parts, the sums of their metrics, and what has a row for
+    each user.
 
-    The loss of a part is its sum over users divided by a weight of the whole batch, so the losses of the parts add up
-    to that of the batch: means of means never occur.
+    loss_fn returns its loss and (metrics, rows of users). The loss of a part is its sum over users divided by a weight
+    of the whole batch, so the losses of the parts add up to that of the batch: means of means never occur.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     if num == 1:
-        return gradient(params, batch)
+        grads, (metrics, rows) = gradient(params, batch)
+        return grads, metrics, rows
 
-    def add(total: tuple[Params, Metrics], part: Any) -> tuple[tuple[Params, Metrics], None]:
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+    def add(total: tuple[Params, Metrics], part: Any) -> tuple[tuple[Params, Metrics], PyTree]:
+        grads, (metrics, rows) = gradient(params, part)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), rows
 
     parts = split(batch, num)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, parts)[0]
+    grads, (metrics, _) = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+    (grads, metrics), rows = jax.lax.scan(add, zeros, parts)
+    return grads, metrics, join(rows)

@@ -1,15 +1,14 @@
 """The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from popi_jax.arrays import Metrics, Params, Tokens, UserBatch
+from popi_jax.arrays import Mean, Metrics, Params, Rollouts, Tokens, UserBatch
 from popi_jax.config import Config, Phase
 from popi_jax.losses.masked import metric
 from popi_jax.losses.preference import PairLogps, margins_of
@@ -20,6 +19,8 @@ from popi_jax.objectives import preference_objective
 from popi_jax.training.microbatches import by_parts
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
 from popi_jax.training.steps import generator_step, inference_step
+
+ROLES = ("inference", "generator")
 
 
 class Parts(NamedTuple):
@@ -47,86 +48,115 @@ def role_turns(phases: tuple[Phase, ...]) -> np.ndarray:
     return np.array(rows, bool).reshape(-1, 2)
 
 
-def phase_at(step: Int[Array, ""], phases: tuple[Phase, ...]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether the update numbered `step` in the main stage trains (inference, generator)."""
-    table = jnp.asarray(role_turns(phases))
-    row = table[jnp.clip(step, 0, table.shape[0] - 1)]
-    return row[0], row[1]
-
-
 def popi_update(
     state: TrainState, frozen: Frozen, users: UserBatch, *, parts: Parts, phases: tuple[Phase, ...]
 ) -> tuple[TrainState, Metrics]:
     """One update of one role or both, on one batch of users (POPI, arXiv 2510.17881 v1).
 
-    Samples G summaries per user; if it is the inference model's turn, rewards them by the generator's objective on K of
+    If it is the inference model's turn, samples G summaries per user, rewards them by the generator's objective on K of
     the user's pairs and takes policy-gradient steps; if it is the generator's turn, takes a preference step on the same
-    pairs behind the first summary of each group. In a joint update both see the models as they were before it.
+    pairs behind the first summary of each group. In a joint update both see the models as they were before it, and the
+    margins behind that first summary come from the generator's gradient pass.
     """
     cfg, model, prefix = parts.cfg, parts.model, parts.glue.generator_prefix
-    train_inference, train_generator = phase_at(state.step - parts.first_step, phases)
     key = jax.random.fold_in(state.key, state.step)
     objective = preference_objective(cfg)
-    draw = partial(
-        rollout,
-        key=key,
-        model=model,
-        glue=parts.glue,
-        sampling=parts.sampling,
-        group_size=cfg.inference.group_size,
-    )
     writer = policy(state.inference.params, frozen.inference, cfg.inference)
-    rollouts = by_parts(lambda part: draw(writer, part), users, cfg.batch.microbatches)
-    contexts = splice(prefix, rollouts.summaries, rollouts.finished)
+    nothing = jax.tree.map(lambda x: x[:, None], empty_summary(prefix, users.index.shape[0]))
+    sees_summary = cfg.generator.reference == "summary"
+
+    def draw(group_size: int) -> tuple[Rollouts, Tokens]:
+        """Summaries and the contexts that they make; a sample does not depend on how many there are."""
+        settings: Any = {"model": model, "glue": parts.glue, "sampling": parts.sampling, "group_size": group_size}
+        sampled = by_parts(lambda part: rollout(writer, part, key, **settings), users, cfg.batch.microbatches)
+        return sampled, splice(prefix, sampled.summaries, sampled.finished)
 
     def logps(params: Params, contexts: Tokens) -> PairLogps:
         score = partial(pair_logps, params, model=model)
         return by_parts(lambda part: score(*part), (contexts, users), cfg.batch.microbatches)
 
-    nothing = jax.tree.map(lambda x: x[:, None], empty_summary(prefix, users.index.shape[0]))
-    seen = contexts if cfg.generator.reference == "summary" else nothing
-    reference = logps(frozen.generator, seen) if objective.needs_reference else None
+    def reference_of(contexts: Tokens) -> PairLogps | None:
+        if not objective.needs_reference:
+            return None
+        if sees_summary:
+            return logps(frozen.generator, contexts)
+        if frozen.pairs is not None:
+            return jax.tree.map(lambda x: x[users.pair_number][:, None], frozen.pairs)
+        return logps(frozen.generator, nothing)
 
-    def of_inference(role: RoleState) -> tuple[RoleState, Metrics]:
+    def of_generator(
+        contexts: Tokens, reference: PairLogps | None
+    ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
+        """A step behind the first summary of each group, and its margins before the step."""
+        first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
+        tx = parts.transforms.generator
+        return generator_step(state.generator, frozen.generator, given, first, users, model=model, tx=tx, cfg=cfg)
+
+    def of_inference(
+        rollouts: Rollouts,
+        contexts: Tokens,
+        reference: PairLogps | None,
+        known: Float[Array, "users group pairs"] | None = None,
+    ) -> tuple[RoleState, Metrics]:
+        """A step by the rewards of the margins; `known` are those behind the first summary of each group."""
         judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(cfg.inference.reward_generator)
         judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
 
-        def margins(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
+        def margins_behind(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
             return margins_of(logps(judge, contexts), pair_lengths(users), reference, objective=objective)
 
         without = None
         if cfg.inference.reward_baseline:
-            without_text = logps(frozen.generator, nothing) if reference is not None and seen is contexts else reference
-            without = margins(nothing, without_text)[:, 0]
+            without_text = logps(frozen.generator, nothing) if reference is not None and sees_summary else reference
+            without = margins_behind(nothing, without_text)[:, 0]
+        if known is None or cfg.inference.reward_generator != "current":
+            margins = margins_behind(contexts, reference)
+        else:
+            rest = jax.tree.map(lambda x: x[:, 1:] if x.shape[1] > 1 else x, (contexts, reference))
+            margins = jnp.concatenate([known, margins_behind(*rest)], axis=1)
+        tx, glue = parts.transforms.inference, parts.glue
         return inference_step(
-            role,
+            state.inference,
             frozen.inference,
-            margins(contexts, reference),
+            margins,
             without,
             rollouts,
             users,
             model=model,
-            tx=parts.transforms.inference,
-            glue=parts.glue,
+            tx=tx,
+            glue=glue,
             cfg=cfg,
         )
 
-    def of_generator(role: RoleState) -> tuple[RoleState, Metrics]:
-        first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
-        tx = parts.transforms.generator
-        return generator_step(role, frozen.generator, given, first, users, model=model, tx=tx, cfg=cfg)
+    def inference_turn() -> tuple[RoleState, RoleState, Metrics]:
+        rollouts, contexts = draw(cfg.inference.group_size)
+        role, metrics = of_inference(rollouts, contexts, reference_of(contexts))
+        return role, state.generator, metrics
 
-    def when(
-        turn: Bool[Array, ""], step: Callable[[RoleState], tuple[RoleState, Metrics]], role: RoleState
-    ) -> tuple[RoleState, Metrics]:
-        shapes = jax.eval_shape(step, role)[1]
-        skip = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(turn, step, lambda r: (r, skip), role)
+    def generator_turn() -> tuple[RoleState, RoleState, Metrics]:
+        _, contexts = draw(1)
+        role, metrics, _ = of_generator(contexts, reference_of(contexts))
+        return state.inference, role, metrics
 
-    inference, metrics = when(train_inference, of_inference, state.inference)
-    generator, more = when(train_generator, of_generator, state.generator)
-    counts = {
-        "turn/inference": metric(train_inference.astype(jnp.float32)),
-        "turn/generator": metric(train_generator.astype(jnp.float32)),
-    }
-    return TrainState(inference, generator, state.step + 1, state.key), metrics | more | counts
+    def joint_turn() -> tuple[RoleState, RoleState, Metrics]:
+        rollouts, contexts = draw(cfg.inference.group_size)
+        reference = reference_of(contexts)
+        generator, more, known = of_generator(contexts, reference)
+        inference, metrics = of_inference(rollouts, contexts, reference, known)
+        return inference, generator, metrics | more
+
+    turns = {(True, False): inference_turn, (False, True): generator_turn, (True, True): joint_turn}
+    table = [(bool(a), bool(b)) for a, b in role_turns(phases)]
+    kinds = sorted(set(table))  # what never occurs is not compiled
+    metrics_of = {kind: jax.eval_shape(turns[kind])[2] for kind in kinds}
+    idle = {name: Mean(jnp.zeros(()), jnp.zeros(())) for metrics in metrics_of.values() for name in metrics}
+
+    def turn_of(kind: tuple[bool, bool]) -> tuple[RoleState, RoleState, Metrics]:
+        inference, generator, metrics = turns[kind]()
+        counts = {f"turn/{role}": metric(jnp.full((), on, jnp.float32)) for role, on in zip(ROLES, kind, strict=True)}
+        return inference, generator, idle | metrics | counts
+
+    step = jnp.clip(state.step - parts.first_step, 0, len(table) - 1)
+    kind = jnp.asarray([kinds.index(row) for row in table])[step]
+    inference, generator, metrics = jax.lax.switch(kind, [partial(turn_of, kind) for kind in kinds])
+    return TrainState(inference, generator, state.step + 1, state.key), metrics

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from popi_jax.arrays import Params
 from popi_jax.config import Config, GeneratorConfig, InferenceConfig
+from popi_jax.losses.preference import PairLogps
 from popi_jax.models.lora import init_lora_boxed, join
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import match_shardings, param_shardings, replicated
@@ -42,6 +43,8 @@ class Frozen(NamedTuple):
 
     inference: Params
     generator: Params
+    pairs: PairLogps | None = None  # [train pairs]: the generator's log-probs of every pair of the training users
+    # without a summary, computed once at the start of the main stage; None: each update computes those of its pairs
 
 
 class Transforms(NamedTuple):

@@ -56,8 +56,8 @@ def generator_step(
     model: TransformerConfig,
     tx: optax.GradientTransformation,
     cfg: Config,
-) -> tuple[RoleState, Metrics]:
-    """The preference objective on the users' pairs behind sampled summaries.
+) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
+    """The preference objective on the users' pairs behind sampled summaries; also the margins before the step.
 
     contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does not see the summary.
     """
@@ -70,7 +70,7 @@ def generator_step(
     total = jnp.maximum(jnp.sum(behind_each(users.pair_mask)), 1)
     chosen_len = jnp.maximum(masked_mean(users.chosen.lengths.astype(jnp.float32), users.pair_mask), 1.0)
 
-    def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+    def loss_fn(params: Params, part: Any) -> tuple[Array, tuple[Metrics, Array]]:
         users, contexts, reference = part
         mask = behind_each(users.pair_mask)
         lengths = PairLengths(behind_each(users.chosen.lengths), behind_each(users.rejected.lengths))
@@ -79,15 +79,17 @@ def generator_step(
         terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(chosen_len=chosen_len)
         losses = preference_losses(logps, lengths, reference, terms, objective=objective)
         margins = jax.lax.stop_gradient(margins_of(logps, lengths, reference, objective=objective))
-        return jnp.sum(jnp.where(mask, losses, 0.0)) / total, {
+        metrics = {
             "generator/loss": metric(losses, mask),
             "generator/accuracy": metric((margins > 0) + 0.5 * (margins == 0), mask),
             "generator/margin": metric(margins, mask),
         }
+        return jnp.sum(jnp.where(mask, losses, 0.0)) / total, (metrics, margins)
 
-    grads, metrics = summed_gradients(loss_fn, state.params, (users, contexts, reference), cfg.batch.microbatches)
+    parts = users, contexts, reference
+    grads, metrics, margins = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
     state, norm = apply_gradients(state, grads, tx, cfg.generator.ema_decay)
-    return state, metrics | {"generator/grad_norm": metric(norm)}
+    return state, metrics | {"generator/grad_norm": metric(norm)}, margins
 
 
 def inference_step(
@@ -127,7 +129,7 @@ def inference_step(
     weights = policy_weights(counted, objective=objective)
     wants_entropy = c.entropy_coef > 0 or c.high_entropy_share < 1
 
-    def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+    def loss_fn(params: Params, part: Any) -> tuple[Array, tuple[Metrics, tuple]]:
         users, rollouts, reference, advantages, counted = part
         scores = summary_logps(policy(params, frozen, c), users, rollouts, **settings, entropies=wants_entropy)
         logps = scores.logps
@@ -148,11 +150,11 @@ def inference_step(
             ratios = jnp.exp(jnp.where(counted, logps - old, 0.0))
             outside = (ratios < 1 - c.clip_low) | (ratios > 1 + c.clip_high)
             metrics["inference/clip_fraction"] = metric(outside.astype(jnp.float32), counted)
-        return loss, jax.lax.stop_gradient(metrics)
+        return loss, (jax.lax.stop_gradient(metrics), ())
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
         parts = users, rollouts, reference.logps, advantages, counted
-        grads, metrics = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
+        grads, metrics, _ = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
         state, norm = apply_gradients(state, grads, tx, c.ema_decay)
         return state, metrics | {"inference/grad_norm": metric(norm)}
 

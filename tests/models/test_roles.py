@@ -71,6 +71,7 @@ class Users:
             chosen=self.tokens((num_users, pairs), 4),
             rejected=self.tokens((num_users, pairs), 4),
             pair_mask=jnp.ones((num_users, pairs), bool),
+            pair_number=jnp.arange(num_users * pairs).reshape(num_users, pairs),
         )
         self.summaries = self.tokens((num_users, group), 4)
         self.glue = roles.Glue((1, 2, 3), (4, 5))

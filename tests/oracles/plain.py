@@ -90,7 +90,10 @@ def _program(params: dict, ids: jax.Array, weights: jax.Array, temperature: jax.
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], ids.shape)
         valid = jnp.ones(ids.shape, bool)
         hidden, _ = Transformer(model).apply({"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),))
-        logps = jax.nn.log_softmax(hidden[:, :-1] @ head(params, model) / temperature)
+        scores = hidden[:, :-1] @ head(params, model)
+        if model.final_logit_softcap is not None:
+            scores = model.final_logit_softcap * jnp.tanh(scores / model.final_logit_softcap)
+        logps = jax.nn.log_softmax(scores / temperature)
         logps = jnp.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]
         return jnp.sum(logps * weights), logps
 

@@ -70,6 +70,7 @@ def user_batch(seed: int, users: int = 8, pairs: int = 2) -> UserBatch:
         chosen=random_tokens(rng, (users, pairs), 4, ended=True),
         rejected=random_tokens(rng, (users, pairs), 4, ended=True),
         pair_mask=mask,
+        pair_number=np.arange(users * pairs, dtype=np.int32).reshape(users, pairs),
     )
 
 

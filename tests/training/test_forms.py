@@ -161,7 +161,7 @@ def test_every_objective_makes_a_step(name: str) -> None:
     contexts = jax.tree.map(lambda x: x[:, None], users.context)
     reference = PairLogps(*(jnp.zeros((8, 1, 2)) for _ in range(2))) if name in WITH_REFERENCE else None
     step = partial(generator_step, model=MODEL, tx=SGD, cfg=cfg)
-    after, metrics = jax.eval_shape(step, state, state.params, reference, contexts, users)
+    after, metrics, _ = jax.eval_shape(step, state, state.params, reference, contexts, users)
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(lambda x: x.shape, state.params)
     assert {"generator/loss", "generator/accuracy", "generator/margin"} <= metrics.keys()
 

@@ -68,13 +68,14 @@ def test_generator_step_is_the_dpo_trainer(objective: str) -> None:
         chosen=nested(rows(replies[:pairs], 9), 1),
         rejected=nested(rows(replies[pairs:], 9), 1),
         pair_mask=jnp.ones((pairs, 1), bool),
+        pair_number=jnp.arange(pairs)[:, None],
     )
     contexts = nested(rows([prompt[:2] for prompt in prompts[:pairs]]), 1)
     settings = small.replace(small.make_config(), "generator", objective=objective, beta=0.1)
     reference = jax.jit(partial(pair_logps, model=cfg))(reference_params, contexts, users)
     step = jax.jit(partial(generator_step, model=cfg, tx=SGD, cfg=settings))
     role = RoleState(jnp.int32(0), params, SGD.init(params))
-    after, metrics = step(role, params, reference, contexts, users)
+    after, metrics, _ = step(role, params, reference, contexts, users)
     name = {"dpo": "sigmoid"}.get(objective, objective)
     loss = metrics["generator/loss"]
     np.testing.assert_allclose(loss.total / loss.weight, values[f"{name}_loss"], rtol=1e-5, atol=1e-5)

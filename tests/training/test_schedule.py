@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh
 
 from popi_jax.config_check import parse_phases
-from popi_jax.models.roles import rollout
+from popi_jax.models.roles import empty_summary, pair_logps, rollout
 from popi_jax.sharding import place_batch
-from popi_jax.training.schedule import Parts, phase_at, popi_update, role_turns
+from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import TrainState
 from tests.oracles import losses as oracle
 from tests.oracles import plain
@@ -58,8 +58,6 @@ def test_turns_of_the_phases() -> None:
     # an alternation may end inside a cycle, and the next phase begins with a new one
     cut = role_turns(parse_phases(("alternate 1:2 2", "alternate 1:2 2")))
     assert [tuple(row) for row in cut.tolist()] == [inference, generator] * 2
-    for step, row in enumerate(expected):
-        assert tuple(bool(x) for x in phase_at(jnp.int32(step), small.phases())) == row
 
 
 def test_a_whole_schedule_is_one_compilation(on_one_device: Mesh, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,6 +99,28 @@ def test_a_whole_schedule_is_one_compilation(on_one_device: Mesh, caplog: pytest
 def joint_start(state: TrainState) -> TrainState:
     """The state moved to the first update that trains both."""
     return state._replace(step=jax.device_put(jnp.int32(len(TURNS) - 2), state.step.sharding))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_joint_update_is_both_turns_at_once(stored: bool, on_one_device: Mesh) -> None:
+    """Though it takes the first margins from the generator's gradient; and stored log-probs of the reference change
+    nothing."""
+    parts = small.make_parts(CFG)
+    state, frozen = small.make_state(parts, on_one_device)
+    users = jax.tree.map(jnp.asarray, small.user_batch(0))
+
+    def program(phase: str):
+        return jax.jit(partial(popi_update, parts=parts, phases=parse_phases((phase,))))
+
+    alone = [program(phase)(state, frozen, users)[0] for phase in ("inference 2", "generator 2")]
+    if stored:
+        nothing = jax.tree.map(lambda x: x[:, None], empty_summary(small.GLUE.generator_prefix, 8))
+        logps = jax.jit(partial(pair_logps, model=parts.model))(frozen.generator, nothing, users)
+        frozen = frozen._replace(generator={}, pairs=jax.tree.map(jnp.ravel, logps))
+    joint, _ = program("joint 2")(state, frozen, users)
+    for found, expected in ((joint.inference, alone[0].inference), (joint.generator, alone[1].generator)):
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found.params, expected.params)
+        assert differs(found.params, state.inference.params)
 
 
 class Run(NamedTuple):

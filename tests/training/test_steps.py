@@ -61,7 +61,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     rollouts = random_rollouts(2, 1)
     contexts = splice(small.GLUE.generator_prefix, rollouts.summaries, rollouts.finished)
     step = jax.jit(partial(generator_step, model=MODEL, tx=SGD, cfg=CFG))
-    after, metrics = step(role(params), params, reference, contexts, users)
+    after, metrics, margins = step(role(params), params, reference, contexts, users)
 
     places = [(u, k) for u, k in np.ndindex(8, 2) if users.pair_mask[u, k]]
     sequences = []
@@ -79,6 +79,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     _, grads = plain.logps_and_pullback(params, sequences, [w / len(places) for w in weights])
     assert_close(gradient(role(params), after), grads)
 
+    np.testing.assert_allclose(np.logaddexp(0, -np.asarray(margins)[at]), losses, atol=1e-4)
     assert metrics["generator/loss"].weight == len(places) == 15
     np.testing.assert_allclose(metrics["generator/loss"].total, losses.sum(), rtol=1e-4)
     np.testing.assert_allclose(metrics["generator/accuracy"].total, (losses < np.log(2)).sum())
