@@ -154,7 +154,7 @@ def train(built: Built) -> Trained:
                 update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
                 program = jax.jit(update, donate_argnums=0, out_shardings=layout)
                 step, state = loop(program, state, step, warmup_steps, label="warm-up")
-            frozen = stored_frozen(built, abstract, base) if step > warmup_steps else None
+            frozen = stored_frozen(built, abstract, base, with_pairs=True) if step > warmup_steps else None
             if frozen is None and step > warmup_steps:
                 raise UserError(
                     f'config.workdir: "{cfg.workdir}/reference" is gone, without which the run cannot continue; '
@@ -206,14 +206,17 @@ def lora_base(built: Built) -> Params:
     return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, cfg.model.dtype))
 
 
-def stored_frozen(built: Built, abstract: TrainState, base: Params) -> Frozen | None:
-    """The reference policies of a run; None while it is in its warm-up. Raises: UserError."""
+def stored_frozen(built: Built, abstract: TrainState, base: Params, *, with_pairs: bool = False) -> Frozen | None:
+    """The reference policies of a run, `with_pairs` as training goes on with them; None while it is in its warm-up.
+
+    Raises: UserError.
+    """
     shapes = {
         role: {} if trains_adapters(built.config, role) else getattr(abstract, role).params
         for role in checkpoints.ROLES
     }
     pairs = None
-    if _stores_pairs(built):
+    if with_pairs and _stores_pairs(built):
         count = len(built.dataset.splits["train"]) * built.config.data.num_pairs
         column = jax.ShapeDtypeStruct((count,), jnp.float32, sharding=replicated(built.mesh))
         pairs = PairLogps(column, column)

@@ -63,6 +63,23 @@ def test_rows_belong_together(tokenizer: Tokenizer, cfg: Config) -> None:
     assert not batch.turns.lengths[unused].any() and (batch.turns.ids[unused] == tokenizer.pad_id).all()
 
 
+def test_a_pair_has_the_same_number_wherever_it_is_drawn(tokenizer: Tokenizer, cfg: Config) -> None:
+    """In training batches and in those of all pairs, from which the reference's log-probs are stored."""
+    whole = [batch.batch for batch in pipeline.eval_batches(USERS, tokenizer, cfg)]
+    known = {
+        int(b.pair_number[at]): (text(tokenizer, b.turns, *at), text(tokenizer, b.chosen, *at))
+        for b in whole
+        for at in zip(*np.nonzero(b.pair_mask), strict=True)
+    }
+    assert len(known) == sum(len(user.pairs) for user in USERS)
+    flat = np.concatenate([b.pair_number for b in whole])[: len(USERS)]
+    first = np.arange(len(USERS)) * cfg.data.num_pairs
+    np.testing.assert_array_equal(flat[:, 0], first)  # rows of users, one after the other
+    for b in take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 5):
+        for at in zip(*np.nonzero(b.pair_mask), strict=True):
+            assert known[int(b.pair_number[at])] == (text(tokenizer, b.turns, *at), text(tokenizer, b.chosen, *at))
+
+
 def test_every_user_once_per_epoch_and_another_order_each_epoch(tokenizer: Tokenizer, cfg: Config) -> None:
     batches = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 11)  # 4 epochs of 11 users
     who = [text(tokenizer, b.context, row).split("\n")[0] for b in batches for row in range(4)]

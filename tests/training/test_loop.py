@@ -212,6 +212,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_only(workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, LAST + 1))
+    assert (workdir / "reference" / "pairs").exists()  # so that what is stored is read again by runs that continue
     return workdir
 
 
