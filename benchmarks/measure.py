@@ -112,7 +112,7 @@ def compilations() -> Iterator[list[int]]:
 def matmul_peak(
     shapes: Iterable[tuple[int, int, int]] = (*((n, n, n) for n in SQUARE), *TALL), repeats: int = 5
 ) -> float:
-    """FLOP per CPU second of the fastest float32 product of matrices: what a program could reach on this machine now."""
+    """FLOP per CPU second of the fastest float32 product of matrices: what a program could reach here and now."""
     product, best = jax.jit(jnp.matmul), 0.0
     for m, k, n in shapes:
         a, b = jnp.ones((m, k)), jnp.ones((k, n))

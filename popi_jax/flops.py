@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 def flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: Any) -> int:
     """2 M N K for each product of matrices in one call of `fn`; what goes element by element is not counted.
 
-    Arguments may be arrays or shapes (`jax.ShapeDtypeStruct`). A `while_loop` is taken to run `while_trips` times, as the
+    Arguments may be arrays or shapes (`jax.ShapeDtypeStruct`). A `while_loop` is taken to run `while_trips` times: the
     jaxpr does not say how often. Of a `cond` the most expensive branch counts; under `shard_map` the products of all
     devices of its mesh count. Kernels written by hand (Pallas) and convolutions are not counted.
     """
