@@ -1,7 +1,8 @@
 """How seconds per step grow with the users, with the pairs of each (K) and with the samples of each (G).
 
-Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals of two lengths and summaries of two lengths: as the signals of a
-user are read once for all samples, a sample more should cost by the length of the summary and hardly by that of the signals.
+Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals and summaries of two lengths:
+the signals of a user are read once for all samples, so what one more sample costs should depend on the length of the
+summary and hardly on that of the signals.
 """
 
 import sys
@@ -13,6 +14,7 @@ from benchmarks.growth_chart import Line, Panel, draw
 from benchmarks.report import table, write_json, write_text
 from benchmarks.workloads import TINY, Workload
 
+GEOMETRY = TINY._replace(num_layers=2, vocab_size=1024)
 # small works of the three kinds; one number of each is varied
 PAIRS = Workload("pairs", "dpo", users=2, pairs=2, signals_len=64, prompt_len=32, answer_len=32)
 SAMPLES = Workload("samples", "grpo", users=2, group=4, signals_len=256, summary_len=16)
@@ -63,8 +65,6 @@ def plan(panels: Sequence[str]) -> list[Series]:
 
 def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
     """Compiles one program for each point, then times all of them in turns."""
-    import jax
-
     from benchmarks import measure
     from benchmarks.programs import programs
     from popi_jax.progress import Progress
@@ -74,10 +74,9 @@ def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
     with Progress(len(works), label="programs compiled", interval=10.0) as progress:
         for work in works:
             name = f"{work.name}/{STEPS[work.name]}"
-            (program,) = (p for p in programs(work, TINY) if p.name == name)
+            (program,) = (p for p in programs(work, GEOMETRY) if p.name == name)
             cases[work] = measure.prepare(program, work)
             progress.update(len(cases))
-            jax.clear_caches()
     compiled = measure.run_rounds([*cases.values()], rounds)
     lines = []
     for one in series:

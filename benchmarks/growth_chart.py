@@ -26,7 +26,8 @@ def draw(panels: Sequence[Panel], y_label: str) -> str:
     parts = [part for i, panel in enumerate(panels) for part in _panel(panel, i * WIDTH, y_label)]
     size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>'
+    return f'{head}\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
 
 
 def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
