@@ -1,8 +1,8 @@
 """How seconds per step grow with the users, with the pairs of each (K) and with the samples of each (G).
 
-Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals and summaries of two lengths:
-the signals of a user are read once for all samples, so what one more sample costs should depend on the length of the
-summary and hardly on that of the signals.
+Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals and summaries of two
+lengths: the signals of a user are read once for all samples, so what one more sample costs should depend on the length
+of the summary and hardly on that of the signals.
 """
 
 import sys

@@ -3,7 +3,7 @@
 import argparse
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,13 +37,13 @@ def events_of(folder: Path) -> list[Event]:
 
 def by_operation(events: Iterable[Event], known: Mapping[str, Operation]) -> dict[str, tuple[float, int]]:
     """Operation -> (seconds, runs); what is no operation of the program is left out, as are loops around others."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
     for event in events:
         if event.name in known:
             seconds[event.name] += event.seconds
             runs[event.name] += 1
-    return {name: (seconds[name], runs[name]) for name, _ in sorted(seconds.items(), key=lambda item: -item[1])}
+    return {name: (seconds[name], runs[name]) for name, _ in _largest(seconds)}
 
 
 def page(
@@ -56,10 +56,10 @@ def page(
     longest: int = 20,
 ) -> str:
     whole = sum(seconds for seconds, _ in totals.values()) or 1.0
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for operation, (seconds, _) in totals.items():
         kinds[known[operation].kind] += seconds
-    of_kinds = [(kind, 1e3 * s / steps, f"{100 * s / whole:.1f} %") for kind, s in kinds.most_common()]
+    of_kinds = [(kind, 1e3 * s / steps, f"{100 * s / whole:.1f} %") for kind, s in _largest(kinds)]
     of_operations = [
         (
             f"`{operation}`",
@@ -110,13 +110,17 @@ def profile(name: str, steps: int, out: Path) -> str:
     return page(name, by_operation(events_of(out), known), known, steps=steps, facts=facts)
 
 
+def _largest(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(numbers.items(), key=lambda item: -item[1])
+
+
 def _short(path: str) -> str:
     """The last parts of a path of names."""
     return "/".join(path.split("/")[-4:])
 
 
 def _relative(source: str) -> str:
-    return source.removeprefix(f"{ROOT}/")
+    return source.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
 
 
 def _workload_of(text: str) -> str:
