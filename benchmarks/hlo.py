@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: the kind of work of each operation, and which line of the source asked for it."""
+"""Reads the text of a compiled program: the kind of work of each operation, and the line of the source behind it."""
 
 import re
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Seconds from the start of a process to the end of its first training step, with and without compiled programs at hand.
+"""Seconds from the start of a process to the end of its first training step, with and without compiled programs.
 
 The data are prepared beforehand. Cold and warm starts take turns; each has a new work directory, and before a cold one
 the folder of compiled programs is deleted.
