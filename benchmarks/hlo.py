@@ -7,9 +7,10 @@ PRODUCTS = {"dot", "convolution"}
 MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "transpose", "reverse", "pad"}
 LOOKUPS = {"gather", "scatter"}
 CONTAINERS = {"while", "call", "conditional"}  # the time of what they run is counted there
-_FREE = {"parameter", "constant", "bitcast", "reshape", "broadcast", "iota", "convert", "tuple", "get-tuple-element"}
+_NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}  # never run
+_FREE = _NOTHING | {"reshape", "broadcast", "iota", "convert"}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (?:\([^=]*?\)|\S+) ([\w\-]+)\(")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _FRAME = re.compile(r"^(\d+) \{file_name_id=(\d+) function_name_id=\d+ line=(\d+)")
 _PARENT = re.compile(r"^(\d+) \{file_location_id=(\d+)")
 
@@ -54,7 +55,7 @@ def operations(text: str) -> dict[str, Operation]:
     made = {}
     for body in bodies.values():
         for name, opcode, line in body:
-            if opcode in CONTAINERS:
+            if opcode in CONTAINERS or opcode in _NOTHING:
                 continue
             called = _first(r"calls=%([\w.\-]+)", line)
             asked_by = _first(r'op_name="([^"]*)"', line)
