@@ -9,6 +9,8 @@ WORKDIR = work/$(basename $(notdir $(CONFIG)))
 ARGS =
 ACCEL = cpu
 PYTHON =
+BASE = main
+PROGRAM = popi/fused_update
 
 # on Linux large arrays then lie in huge pages: about a sixth less CPU time; glibc older than 2.35 ignores it
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -32,7 +34,8 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden clean
+.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden bench bench-compare \
+  bench-growth bench-restart profile clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -45,6 +48,8 @@ help: ## what there is
 	  WORKDIR 'where the run lives ($(WORKDIR))' \
 	  ARGS 'further flags of the command, or of pytest' \
 	  ACCEL 'what is installed for: cpu, cuda13 or tpu ($(ACCEL))' \
+	  BASE 'the revision that bench-compare compares with ($(BASE))' \
+	  PROGRAM 'what profile traces ($(PROGRAM))' \
 	  PYTHON 'a Python of at least 3.11 (the first of python3.12, python3.11, python3)'
 	@printf '\nflags and fields of a command: %s popi_jax.train --help\n' '$(RUN)'
 
@@ -74,7 +79,7 @@ print-config: $(STAMP) ## print the resolved configuration
 lint: $(STAMP) ## ruff and mypy
 	$(RUN) ruff check
 	$(RUN) ruff format --check
-	$(RUN) mypy popi_jax configs
+	$(RUN) mypy popi_jax configs benchmarks
 
 test: $(STAMP) ## the quick tests
 	$(RUN) pytest -q -n 2 $(ARGS)
@@ -86,9 +91,24 @@ golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
 	for name in prism prefeval jsonl smoke; do \
 	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
 
+bench: $(STAMP) ## time every program of benchmarks/ on this machine
+	$(RUN) benchmarks.bench $(ARGS)
+
+bench-compare: $(STAMP) ## time this tree against the revision BASE; fails when slower
+	$(RUN) benchmarks.compare --base='$(BASE)' $(ARGS)
+
+bench-growth: $(STAMP) ## cost against the number of users, pairs and samples
+	$(RUN) benchmarks.growth $(ARGS)
+
+bench-restart: $(STAMP) ## seconds to the first step, cold and with compiled programs
+	$(RUN) benchmarks.restart $(ARGS)
+
+profile: $(STAMP) ## trace PROGRAM, and show where its time goes
+	$(RUN) benchmarks.profile --program='$(PROGRAM)' $(ARGS)
+
 clean: ## remove .venv and caches; work/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.lock
 	@launch/make_venv.sh $(ACCEL) $(PYTHON)

@@ -14,6 +14,7 @@ ENTRY_POINTS = ("train", "evaluate", "summarize", "generate", "export", "prepare
 # part of the package -> parts that it may import; a part is a folder or a file of the top level
 ALLOWED = {
     "errors": set(),
+    "flops": set(),
     "arrays": set(),
     "config": set(),
     "config_check": {"config", "errors"},

@@ -45,6 +45,11 @@ def command(*args: str) -> str:
         (["export"], "popi_jax.export --config=prism --config.workdir='work/prism' "),
         (["print-config"], "popi_jax.train --config=prism --config.workdir='work/prism'  --print_config"),
         (["test"], "pytest -q -n 2 "),
+        (["bench", "ARGS=--rounds=3"], "benchmarks.bench --rounds=3"),
+        (["bench-compare", "BASE=v1"], "benchmarks.compare --base='v1' "),
+        (["bench-growth"], "benchmarks.growth "),
+        (["bench-restart"], "benchmarks.restart "),
+        (["profile"], "benchmarks.profile --program='popi/fused_update' "),
     ],
 )
 def test_targets_run_plain_commands(args: list[str], line: str) -> None:
@@ -64,9 +69,10 @@ def test_variables_of_the_environment_do_not_leak_in() -> None:
 
 def test_help_is_the_default_and_names_every_target_and_variable() -> None:
     text = make().stdout
-    for word in "setup data train eval summarize generate export print-config lint test test-slow golden clean".split():
+    targets = "setup data train eval summarize generate export print-config lint test test-slow golden clean"
+    for word in f"{targets} bench bench-compare bench-growth bench-restart profile".split():
         assert f"make {word} " in text
-    for word in "CONFIG MODEL SCALE SCHEDULE WORKDIR ARGS ACCEL PYTHON".split():
+    for word in "CONFIG MODEL SCALE SCHEDULE WORKDIR ARGS ACCEL BASE PROGRAM PYTHON".split():
         assert f"  {word} " in text
 
 

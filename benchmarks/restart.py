@@ -1,0 +1,104 @@
+"""Seconds from the start of a process to the end of its first training step, with and without compiled programs.
+
+The data are prepared beforehand. Cold and warm starts take turns; each has a new work directory, and before a cold one
+the folder of compiled programs is deleted.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import options
+from benchmarks.report import table, write_json
+
+ROOT = Path(__file__).parents[1]
+RUNS = {
+    "smoke": ("--config=configs/smoke.py",),
+    "prism": ("--config=configs/prism.py", "--config.warmup.steps=0"),
+}
+
+
+class StartError(Exception):
+    """Told in one line."""
+
+
+def start(name: str, folder: Path) -> dict[str, Any]:
+    """One start in a process of its own. Raises: StartError."""
+    workdir = folder / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    places = {"workdir": workdir, "data.prepared": folder / "prepared", "data.path": folder / "published"}
+    flags = [
+        *RUNS[name],
+        *(f"--config.{field}={path}" for field, path in places.items()),
+        "--config.data.download=false",
+    ]
+    command = [sys.executable, "-m", "benchmarks.start", repr(time.time()), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    shutil.rmtree(workdir, ignore_errors=True)
+    if done.returncode:
+        raise StartError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def restart(names: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
+    """Raises: StartError."""
+    results = {}
+    for name in names:
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        start(name, own)  # prepares the data
+        found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+        for number in range(rounds):
+            shutil.rmtree(own / "compiled", ignore_errors=True)
+            for kind in found:
+                found[kind].append(start(name, own))
+            left = (time.monotonic() - began) / (number + 1) * (rounds - number - 1)
+            print(f"{name}: round {number + 1} of {rounds}, {left:.0f} s left", file=sys.stderr, flush=True)
+        results[name] = found
+    return results
+
+
+def middle(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The start whose seconds are the median (of two in the middle the lower)."""
+    number = statistics.median_low([one["seconds"] for one in starts])
+    return next(one for one in starts if one["seconds"] == number)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    text = []
+    for name, found in results.items():
+        cold, warm = middle(found["cold"]), middle(found["warm"])
+        rows: list[tuple[Any, ...]] = [("all", cold["seconds"], warm["seconds"])]
+        rows += [(part, cold["parts"][part], warm["parts"][part]) for part in cold["parts"]]
+        rows += [(f"of these: {part}", cold["within"][part], warm["within"][part]) for part in cold["within"]]
+        rows += [("programs compiled", cold["compiled"], warm["compiled"])]
+        ratio = cold["seconds"] / warm["seconds"]
+        text += [f"{name}: cold / warm = {ratio:.2f}", "", table(("seconds", "cold", "warm"), rows), ""]
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = options.parser(__doc__, rounds=3, workloads=False)
+    flags.add_argument("--runs", nargs="+", choices=[*RUNS], default=[*RUNS], help="configurations that are started")
+    flags.add_argument("--folder", type=Path, default=Path("work/restart"), help="where data and programs are kept")
+    flags.add_argument("--out", default="work/bench/restart.json", metavar="FILE", help="where the figures go")
+    args = flags.parse_args(argv)
+    try:
+        results = restart(args.runs, args.rounds, args.folder.resolve())
+    except StartError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    write_json(args.out, results)
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
