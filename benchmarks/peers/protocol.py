@@ -124,6 +124,13 @@ class Paused:
         return self._cost
 
 
+def step_of(loops: dict[str, Paused]) -> Cost:
+    """One step of each loop, the policy's first. With two of them "parts" holds each as well."""
+    costs = {kind: loops[kind].step() for kind in ("grpo", "dpo") if kind in loops}
+    parts = {name: cost for each in costs.values() for name, cost in each.pop("parts").items()}
+    return {**added(*costs.values()), "parts": parts | (costs if len(costs) > 1 else {})}
+
+
 def resolve(name: str) -> tuple[Workload, bool]:
     """The workload of that name, and whether its reference log-probs are stored."""
     return WORKLOADS[name.removesuffix(STORED_REFERENCE)], name.endswith(STORED_REFERENCE)

@@ -158,24 +158,24 @@ class Trainers:
         )
 
     def common(self, batch_size: int) -> dict[str, Any]:
-        return dict(
-            output_dir=self.folder,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=1,
-            max_steps=1_000_000,
-            learning_rate=protocol.LEARNING_RATE,
-            lr_scheduler_type="constant",
-            max_grad_norm=protocol.MAX_GRAD_NORM,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-        )
+        return {
+            "output_dir": self.folder,
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 1_000_000,
+            "learning_rate": protocol.LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": protocol.MAX_GRAD_NORM,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_num_workers": 0,
+            "dataloader_pin_memory": False,
+        }
 
     def dpo(self) -> trl.DPOTrainer:
         work = self.work
@@ -290,11 +290,7 @@ def open_workload(name: str, geometry: Geometry) -> Running:
         watched["grpo reference"] = grpo.ref_model
 
     def step() -> Cost:
-        costs = {kind: loops[kind].step() for kind in ("grpo", "dpo") if kind in loops}
-        shares = {name: cost for each in costs.values() for name, cost in each.pop("parts").items()}
-        if len(costs) > 1:
-            shares |= costs
-        return {**protocol.added(*costs.values()), "parts": shares}
+        return protocol.step_of(loops)
 
     before = {kind: checksum(model) for kind, model in trained.items()}
     forwards = Forwards(**watched)
