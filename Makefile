@@ -29,7 +29,8 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden clean
+.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden \
+  bench-peers-setup bench-peers clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -83,9 +84,20 @@ golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
 	for name in prism prefeval jsonl smoke; do \
 	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
 
-clean: ## remove .venv and caches; work/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+bench-peers-setup: .venv-peers/trl/.installed .venv-peers/tunix/.installed ## install TRL and Tunix, each on its own
+
+.venv-peers/%/.installed: benchmarks/peers/requirements-%.txt | $(STAMP)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench-peers: $(STAMP) ## time popi_jax against TRL and Tunix
+	$(RUN) benchmarks.peers.run $(ARGS)
+
+clean: ## remove .venv, .venv-peers and caches; work/ and data/ stay
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find benchmarks configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.lock
 	@launch/make_venv.sh $(ACCEL) $(PYTHON)

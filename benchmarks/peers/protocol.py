@@ -1,6 +1,6 @@
-"""How the driver and its workers talk, and how a worker times the steps of a trainer that owns its loop. Standard library only.
+"""How the driver and its workers talk, and how a worker times a trainer that owns its loop. Standard library only.
 
-A worker is a process that answers each line of JSON on its standard input by one line of JSON on its standard output:
+A worker is a process that answers each line of JSON on its standard input by one on its standard output:
 
     worker                {"ready": {"name": "trl", "versions": {"trl": "1.16.0", ...}}}
     driver                {"workload": "dpo", "steps": 3}
@@ -8,10 +8,11 @@ A worker is a process that answers each line of JSON on its standard input by on
                            "counts": {...}, "notes": [...]}
     worker, on a failure  {"workload": "dpo", "error": "ValueError: ..."}
 
-The first request for a workload builds it and makes its first step, which is not among the timed ones; "steps": 0 does that
-alone. "cpu" is what all threads of the process used, in seconds. "parts" holds shares of the step under "rollout", "reward",
-"grpo" and "dpo", each with its "cpu" and "wall". "counts" says what the model was given in the first step. What libraries
-print goes to the standard error. A worker ends when its standard input does.
+The first request for a workload builds it and makes its first step, which is not among the timed ones; "steps": 0 does
+that alone. "cpu" is what all threads of the process used, in seconds. "parts" holds shares of the step under "rollout",
+"reward", "grpo" and "dpo", each with its "cpu" and "wall", where the trainer allows to tell them apart. "counts" says
+what the models were given in the first step. What libraries print goes to the standard error. A worker ends when its
+standard input does.
 """
 
 import argparse
@@ -47,12 +48,12 @@ class Running(NamedTuple):
     notes: list[str]
 
 
-def cost_since(start: tuple[float, float]) -> Cost:
-    return {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
-
-
 def now() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
+
+
+def cost_since(start: tuple[float, float]) -> Cost:
+    return {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
 
 
 def added(*costs: Cost) -> Cost:
@@ -86,8 +87,8 @@ class Parts:
 class Paused:
     """A loop that someone else owns, run in a thread of its own and let go one step at a time.
 
-    `loop` is called with a function that it must call between two steps and before the first: it blocks until the next step
-    is asked for. The times are taken in the thread of the loop.
+    `loop` is called with a function that it must call before the first step and after each: that blocks until the next
+    step is asked for. The times are taken where it is called.
     """
 
     def __init__(self, loop: Callable[[Callable[[], None]], None], parts: Parts | None = None) -> None:

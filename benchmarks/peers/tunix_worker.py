@@ -2,24 +2,26 @@
 
     python -m benchmarks.peers.tunix_worker
 
-Only the public interface is used: configurations, data, reward functions, and `tunix.rl.common.compute_per_token_logps` in
-the reward of "popi". The trainers' loops run as they are; they pause where they ask for the next batch, once all that was
-dispatched is done. A step is all that happens from one such request to the next.
+Only the public interface is used: configurations, data, reward functions, and
+`tunix.rl.common.compute_per_token_logps` in the reward of "popi". The trainers' loops run as they are; they pause
+where they ask for the next batch, once all that was dispatched is done. A step is all that happens from one such
+request to the next.
 
 What is set for speed, or against waste:
-- float32 on the CPU, all steps under jit (the default), one device, so the rollout shares its weights with the trainer;
+- float32, all steps under jit (the default), one device and one mesh, so rollout and trainer share their weights;
 - the model is Tunix's Llama3 with tied weights, no rematerialisation (the default);
-- generation with a KV cache of exactly the tokens that there will be, no filter of the sampled distribution, Tunix's own
-  sampler (no vLLM, no SGLang);
-- one optimizer step per rollout, so no forward for the old policy; all sequences in one batch; no checkpoints, no evaluation;
-- the reward of "popi": the generator's log-probs of all pairs of a user at once.
+- generation with a KV cache of exactly the tokens that there will be, no filter of the sampled distribution, Tunix's
+  own sampler (no vLLM, no SGLang);
+- one optimizer step per rollout, so no forward for the old policy; all sequences in one batch;
+- no checkpoints, no evaluation, no metrics kept on disk;
+- the reward of "popi": all pairs of a user at once, without gradient.
 Tunix computes the logits of all positions and keeps those of the replies: it offers no other way for this model.
 
-Tunix has no stored reference. Under "+stored_reference" DPOTrainer has no reference model at all, which its interface allows:
-such a step computes what a step with stored log-probs would, but for one subtraction per reply.
+Tunix stores no log-probs of the reference. Under "+stored_reference" DPOTrainer has no reference model at all, which
+its interface allows: such a step computes what one with stored log-probs would, but for a subtraction per reply.
 
-Texts are ids in digits with a tokenizer that reads them, so lengths are exact. The ids of padding and of the end lie outside
-the vocabulary: no sample can end early, and no sampled token is taken for padding.
+Texts are ids in digits with a tokenizer that reads them, so lengths are exact. The ids of padding and of the end lie
+outside the vocabulary: no sample can end early, and no sampled token is taken for padding.
 """
 
 import functools
