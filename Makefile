@@ -35,7 +35,7 @@ options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
 .PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden bench bench-compare \
-  bench-growth bench-restart profile clean
+  bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -106,8 +106,19 @@ bench-restart: $(STAMP) ## seconds to the first step, cold and with compiled pro
 profile: $(STAMP) ## trace PROGRAM, and show where its time goes
 	$(RUN) benchmarks.profile --program='$(PROGRAM)' $(ARGS)
 
-clean: ## remove .venv and caches; work/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench-peers-setup: .venv-peers/trl/.installed .venv-peers/tunix/.installed ## install TRL and Tunix, each on its own
+
+.venv-peers/%/.installed: benchmarks/peers/requirements-%.txt | $(STAMP)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench-peers: $(STAMP) ## time popi_jax against TRL and Tunix
+	$(RUN) benchmarks.peers.run $(ARGS)
+
+clean: ## remove .venv, .venv-peers and caches; work/ and data/ stay
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.lock

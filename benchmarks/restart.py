@@ -1,6 +1,6 @@
-"""Seconds from the start of a process to the end of its first training step, with and without compiled programs.
+"""Seconds from the start of a process that continues a run to the end of its first step, compiled programs kept or not.
 
-The data are prepared beforehand. Cold and warm starts take turns; each has a new work directory, and before a cold one
+The run is started beforehand and stopped after its first checkpoint. Cold and warm starts take turns; before a cold one
 the folder of compiled programs is deleted.
 """
 
@@ -28,19 +28,33 @@ class StartError(Exception):
     """Told in one line."""
 
 
-def start(name: str, folder: Path) -> dict[str, Any]:
-    """One start in a process of its own. Raises: StartError."""
-    workdir = folder / "run"
-    shutil.rmtree(workdir, ignore_errors=True)
-    places = {"workdir": workdir, "data.prepared": folder / "prepared", "data.path": folder / "published"}
-    flags = [
+def flags_of(name: str, folder: Path) -> list[str]:
+    places = {"workdir": folder / "run", "data.prepared": folder / "prepared", "data.path": folder / "published"}
+    return [
         *RUNS[name],
         *(f"--config.{field}={path}" for field, path in places.items()),
         "--config.data.download=false",
     ]
-    command = [sys.executable, "-m", "benchmarks.start", repr(time.time()), *flags]
+
+
+def begin(name: str, folder: Path) -> None:
+    """Trains until the first checkpoint is there, then stops the run as a user would. Raises: StartError."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = [sys.executable, "-m", "popi_jax.train", *flags_of(name, folder), "--config.schedule.save_every=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    checkpoint = folder / "run" / "checkpoints" / "1"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate()
+    if not checkpoint.exists():
+        raise StartError(f"{name}: {(errors.strip().splitlines() or ['no message'])[-1]}")
+
+
+def start(name: str, folder: Path) -> dict[str, Any]:
+    """One start of the run in a process of its own. Raises: StartError."""
+    command = [sys.executable, "-m", "benchmarks.start", repr(time.time()), *flags_of(name, folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    shutil.rmtree(workdir, ignore_errors=True)
     if done.returncode:
         raise StartError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -53,7 +67,7 @@ def restart(names: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
         own = folder / name
         own.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        start(name, own)  # prepares the data
+        begin(name, own)
         found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
         for number in range(rounds):
             shutil.rmtree(own / "compiled", ignore_errors=True)

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from popi_jax import distributed
 from popi_jax.checkpoints.hf_config import read_config
 from popi_jax.checkpoints.manager import check_same_run, stored_config
-from popi_jax.config import Config
+from popi_jax.config import Config, DataConfig
 from popi_jax.config_check import check_mesh, resolve_mesh
 from popi_jax.data import templates, tokenizer
-from popi_jax.data.encoding import fitted_lengths
+from popi_jax.data.encoding import Truncations, fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
@@ -47,7 +47,8 @@ def start_devices(config: Config) -> Mesh:
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     jax.config.update("jax_compilation_cache_dir", str(Path(config.data.prepared).parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     distributed.start()
     check_mesh(config, jax.device_count())
     mesh = make_mesh(*resolve_mesh(config.mesh, jax.device_count()))
@@ -89,6 +90,19 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     return made
 
 
+def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> tuple[DataConfig, Truncations]:
+    """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its users again."""
+    path = Path(config.workdir) / "tokenizer" / "lengths.json"
+    if begun and path.exists():
+        known = json.loads(path.read_text())
+        return dataclasses.replace(config.data, **known["lengths"]), Truncations(*known["truncations"])
+    data, cut = fitted_lengths(dataset.splits["train"], words, config)
+    if jax.process_index() == 0:
+        lengths = {name: getattr(data, name) for name in ("context_len", "turn_len", "answer_len")}
+        path.write_text(json.dumps({"lengths": lengths, "truncations": list(cut)}))
+    return data, cut
+
+
 def never_drawn(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
     """The control tokens other than the end of a reply, and the numbers beyond the tokenizer's vocabulary."""
     return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
@@ -107,7 +121,7 @@ def build(config: Config, config_json: str) -> Built:
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")
     words = load_tokenizer(config, dataset)
-    data, cut = fitted_lengths(dataset.splits["train"], words, config)
+    data, cut = _lengths(config, dataset, words, begun=bool(stored))
     if cut.contexts or cut.turns or cut.answers:
         logging.warning(
             "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), "

@@ -162,7 +162,7 @@ def train(built: Built) -> Trained:
                 )
             if frozen is None:
                 copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
-                own = jax.tree.map(jnp.copy, Frozen(**copies))
+                own = jax.jit(partial(jax.tree.map, jnp.copy))(Frozen(**copies))
                 frozen = _on_base(own, base)
                 pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
                 frozen = frozen._replace(pairs=pairs)

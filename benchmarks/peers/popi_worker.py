@@ -1,0 +1,60 @@
+"""Times the programs of popi_jax. Runs with the Python of .venv: `python -m benchmarks.peers.popi_worker`.
+
+A step is one call of one jitted program: a preference step, samples with their policy-gradient step, or the fused
+update of both roles. What happens inside such a program cannot be timed from outside, so "parts" are programs of their
+own that run after the step and do not count towards it.
+"""
+
+import os
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from benchmarks.peers import protocol
+from benchmarks.peers.protocol import Cost, Running
+from benchmarks.programs import Program, programs
+from benchmarks.workloads import Geometry
+
+STEP = {"dpo": "generator_step", "grpo": "inference_step", "popi": "fused_update"}
+PARTS = {
+    "dpo": {},
+    "grpo": {"rollout": "rollout"},
+    "popi": {"rollout": "rollout", "reward": "reward", "dpo": "generator_step"},
+}
+
+
+class _Timed:
+    """A compiled program and the carry that its calls hand on."""
+
+    def __init__(self, program: Program) -> None:
+        self._step = program.step.lower(program.carry, *program.inputs).compile()
+        self._carry, self._inputs = program.carry, program.inputs
+        self.cost()
+
+    def cost(self) -> Cost:
+        start = protocol.now()
+        self._carry, results = self._step(self._carry, *self._inputs)
+        jax.block_until_ready((self._carry, results))
+        return protocol.cost_since(start)
+
+
+def open_workload(name: str, geometry: Geometry) -> Running:
+    """A workload with its programs compiled and run once."""
+    work, stored = protocol.resolve(name)
+    step_name = f"{work.name}/{STEP[work.kind]}{protocol.STORED_REFERENCE if stored else ''}"
+    made: dict[str, Program] = {p.name: p for p in programs(work, geometry)}
+    step = _Timed(made[step_name])
+    parts = {part: _Timed(made[f"{work.name}/{of}"]) for part, of in PARTS[work.kind].items()}
+
+    def one() -> Cost:
+        cost = step.cost()
+        return {**cost, "parts": {part: timed.cost() for part, timed in parts.items()}}
+
+    counts: dict[str, Any] = {"distinct_tokens": work.tokens}
+    return Running(one, counts, [f"the step is {step_name}; parts are timed apart and are not in it"])
+
+
+if __name__ == "__main__":
+    protocol.serve("popi_jax", open_workload, {"jax": jax.__version__, "jaxlib": jax.lib.__version__})
