@@ -42,12 +42,12 @@ def begin(name: str, folder: Path) -> None:
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, "-m", "popi_jax.train", *flags_of(name, folder), "--config.schedule.save_every=1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    checkpoint = folder / "run" / "checkpoints" / "1"
-    while process.poll() is None and not checkpoint.exists():
+    checkpoints = folder / "run" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "1").exists():
         time.sleep(0.1)
     process.terminate()
     _, errors = process.communicate()
-    if not checkpoint.exists():
+    if not any(path.name.isdigit() for path in checkpoints.glob("*")):
         raise StartError(f"{name}: {(errors.strip().splitlines() or ['no message'])[-1]}")
 
 

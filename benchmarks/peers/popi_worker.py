@@ -29,7 +29,8 @@ class _Timed:
     """A compiled program and the carry that its calls hand on."""
 
     def __init__(self, program: Program) -> None:
-        self._step = program.step.lower(program.carry, *program.inputs).compile()
+        step: Any = program.step
+        self._step = step.lower(program.carry, *program.inputs).compile()
         self._carry, self._inputs = program.carry, program.inputs
         self.cost()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from popi_jax.arrays import Mean, Metrics, Params, Rollouts, Tokens, UserBatch
+from popi_jax.arrays import Metrics, Params, Rollouts, Tokens, UserBatch
 from popi_jax.config import Config, Phase
 from popi_jax.losses.masked import metric
 from popi_jax.losses.preference import PairLogps, margins_of
@@ -18,7 +18,7 @@ from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
 from popi_jax.training.microbatches import by_parts
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
-from popi_jax.training.steps import generator_step, inference_step
+from popi_jax.training.steps import generator_step, idle_metrics, inference_step
 
 ROLES = ("inference", "generator")
 
@@ -148,13 +148,11 @@ def popi_update(
     turns = {(True, False): inference_turn, (False, True): generator_turn, (True, True): joint_turn}
     table = [(bool(a), bool(b)) for a, b in role_turns(phases)]
     kinds = sorted(set(table))  # what never occurs is not compiled
-    metrics_of = {kind: jax.eval_shape(turns[kind])[2] for kind in kinds}
-    idle = {name: Mean(jnp.zeros(()), jnp.zeros(())) for metrics in metrics_of.values() for name in metrics}
 
     def turn_of(kind: tuple[bool, bool]) -> tuple[RoleState, RoleState, Metrics]:
         inference, generator, metrics = turns[kind]()
         counts = {f"turn/{role}": metric(jnp.full((), on, jnp.float32)) for role, on in zip(ROLES, kind, strict=True)}
-        return inference, generator, idle | metrics | counts
+        return inference, generator, idle_metrics(cfg) | metrics | counts
 
     step = jnp.clip(state.step - parts.first_step, 0, len(table) - 1)
     kind = jnp.asarray([kinds.index(row) for row in table])[step]

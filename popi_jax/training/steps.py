@@ -36,6 +36,15 @@ from popi_jax.training.microbatches import by_parts, summed_gradients
 from popi_jax.training.state import RoleState, TrainState, Transforms, policy
 
 
+def idle_metrics(cfg: Config) -> Metrics:
+    """The metrics of both roles' steps, with weight 0: of a role whose turn it is not."""
+    names = [f"generator/{name}" for name in ("loss", "accuracy", "margin", "grad_norm")]
+    names += [f"inference/{name}" for name in ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std")]
+    names += [f"inference/{name}" for name in ("accuracy", "summary_len", "finished")]
+    names += ["inference/clip_fraction"] if cfg.inference.updates_per_rollout > 1 else []
+    return {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in names}
+
+
 def apply_gradients(
     state: RoleState, grads: Params, tx: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> tuple[RoleState, Float[Array, ""]]:
