@@ -37,6 +37,7 @@ MAX_GRAD_NORM = 1.0
 DPO_BETA = 0.1
 KL_BETA = 0.04
 
+Pause = Callable[[], None]  # blocks until the next step is asked for
 Cost = dict[str, Any]  # "cpu" and "wall" in seconds, of a step also "parts"
 
 
@@ -91,7 +92,7 @@ class Paused:
     step is asked for. The times are taken where it is called.
     """
 
-    def __init__(self, loop: Callable[[Callable[[], None]], None], parts: Parts | None = None) -> None:
+    def __init__(self, loop: Callable[[Pause], None], parts: Parts | None = None) -> None:
         self._parts = parts or Parts()
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._start: tuple[float, float] | None = None
@@ -99,7 +100,7 @@ class Paused:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
 
-    def _run(self, loop: Callable[[Callable[[], None]], None]) -> None:
+    def _run(self, loop: Callable[[Pause], None]) -> None:
         try:
             loop(self._pause)
             raise RuntimeError("the trainer's loop ended by itself")

@@ -79,9 +79,9 @@ class Worker:
         try:
             line = self._answers.get(timeout=self._timeout)
         except queue.Empty:
-            raise Failed(f"no answer within {self._timeout:.0f} s; see {self._log}") from None
+            raise Failed(f"no answer within {self._timeout:.0f} s; see logs/{self._log.name}") from None
         if not line:
-            raise Failed(f"ended with {self._process.wait()}: {last_line(self._log)}; see {self._log}")
+            raise Failed(f"ended with {self._process.wait()}: {last_line(self._log)}; see logs/{self._log.name}")
         return json.loads(line)
 
     def run(self, workload: str, steps: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Worker:
             pass  # the answer says why
         answer = self._answer()
         if "error" in answer:
-            raise Failed(f"{answer['error']}; see {self._log}")
+            raise Failed(f"{answer['error']}; see logs/{self._log.name}")
         return answer
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Worker:
 
 def interpreter(name: str) -> str:
     """The Python that a worker runs with."""
-    return sys.executable if name == "popi_jax" else str(PEERS / name / "bin" / "python")
+    return sys.executable if name == "popi_jax" else str(ROOT / PEERS / name / "bin" / "python")
 
 
 def last_line(log: pathlib.Path) -> str:
@@ -223,7 +223,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds: must be at least 1")
-    missing = [name for name in args.workers if not pathlib.Path(ROOT, interpreter(name)).exists()]
+    missing = [name for name in args.workers if not pathlib.Path(interpreter(name)).exists()]
     if missing:
         parser.exit(1, f"error: no environment for {' and '.join(missing)} in {PEERS}: run make bench-peers-setup\n")
     return args

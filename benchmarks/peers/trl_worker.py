@@ -38,7 +38,7 @@ import transformers
 import trl
 
 from benchmarks.peers import protocol
-from benchmarks.peers.protocol import Cost, Parts, Paused, Running
+from benchmarks.peers.protocol import Cost, Parts, Pause, Paused, Running
 from benchmarks.workloads import Geometry, Workload
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
@@ -109,7 +109,7 @@ def preference_rows(work: Workload, texts: Texts) -> datasets.Dataset:
 class Pauses(transformers.TrainerCallback):
     """Pauses before the first step and after each."""
 
-    def __init__(self, pause: Any) -> None:
+    def __init__(self, pause: Pause) -> None:
         self._pause = pause
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -255,7 +255,7 @@ def margin_reward(work: Workload, generator: transformers.PreTrainedModel, texts
 
 
 def paused(trainer: transformers.Trainer, parts: Parts | None = None) -> Paused:
-    def loop(pause: Any) -> None:
+    def loop(pause: Pause) -> None:
         trainer.add_callback(Pauses(pause))
         trainer.train()
 

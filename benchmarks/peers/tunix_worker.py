@@ -43,7 +43,7 @@ from tunix.rl.rollout import base_rollout
 from tunix.sft.dpo import dpo_trainer
 
 from benchmarks.peers import protocol
-from benchmarks.peers.protocol import Cost, Parts, Paused, Running
+from benchmarks.peers.protocol import Cost, Parts, Pause, Paused, Running
 from benchmarks.workloads import Geometry, Workload
 
 NEVER = 1_000_000
@@ -123,7 +123,7 @@ class Forwards:
 
 def preference_loop(
     work: Workload, geometry: Geometry, stored_reference: bool
-) -> tuple[nnx.Module, Callable[[Callable[[], None]], None]]:
+) -> tuple[nnx.Module, Callable[[Pause], None]]:
     """The model of a DPOTrainer and its loop."""
     policy = make_model(geometry, seed=0)
     trainer = dpo_trainer.DPOTrainer(
@@ -135,7 +135,7 @@ def preference_loop(
     random = np.random.default_rng(0)
     shared_len = work.summary_len if work.kind == "popi" else work.signals_len
 
-    def batches(pause: Callable[[], None]) -> Iterator[dpo_trainer.TrainingInput]:
+    def batches(pause: Pause) -> Iterator[dpo_trainer.TrainingInput]:
         def ids(*shape: int) -> np.ndarray:
             return random.integers(0, geometry.vocab_size, shape, dtype=np.int32)
 
@@ -160,7 +160,7 @@ def preference_loop(
 
 def policy_loop(
     work: Workload, geometry: Geometry, parts: Parts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> tuple[nnx.Module, Callable[[Callable[[], None]], None]]:
+) -> tuple[nnx.Module, Callable[[Pause], None]]:
     """The model of a GRPOLearner and its loop. `reward` is given the ids of the samples and whose they are."""
     tokenizer = Digits(geometry.vocab_size)
     policy = make_model(geometry, seed=0)
@@ -205,7 +205,7 @@ def policy_loop(
     random = np.random.default_rng(0)
     trained = cluster.actor_trainer.model
 
-    def batches(pause: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    def batches(pause: Pause) -> Iterator[dict[str, Any]]:
         while True:
             signals = random.integers(0, geometry.vocab_size, (work.users, work.signals_len))
             prompts = np.array([tokenizer.decode(ids.tolist()) for ids in signals])
