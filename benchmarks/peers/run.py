@@ -8,7 +8,8 @@ A worker that waits uses no processor. Results go to OUT/results.json and OUT/re
 OUT/logs.
 
 All workers run with an allocator that keeps freed memory instead of giving it back to the system: this takes about a
-third off the processor time of large steps of TRL and of Tunix.
+third off the processor time of large steps of TRL and of Tunix. The three workers together need up to 20 GB: Tunix
+takes 13 for "popi_dpo". With less memory give one peer at a time: --workers=popi_jax,tunix.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import platform
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -52,6 +54,7 @@ class Worker:
     def __init__(self, name: str, geometry: str, log: pathlib.Path, timeout: float) -> None:
         self.name, self._log, self._timeout = name, log, timeout
         self._answers: queue.Queue[str] = queue.Queue()
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"peers-{name}-")  # a killed process leaves its files
         with log.open("w") as stream:
             self._process = subprocess.Popen(
                 [interpreter(name), "-m", f"benchmarks.peers.{WORKERS[name]}", f"--geometry={geometry}"],
@@ -60,7 +63,7 @@ class Worker:
                 stderr=stream,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | ALLOCATOR,
+                env=os.environ | ALLOCATOR | {"TMPDIR": self._scratch.name},
             )
         threading.Thread(target=self._read, daemon=True).start()
         self.versions: dict[str, str] = {}
@@ -81,7 +84,9 @@ class Worker:
         except queue.Empty:
             raise Failed(f"no answer within {self._timeout:.0f} s; see logs/{self._log.name}") from None
         if not line:
-            raise Failed(f"ended with {self._process.wait()}: {last_line(self._log)}; see logs/{self._log.name}")
+            code = self._process.wait()
+            why = "killed, as the system does when memory runs out" if code == -9 else f"ended with {code}"
+            raise Failed(f"{why}: {last_line(self._log)}; see logs/{self._log.name}")
         return json.loads(line)
 
     def run(self, workload: str, steps: int) -> dict[str, Any]:
@@ -99,6 +104,7 @@ class Worker:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._scratch.cleanup()
 
 
 def interpreter(name: str) -> str:
