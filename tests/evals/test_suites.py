@@ -21,7 +21,7 @@ def evaluate(run: Run, trained: Models, users: list, calls: list) -> Evaluation:
     with jax.set_mesh(built.mesh):
         return suites.evaluate(
             trained,
-            Models(*run.frozen),
+            Models(run.frozen.inference, run.frozen.generator),
             users,
             tokenizer=built.tokenizer,
             glue=built.glue,
@@ -115,7 +115,7 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
 
 def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(run, users):
     """Exactly: the reference is scored by the same program. And what was trained is read in the right place."""
-    evaluation = evaluate(run, Models(*run.frozen), users[:8], [])
+    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), users[:8], [])
     rows = {(row.condition, row.decoding): row for row in evaluation.rows}
     assert rows["no_signals", "none"][2:4] == (0.5, 0.0)
     assert rows["no_signals", "none"].nats == pytest.approx(math.log(2), rel=1e-12)
@@ -130,7 +130,7 @@ def test_what_cannot_be_asked_is_left_out(run, users):
     """A single user has no other one; a user without a persona has no oracle."""
     calls: list = []
     alone = [dataclasses.replace(users[0], oracle="")]
-    evaluation = evaluate(run, Models(*run.frozen), alone, calls)
+    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), alone, calls)
     assert {row.condition for row in evaluation.rows} == {"no_signals", "raw_signals", "summary_before_rl", "summary"}
     assert evaluation.before_rl == {}
     assert all(math.isnan(row.stderr) for row in evaluation.rows)
@@ -139,7 +139,7 @@ def test_what_cannot_be_asked_is_left_out(run, users):
 
 def test_oracle_counts_only_users_who_have_one(run, users):
     some = [dataclasses.replace(user, oracle="" if i % 2 else user.oracle) for i, user in enumerate(users[:8])]
-    evaluation = evaluate(run, Models(*run.frozen), some, [])
+    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), some, [])
     (oracle,) = [row for row in evaluation.rows if row.condition == "oracle"]
     assert oracle.n == sum(len(user.pairs) for user in some[::2])
     limit = run.built.config.data.summary_len
