@@ -5,6 +5,7 @@ Writes JSON and prints a table in Markdown. Figures of one run compare with one 
 """
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace = flags.parse_args(argv)
     result = bench(chosen_programs([WORKLOADS[name] for name in args.workloads], args.geometry), args.rounds)
     if args.padding:
-        result["padding"] = padding_of_sample()
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a run starts devices and sets a mesh of its own
+            result["padding"] = pool.apply(padding_of_sample)
     write_json(args.out, result)
     print(markdown(result))
     for name, share in result.get("padding", {}).items():
