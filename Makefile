@@ -12,7 +12,7 @@ PYTHON =
 BASE = main
 PROGRAM = popi/fused_update
 
-# on Linux large arrays then lie in huge pages: about a sixth less CPU time; glibc older than 2.35 ignores it
+# on Linux large arrays then lie in huge pages, which spares page faults; glibc older than 2.35 ignores it
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 SHELL := bash

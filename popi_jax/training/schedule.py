@@ -20,8 +20,6 @@ from popi_jax.training.microbatches import by_parts
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
 from popi_jax.training.steps import generator_step, idle_metrics, inference_step
 
-ROLES = ("inference", "generator")
-
 
 class Parts(NamedTuple):
     """The static half of an update, bound once."""
@@ -151,7 +149,10 @@ def popi_update(
 
     def turn_of(kind: tuple[bool, bool]) -> tuple[RoleState, RoleState, Metrics]:
         inference, generator, metrics = turns[kind]()
-        counts = {f"turn/{role}": metric(jnp.full((), on, jnp.float32)) for role, on in zip(ROLES, kind, strict=True)}
+        counts = {
+            f"turn/{role}": metric(jnp.full((), on, jnp.float32))
+            for role, on in zip(Transforms._fields, kind, strict=True)
+        }
         return inference, generator, idle_metrics(cfg) | metrics | counts
 
     step = jnp.clip(state.step - parts.first_step, 0, len(table) - 1)
