@@ -4,6 +4,7 @@ Every parameter and a few activations name their axes by logical words; `AXIS_RU
 are `Auto`: the compiler propagates the layouts and inserts the collectives.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +53,12 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axis names; outside a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def batch_shards() -> int:
+    """Parts that rows of a batch are laid out in on the mesh that is set."""
+    sizes, axes = jax.sharding.get_abstract_mesh().shape, AXIS_RULES["batch"]
+    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:

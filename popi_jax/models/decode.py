@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.attention import KeysValues, Level
+from popi_jax.models.dense import Budget, dense, take, within
 from popi_jax.models.sampling import Sampling, draw, stops
 from popi_jax.models.scoring import pack
 from popi_jax.models.transformer import Transformer, TransformerConfig, for_compute, head, variables
@@ -43,21 +44,32 @@ def sample(
     *,
     model: TransformerConfig,
     sampling: Sampling,
+    budget: Budget | None = None,
 ) -> Rollouts:
     """Draws one answer per key. Shapes: context [batch seq], turn [batch seq].
 
     The prefix is one read-only cache that all samples of a row share; each sample has its own small cache, of which a
-    step writes one slot. Stops early when every sample has ended.
+    step writes one slot. Stops early when every sample has ended. `budget` is of the prefixes alone, see dense.py.
     """
     batch, group = keys.shape
     transformer, weights = Transformer(model), for_compute(params, model)
-    packed = pack(context, Tokens(turn.ids[:, None], turn.lengths[:, None]))
-    hidden, (k, v) = transformer.apply(variables(weights), *packed[:3], levels=packed.levels, keep=True)
+    turns = Tokens(turn.ids[:, None], turn.lengths[:, None])
+    packed = pack(context, turns)
+    last = context.ids.shape[1] + turn.lengths - 1
+
+    def prefill(budget: Budget | None) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
+        """The state behind which the first token is drawn, and the keys and values of all layers."""
+        at = None if budget is None else dense(packed.valid, budget.tokens)
+        hidden, kept = transformer.apply(variables(weights), *packed[:3], levels=packed.levels, keep=True, at=at)
+        if at is None:
+            return jnp.take_along_axis(hidden, last[:, None, None], axis=1), kept
+        ends = jnp.take_along_axis(at.place_of.reshape(packed.ids.shape), last[:, None], axis=1)
+        return take(hidden, ends.reshape(hidden.shape[0], -1)).reshape(batch, 1, -1), kept
+
+    first, (k, v) = within(budget, context, turns, None, prefill)
     k, v = (x.swapaxes(2, 3)[:, :, :, None] for x in (k, v))
     prefix = KeysValues(k, v, packed.valid[:, None], packed.positions[:, None])
     kernel = head(weights, model)
-    last = context.ids.shape[1] + turn.lengths - 1
-    first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [batch 1 embed]
     logits = token_logits(first, kernel, softcap=model.final_logit_softcap)
     start = context.lengths + turn.lengths
     steps = jnp.arange(sampling.max_len)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 from popi_jax.arrays import Params, Rollouts, Tokens, UserBatch
 from popi_jax.losses.preference import PairLengths, PairLogps
 from popi_jax.models.decode import sample, sample_keys
+from popi_jax.models.dense import Budget
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
@@ -19,6 +20,24 @@ class Glue(NamedTuple):
 
     generator_prefix: tuple[int, ...]  # all that comes before a summary in the generator's context
     summary_turn: tuple[int, ...]  # from the end of the signals to the header of the summary
+
+
+class Budgets(NamedTuple):
+    """Tokens that the users of one shard have, as a rule; for rows without padding (dense.py)."""
+
+    signals: int  # the inference model's contexts, and what asks for a summary
+    prefixes: int  # what comes before the summaries in the generator's contexts
+    summaries: int  # one of each user
+    pairs: int  # prompts, and both replies to each
+    answers: int  # the replies alone
+
+
+class Tree(NamedTuple):
+    """Answers to turns that continue one context, as scoring.py takes them."""
+
+    context: Tokens  # [batch seq]
+    turns: Tokens  # [batch turns seq]
+    answers: Tokens  # [batch turns answers seq]
 
 
 class TokenScores(NamedTuple):
@@ -56,35 +75,63 @@ def rollout(
     glue: Glue,
     sampling: Sampling,
     group_size: int,
+    budgets: Budgets | None = None,
 ) -> Rollouts:
     """G summaries for each user; the signals are prefilled once and shared."""
     batch = users.index.shape[0]
     keys = sample_keys(key, users.index, group_size)
     turn = constant_turn(glue.summary_turn, batch)
-    return sample(params, users.context, turn, keys, model=model, sampling=sampling)
+    budget = None if budgets is None else Budget(budgets.signals, 0)
+    return sample(params, users.context, turn, keys, model=model, sampling=sampling, budget=budget)
 
 
-def pair_logps(params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig) -> PairLogps:
-    """Log-probs of each user's chosen and rejected replies behind each of the user's contexts.
-
-    contexts: [users group seq]. Returns [users group pairs]. Prompts share a context, both replies share a prompt.
-    """
+def pair_tree(contexts: Tokens, users: UserBatch) -> Tree:
+    """Prompts behind each of a user's contexts [users group seq], both replies behind each prompt."""
     num_users, group, _ = contexts.ids.shape
-    num_pairs = users.pair_mask.shape[1]
 
     def rows(tokens: Tokens) -> Tokens:  # repeats what belongs to a user for each of the user's contexts
         return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tokens)
 
     flat = jax.tree.map(lambda x: x.reshape(num_users * group, *x.shape[2:]), contexts)
     answers = jax.tree.map(lambda *x: jnp.stack(x, axis=2), users.chosen, users.rejected)
-    scores = answer_logps(params, flat, rows(users.turns), rows(answers), model=model)
-    sums = scores.sums().reshape(num_users, group, num_pairs, 2)
+    return Tree(flat, rows(users.turns), rows(answers))
+
+
+def pair_budget(budgets: Budgets | None, group: int) -> Budget | None:
+    """Of `pair_tree` with contexts that hold a summary each."""
+    if budgets is None:
+        return None
+    return Budget(group * (budgets.prefixes + budgets.summaries + budgets.pairs), group * budgets.answers)
+
+
+def pair_logps(
+    params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig, budget: Budget | None = None
+) -> PairLogps:
+    """Log-probs of each user's chosen and rejected replies behind each of the user's contexts [users group seq].
+
+    Returns [users group pairs].
+    """
+    scores = answer_logps(params, *pair_tree(contexts, users), model=model, budget=budget)
+    sums = scores.sums().reshape(*contexts.lengths.shape, users.pair_mask.shape[1], 2)
     return PairLogps(sums[..., 0], sums[..., 1])
 
 
 def pair_lengths(users: UserBatch) -> PairLengths:
     """Tokens of each user's replies: [users 1 pairs], the same behind every context."""
     return PairLengths(users.chosen.lengths[:, None], users.rejected.lengths[:, None])
+
+
+def summary_tree(users: UserBatch, rollouts: Rollouts, *, glue: Glue) -> Tree:
+    """All G summaries of a user behind one copy of the signals."""
+    turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, users.index.shape[0]))
+    return Tree(users.context, turns, jax.tree.map(lambda x: x[:, None], rollouts.summaries))
+
+
+def summary_budget(budgets: Budgets | None, group: int) -> Budget | None:
+    """Of `summary_tree`."""
+    if budgets is None:
+        return None
+    return Budget(budgets.signals + group * budgets.summaries, group * budgets.summaries)
 
 
 def summary_logps(
@@ -96,12 +143,9 @@ def summary_logps(
     glue: Glue,
     temperature: float,
     entropies: bool = False,
+    budget: Budget | None = None,
 ) -> TokenScores:
-    """Log-probs of sampled summaries, all G of a user behind one copy of the signals; the mask holds the end token."""
-    batch = users.index.shape[0]
-    turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, batch))
-    answers = jax.tree.map(lambda x: x[:, None], rollouts.summaries)
-    scores = answer_logps(
-        params, users.context, turns, answers, model=model, temperature=temperature, entropies=entropies
-    )
+    """Log-probs of sampled summaries; the mask holds the end token."""
+    tree = summary_tree(users, rollouts, glue=glue)
+    scores = answer_logps(params, *tree, model=model, temperature=temperature, entropies=entropies, budget=budget)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], tuple(scores)))

@@ -5,7 +5,7 @@ its own node and all of its ancestors, at the positions that a separate sequence
 of scoring each (context, turn, answer) alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.arrays import Params, Tokens
 from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
 from popi_jax.models.attention import Level, Levels
+from popi_jax.models.dense import Budget, dense, take, to_slots
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
+from popi_jax.sharding import batch_shards
 
 
 class Packed(NamedTuple):
@@ -75,18 +77,41 @@ def answer_logps(
     model: TransformerConfig,
     temperature: float = 1.0,
     entropies: bool = False,
+    budget: Budget | None = None,
 ) -> AnswerLogps:
     """Log-probs of each answer given its context and turn, and with `entropies` those too.
 
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
+    With a budget, which the tree must fit (`dense.within`), padding runs neither through the layers nor the head.
     """
+    # the last token of an answer is predicted, never read
+    answer_len = answers.ids.shape[-1]
+    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
+    packed, mask = pack(context, turns, read), length_mask(answers)
+    at = None if budget is None else dense(packed.valid, budget.tokens)
+    hidden, _ = Transformer(model).apply(variables(params), *packed[:3], levels=packed.levels, at=at)
+    score = token_logps_and_entropy if entropies else token_logps
+    settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
+    kernel = head(params, model)
+    if at is None or budget is None:
+        scores = score(_predictors(hidden, context, turns, answers), kernel, answers.ids, **settings)
+    else:
+        scored = dense(mask.reshape(mask.shape[0], -1), budget.answers)
+        slots = _predictor_slots(context, turns, answers, packed).reshape(scored.valid.shape)
+        states = take(hidden, take(at.place_of, take(slots, scored.slot_of)))
+        ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
+        scores = jax.tree.map(lambda x: to_slots(x, scored).reshape(mask.shape), score(states, kernel, ids, **settings))
+    logps, entropy = scores if entropies else (scores, None)
+    return AnswerLogps(logps, mask, entropy)
+
+
+def _predictors(
+    hidden: Float[Array, "batch slots embed"], context: Tokens, turns: Tokens, answers: Tokens
+) -> Float[Array, "batch turns answers seq embed"]:
+    """The states that predict each answer token: of its turn's last token, then of the answer token before."""
     batch, context_len = context.ids.shape
     _, num_turns, turn_len = turns.ids.shape
     num_answers, answer_len = answers.ids.shape[2:]
-    # the last token of an answer is predicted, never read
-    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
-    packed = pack(context, turns, read)
-    hidden, _ = Transformer(model).apply(variables(params), *packed[:3], levels=packed.levels)
     dim = hidden.shape[-1]
     of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(batch, num_turns, turn_len, dim)
     last = jnp.maximum(turns.lengths - 1, 0)
@@ -94,10 +119,17 @@ def answer_logps(
     of_answers = hidden[:, context_len + num_turns * turn_len :].reshape(
         batch, num_turns, num_answers, answer_len - 1, dim
     )
-    first = jnp.broadcast_to(first, (batch, num_turns, num_answers, 1, dim))
-    predictors = jnp.concatenate([first, of_answers], axis=3)
-    score = token_logps_and_entropy if entropies else token_logps
-    kernel, softcap = head(params, model), model.final_logit_softcap
-    scores = score(predictors, kernel, answers.ids, temperature=temperature, softcap=softcap)
-    logps, entropy = scores if entropies else (scores, None)
-    return AnswerLogps(logps, length_mask(answers), entropy)
+    return jnp.concatenate([jnp.broadcast_to(first, (*of_answers.shape[:3], 1, dim)), of_answers], axis=3)
+
+
+def _predictor_slots(
+    context: Tokens, turns: Tokens, answers: Tokens, packed: Packed
+) -> Int[Array, "batch turns answers seq"]:
+    """The slots of these states, counted through all rows of a shard."""
+    context_len, (_, num_turns, turn_len) = context.ids.shape[1], turns.ids.shape
+    row, turn, answer, token = (jax.lax.broadcasted_iota(jnp.int32, answers.ids.shape, axis) for axis in range(4))
+    last = context_len + turn * turn_len + jnp.maximum(turns.lengths - 1, 0)[..., None, None]
+    nodes = turn * answers.ids.shape[2] + answer
+    before = context_len + num_turns * turn_len + nodes * (answers.ids.shape[3] - 1) + token - 1
+    batch, slots = packed.ids.shape
+    return jnp.where(token == 0, last, before) + row % (batch // batch_shards()) * slots

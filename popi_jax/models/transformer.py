@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
+from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
 from popi_jax.sharding import constrain
 
@@ -70,6 +71,7 @@ class Now(NamedTuple):
     past: tuple[tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...]  # (valid, positions) of each cache
     freqs: Float[Array, " half"]
     local_freqs: Float[Array, " half"]
+    at: Dense | None  # where the tokens lie outside of attention; None: in their slots
 
 
 def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
@@ -139,15 +141,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        self, x: Float[Array, "*rows D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+    ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         c = self.cfg
         window, freqs = None, now.freqs
         if any(c.local_layers):  # a local layer sees a window of positions, wherever their slots lie
             window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
             freqs = jnp.where(is_local, now.local_freqs, now.freqs)
 
-        def project(heads: int, axis: str, name: str) -> Float[Array, "B T heads H"]:
+        def project(heads: int, axis: str, name: str) -> Float[Array, "*rows heads H"]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
             return Linear(shape, names, 1, c.dtype, c.qkv_bias, name=name)(x)
 
@@ -157,6 +159,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="k_norm")(k)
+        if now.at is not None:
+            q, k, v = (to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v))
         q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
         y = attend(
             q,
@@ -170,6 +174,8 @@ class Attention(nn.Module):
             score_dim=c.score_dim,
             softcap=c.attn_logit_softcap,
         )
+        if now.at is not None:
+            y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
         o = Linear((c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), 2, c.dtype, name="o")(y)
         return o, (k, v)
 
@@ -178,7 +184,7 @@ class Mlp(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         c = self.cfg
         gate = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="gate")(x)
         up = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="up")(x)
@@ -193,8 +199,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        self, x: Float[Array, "*rows D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+    ) -> tuple[Float[Array, "*rows D"], tuple[Array, Array] | None]:
         c = self.cfg
 
         def norm(x: Array, name: str) -> Array:
@@ -221,12 +227,16 @@ class Transformer(nn.Module):
         *,
         levels: Levels,
         keep: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
+        at: Dense | None = None,
+    ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
         """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values of all layers.
 
         The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False for padding.
+        The hidden states are [B T D] or, with `at`, those of its places, [shards places D].
         """
         c = self.cfg
+        if at is not None:
+            ids = take(ids.reshape(at.valid.shape), at.slot_of)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed"))
         embedding = Embedding(c, init, name="embed")()
         x = constrain(embedding, ("vocab", "embed_unsharded"))[ids].astype(c.dtype)
@@ -247,7 +257,7 @@ class Transformer(nn.Module):
         half = c.head_dim // 2
         freqs = jnp.asarray(frequencies(half, c.rope_theta, c.rope_scaling))
         local = freqs if c.local_rope_theta is None else jnp.asarray(frequencies(half, c.local_rope_theta, None))
-        now = Now(positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local)
+        now = Now(positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local, at)
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
         x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, now)
         x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from popi_jax.arrays import Metrics, Params
+from popi_jax.models.dense import Budget
+
+Choice = Callable[[Any, Callable[[Budget | None], PyTree]], PyTree]  # (part, compute) -> compute(its budget)
 
 
 def split(batch: PyTree, num: int) -> PyTree:
@@ -29,18 +32,22 @@ def by_parts(function: Callable[[Any], PyTree], batch: PyTree, num: int) -> PyTr
 
 
 def summed_gradients(
-    loss_fn: Callable[[Params, Any], tuple[Float[Array, ""], tuple[Metrics, PyTree]]],
+    loss_fn: Callable[[Params, Any, Budget | None], tuple[Float[Array, ""], tuple[Metrics, PyTree]]],
     params: Params,
     batch: PyTree,
     num: int,
+    choose: Choice,
 ) -> tuple[Params, Metrics, PyTree]:
-    """Gradient of the sum of loss_fn(params, part) over the parts, the sums of their metrics, and what has a row for
-    each user.
+    """Gradient of the sum of loss_fn(params, part, budget) over the parts, the sums of their metrics, and what has a
+    row for each user. `choose` says by which budget a part is computed (dense.within).
 
     loss_fn returns its loss and (metrics, rows of users). The loss of a part is its sum over users divided by a weight
     of the whole batch, so the losses of the parts add up to that of the batch: means of means never occur.
     """
-    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def gradient(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
+        return choose(part, lambda budget: jax.grad(loss_fn, has_aux=True)(params, part, budget))
+
     if num == 1:
         grads, (metrics, rows) = gradient(params, batch)
         return grads, metrics, rows

@@ -12,7 +12,18 @@ from popi_jax.arrays import Metrics, Params, Rollouts, Tokens, UserBatch
 from popi_jax.config import Config, Phase
 from popi_jax.losses.masked import metric
 from popi_jax.losses.preference import PairLogps, margins_of
-from popi_jax.models.roles import Glue, empty_summary, pair_lengths, pair_logps, rollout, splice
+from popi_jax.models.dense import within
+from popi_jax.models.roles import (
+    Budgets,
+    Glue,
+    empty_summary,
+    pair_budget,
+    pair_lengths,
+    pair_logps,
+    pair_tree,
+    rollout,
+    splice,
+)
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
@@ -30,6 +41,7 @@ class Parts(NamedTuple):
     sampling: Sampling
     cfg: Config
     first_step: int  # updates of the stages before this one
+    budgets: Budgets | None = None  # of a part of the users on one shard; None: all is computed with its padding
 
 
 def role_turns(phases: tuple[Phase, ...]) -> np.ndarray:
@@ -56,7 +68,7 @@ def popi_update(
     pairs behind the first summary of each group. In a joint update both see the models as they were before it, and the
     margins behind that first summary come from the generator's gradient pass.
     """
-    cfg, model, prefix = parts.cfg, parts.model, parts.glue.generator_prefix
+    cfg, model, prefix, budgets = parts.cfg, parts.model, parts.glue.generator_prefix, parts.budgets
     key = jax.random.fold_in(state.key, state.step)
     objective = preference_objective(cfg)
     writer = policy(state.inference.params, frozen.inference, cfg.inference)
@@ -66,12 +78,18 @@ def popi_update(
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
         """Summaries and the contexts that they make; a sample does not depend on how many there are."""
         settings: Any = {"model": model, "glue": parts.glue, "sampling": parts.sampling, "group_size": group_size}
+        settings["budgets"] = budgets
         sampled = by_parts(lambda part: rollout(writer, part, key, **settings), users, cfg.batch.microbatches)
         return sampled, splice(prefix, sampled.summaries, sampled.finished)
 
     def logps(params: Params, contexts: Tokens) -> PairLogps:
-        score = partial(pair_logps, params, model=model)
-        return by_parts(lambda part: score(*part), (contexts, users), cfg.batch.microbatches)
+        budget = pair_budget(budgets, contexts.lengths.shape[1])
+
+        def score(part: tuple[Tokens, UserBatch]) -> PairLogps:
+            compute = partial(pair_logps, params, *part, model=model)
+            return within(budget, *pair_tree(*part), lambda budget: compute(budget=budget))
+
+        return by_parts(score, (contexts, users), cfg.batch.microbatches)
 
     def reference_of(contexts: Tokens) -> PairLogps | None:
         if not objective.needs_reference:
@@ -87,8 +105,8 @@ def popi_update(
     ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
         """A step behind the first summary of each group, and its margins before the step."""
         first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
-        tx = parts.transforms.generator
-        return generator_step(state.generator, frozen.generator, given, first, users, model=model, tx=tx, cfg=cfg)
+        static: Any = {"model": model, "tx": parts.transforms.generator, "cfg": cfg, "budgets": budgets}
+        return generator_step(state.generator, frozen.generator, given, first, users, **static)
 
     def of_inference(
         rollouts: Rollouts,
@@ -124,6 +142,7 @@ def popi_update(
             tx=tx,
             glue=glue,
             cfg=cfg,
+            budgets=budgets,
         )
 
     def inference_turn() -> tuple[RoleState, RoleState, Metrics]:

@@ -28,7 +28,18 @@ from popi_jax.losses.preference import (
     preference_losses,
 )
 from popi_jax.losses.reward import summary_rewards
-from popi_jax.models.roles import Glue, pair_logps, summary_logps
+from popi_jax.models.dense import Budget, within
+from popi_jax.models.roles import (
+    Budgets,
+    Glue,
+    TokenScores,
+    pair_budget,
+    pair_logps,
+    pair_tree,
+    summary_budget,
+    summary_logps,
+    summary_tree,
+)
 from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import policy_objective, preference_objective
@@ -38,9 +49,9 @@ from popi_jax.training.state import RoleState, TrainState, Transforms, policy
 
 def idle_metrics(cfg: Config) -> Metrics:
     """The metrics of both roles' steps, with weight 0: of a role whose turn it is not."""
-    names = [f"generator/{name}" for name in ("loss", "accuracy", "margin", "grad_norm")]
+    names = [f"generator/{name}" for name in ("loss", "accuracy", "margin", "grad_norm", "unpadded")]
     names += [f"inference/{name}" for name in ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std")]
-    names += [f"inference/{name}" for name in ("accuracy", "summary_len", "finished")]
+    names += [f"inference/{name}" for name in ("accuracy", "summary_len", "finished", "unpadded")]
     names += ["inference/clip_fraction"] if cfg.inference.updates_per_rollout > 1 else []
     return {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in names}
 
@@ -65,6 +76,7 @@ def generator_step(
     model: TransformerConfig,
     tx: optax.GradientTransformation,
     cfg: Config,
+    budgets: Budgets | None = None,
 ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
     """The preference objective on the users' pairs behind sampled summaries; also the margins before the step.
 
@@ -72,6 +84,7 @@ def generator_step(
     """
     objective = preference_objective(cfg)
     group = contexts.lengths.shape[1]
+    within_budget = pair_budget(budgets, group)
 
     def behind_each(x: Array) -> Array:
         return jnp.broadcast_to(x[:, None], (x.shape[0], group, x.shape[1]))
@@ -79,11 +92,15 @@ def generator_step(
     total = jnp.maximum(jnp.sum(behind_each(users.pair_mask)), 1)
     chosen_len = jnp.maximum(masked_mean(users.chosen.lengths.astype(jnp.float32), users.pair_mask), 1.0)
 
-    def loss_fn(params: Params, part: Any) -> tuple[Array, tuple[Metrics, Array]]:
+    def choose(part: Any, compute: Any) -> Any:
+        users, contexts, _ = part
+        return within(within_budget, *pair_tree(contexts, users), compute)
+
+    def loss_fn(params: Params, part: Any, budget: Budget | None) -> tuple[Array, tuple[Metrics, Array]]:
         users, contexts, reference = part
         mask = behind_each(users.pair_mask)
         lengths = PairLengths(behind_each(users.chosen.lengths), behind_each(users.rejected.lengths))
-        logps = pair_logps(policy(params, frozen, cfg.generator), contexts, users, model=model)
+        logps = pair_logps(policy(params, frozen, cfg.generator), contexts, users, model=model, budget=budget)
         reference = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape), reference)
         terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(chosen_len=chosen_len)
         losses = preference_losses(logps, lengths, reference, terms, objective=objective)
@@ -92,11 +109,12 @@ def generator_step(
             "generator/loss": metric(losses, mask),
             "generator/accuracy": metric((margins > 0) + 0.5 * (margins == 0), mask),
             "generator/margin": metric(margins, mask),
+            "generator/unpadded": metric(jnp.full((), budget is not None, jnp.float32)),
         }
         return jnp.sum(jnp.where(mask, losses, 0.0)) / total, (metrics, margins)
 
     parts = users, contexts, reference
-    grads, metrics, margins = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
+    grads, metrics, margins = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches, choose)
     state, norm = apply_gradients(state, grads, tx, cfg.generator.ema_decay)
     return state, metrics | {"generator/grad_norm": metric(norm)}, margins
 
@@ -113,6 +131,7 @@ def inference_step(
     tx: optax.GradientTransformation,
     glue: Glue,
     cfg: Config,
+    budgets: Budgets | None = None,
 ) -> tuple[RoleState, Metrics]:
     """Policy gradient on sampled summaries: `inference.updates_per_rollout` steps.
 
@@ -120,9 +139,15 @@ def inference_step(
     """
     c, objective = cfg.inference, policy_objective(cfg)
     settings: Any = {"model": model, "glue": glue, "temperature": c.temperature}
-    reference = by_parts(
-        lambda part: summary_logps(frozen, *part, **settings), (users, rollouts), cfg.batch.microbatches
-    )
+    within_budget = summary_budget(budgets, rollouts.finished.shape[1])
+
+    def choose(part: Any, compute: Any) -> Any:
+        return within(within_budget, *summary_tree(*part[:2], glue=glue), compute)
+
+    def of_reference(part: Any) -> TokenScores:
+        return choose(part, lambda budget: summary_logps(frozen, *part, **settings, budget=budget))
+
+    reference = by_parts(of_reference, (users, rollouts), cfg.batch.microbatches)
     counted = finished_mask(reference.mask, rollouts.finished) if c.skip_unfinished else reference.mask
     rewards = summary_rewards(
         margins,
@@ -138,9 +163,11 @@ def inference_step(
     weights = policy_weights(counted, objective=objective)
     wants_entropy = c.entropy_coef > 0 or c.high_entropy_share < 1
 
-    def loss_fn(params: Params, part: Any) -> tuple[Array, tuple[Metrics, tuple]]:
+    def loss_fn(params: Params, part: Any, budget: Budget | None) -> tuple[Array, tuple[Metrics, tuple]]:
         users, rollouts, reference, advantages, counted = part
-        scores = summary_logps(policy(params, frozen, c), users, rollouts, **settings, entropies=wants_entropy)
+        scores = summary_logps(
+            policy(params, frozen, c), users, rollouts, **settings, entropies=wants_entropy, budget=budget
+        )
         logps = scores.logps
         # one step per rollout: the policy that sampled is the present one
         old = rollouts.logps if c.updates_per_rollout > 1 else jax.lax.stop_gradient(logps)
@@ -153,6 +180,7 @@ def inference_step(
         metrics = {
             "inference/loss": Mean(loss, jnp.float32(1 / cfg.batch.microbatches)),
             "inference/kl": metric(kl),
+            "inference/unpadded": metric(jnp.full((), budget is not None, jnp.float32)),
             "inference/entropy": metric(-logps if scores.entropies is None else scores.entropies, scores.mask),
         }
         if c.updates_per_rollout > 1:
@@ -163,7 +191,7 @@ def inference_step(
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
         parts = users, rollouts, reference.logps, advantages, counted
-        grads, metrics, _ = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches)
+        grads, metrics, _ = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches, choose)
         state, norm = apply_gradients(state, grads, tx, c.ema_decay)
         return state, metrics | {"inference/grad_norm": metric(norm)}
 
