@@ -137,6 +137,8 @@ def base() -> ConfigDict:
     c.batch = b = ConfigDict()
     b.users = 16  # users per update, over all devices
     b.pairs = 8  # preference pairs per user and update (K)
+    # part of data.summary_len that sampled summaries fill at most, as a mean: decides about the speed alone
+    b.summary_fill = 0.5
     b.microbatches = 1  # parts that an update goes through one after the other, to save memory; the result is the same
 
     c.schedule = s = ConfigDict()

@@ -136,6 +136,7 @@ class OptimizerConfig:
 class BatchConfig:
     users: int
     pairs: int
+    summary_fill: float
     microbatches: int
 
 

@@ -72,7 +72,7 @@ ABOVE_ZERO = """
 """.split()
 FRACTIONS = """
     data.validation_fraction data.test_fraction warmup.reading_survey warmup.guess warmup.no_summary warmup.drop
-    warmup.repeat warmup.wrong inference.high_entropy_share optimizer.final_lr
+    warmup.repeat warmup.wrong inference.high_entropy_share optimizer.final_lr batch.summary_fill
 """.split()
 BELOW_ONE = (
     "optimizer.b1 optimizer.b2 data.test_fraction data.validation_fraction generator.ema_decay inference.ema_decay"

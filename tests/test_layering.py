@@ -51,6 +51,7 @@ ALSO = {
         "metric_writer",
         "progress",
     },
+    "training/budgets.py": {"data"},
     "evals/report.py": {"build", "progress"},
 }
 FLAX = {"models/transformer.py", "sharding.py"}

@@ -26,7 +26,7 @@ class Budgets(NamedTuple):
     """Tokens that the users of one shard have, as a rule; for rows without padding (dense.py)."""
 
     signals: int  # the inference model's contexts, and what asks for a summary
-    prefixes: int  # what comes before the summaries in the generator's contexts
+    contexts: int  # the generator's, each with a summary of full length
     summaries: int  # one of each user
     pairs: int  # prompts, and both replies to each
     answers: int  # the replies alone
@@ -101,7 +101,7 @@ def pair_budget(budgets: Budgets | None, group: int) -> Budget | None:
     """Of `pair_tree` with contexts that hold a summary each."""
     if budgets is None:
         return None
-    return Budget(group * (budgets.prefixes + budgets.summaries + budgets.pairs), group * budgets.answers)
+    return Budget(group * (budgets.contexts + budgets.pairs), group * budgets.answers)
 
 
 def pair_logps(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, Params, UserBatch
@@ -19,6 +20,7 @@ from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
+from popi_jax.data import fill as fills
 from popi_jax.data import pipeline
 from popi_jax.errors import UserError
 from popi_jax.evals import suites
@@ -27,8 +29,9 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.roles import empty_summary, pair_logps
 from popi_jax.objectives import preference_objective
 from popi_jax.progress import Progress
-from popi_jax.sharding import place_batch, replicated
+from popi_jax.sharding import batch_shards, place_batch, replicated
 from popi_jax.training import optim
+from popi_jax.training.budgets import main_budgets, warmup_budgets
 from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import (
     Frozen,
@@ -102,20 +105,36 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
-    items = pipeline.summary_items(users) if cfg.warmup.steps and made else ()
-    warmup = pipeline.warmup_batches(users, built.tokenizer, cfg, seed=cfg.seed, items=items, **place)
+    warmup = pipeline.warmup_batches(users, built.tokenizer, cfg, seed=cfg.seed, items=_items(built), **place)
     main = pipeline.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
-def make_parts(built: Built) -> tuple[Parts, Transforms]:
+def _items(built: Built) -> tuple[str, ...]:
+    made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
+    return pipeline.summary_items(built.dataset.splits["train"]) if built.config.warmup.steps and made else ()
+
+
+def open_fill(built: Built) -> fills.Fill:
+    """How many tokens the users of the run have: measured once, and kept beside the tokenizer."""
+    path = epath.Path(built.config.workdir) / "tokenizer" / "fill.json"
+    if path.exists() and checkpoints.stored_config(built.config.workdir):  # else it may be of other settings
+        return fills.from_json(json.loads(path.read_text()))
+    fill = fills.measured_fill(built.dataset.splits["train"], built.tokenizer, built.config, items=_items(built))
+    if distributed.is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fills.to_json(fill)))
+    return fill
+
+
+def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Transforms]:
     """The static parts of the main stage, and the optimizers of the warm-up."""
     cfg = built.config
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
     main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
     warmup = optim.warmup_transform(cfg)
-    parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps)
+    budgets = None if fill is None else main_budgets(fill, built.glue, batch_shards(), cfg=cfg)
+    parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
 
 
@@ -128,7 +147,8 @@ def train(built: Built) -> Trained:
       UserError: as the checkpoint manager does.
     """
     cfg = built.config
-    parts, warmup_transforms = make_parts(built)
+    fill = open_fill(built)
+    parts, warmup_transforms = make_parts(built, fill)
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
     abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
@@ -151,7 +171,8 @@ def train(built: Built) -> Trained:
         loop = partial(_run, built=built, batches=batches, writer=writer, stop=stop, save=save)
         try:
             if step < warmup_steps:
-                update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
+                budgets = warmup_budgets(fill, batch_shards(), cfg=cfg)
+                update = partial(warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets)
                 program = jax.jit(update, donate_argnums=0, out_shardings=layout)
                 step, state = loop(program, state, step, warmup_steps, label="warm-up")
             frozen = stored_frozen(built, abstract, base, with_pairs=True) if step > warmup_steps else None

@@ -1,5 +1,8 @@
 """One gradient step of each role: loss, gradient, update. Nothing else: no jit, no logging, no mesh."""
 
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,6 +36,7 @@ from popi_jax.models.roles import (
     Budgets,
     Glue,
     TokenScores,
+    Tree,
     pair_budget,
     pair_logps,
     pair_tree,
@@ -210,30 +214,45 @@ def inference_step(
     }
 
 
+def demonstration_tree(batch: Demonstrations) -> Tree:
+    return Tree(batch.context, batch.turns, jax.tree.map(lambda x: x[:, :, None], batch.answers))
+
+
 def demonstration_loss(
-    params: Params, batch: Demonstrations, *, model: TransformerConfig
+    params: Params, batch: Demonstrations, *, model: TransformerConfig, budget: Budget | None = None
 ) -> tuple[Float[Array, ""], Mean]:
     """Mean negative log-likelihood of the answers' tokens (nats per token), as a loss and as a metric."""
-    answers = jax.tree.map(lambda x: x[:, :, None], batch.answers)
-    scores = answer_logps(params, batch.context, batch.turns, answers, model=model)
+    scores = answer_logps(params, *demonstration_tree(batch), model=model, budget=budget)
     mask = scores.mask & batch.mask[:, :, None, None]
     return -masked_mean(scores.logps, mask), metric(-scores.logps, mask)
 
 
 def warmup_step(
-    state: TrainState, batch: WarmupBatch, *, model: TransformerConfig, transforms: Transforms
+    state: TrainState,
+    batch: WarmupBatch,
+    *,
+    model: TransformerConfig,
+    transforms: Transforms,
+    budgets: Mapping[str, Budget] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
-    """One likelihood step of both roles; the inference model's two tasks, summaries and readings, weigh the same."""
+    """One likelihood step of both roles; the inference model's two tasks, summaries and readings, weigh the same.
+
+    `budgets` are those of tasks, see models/dense.py.
+    """
 
     def role_step(
         role: RoleState, tasks: dict[str, Demonstrations], tx: optax.GradientTransformation, name: str
     ) -> tuple[RoleState, Metrics]:
-        def loss_fn(params: Params) -> tuple[Array, Metrics]:
-            losses = {task: demonstration_loss(params, data, model=model) for task, data in tasks.items()}
-            metrics = {f"warmup/{task}_nll": nll for task, (_, nll) in losses.items()}
-            return sum(loss for loss, _ in losses.values()), metrics
+        def gradient(task: str) -> tuple[Params, Mean]:
+            def compute(budget: Budget | None) -> tuple[Params, Mean]:
+                loss_fn = partial(demonstration_loss, batch=tasks[task], model=model, budget=budget)
+                return jax.grad(loss_fn, has_aux=True)(role.params)
 
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(role.params)
+            return within(budgets.get(task), *demonstration_tree(tasks[task]), compute)
+
+        of_tasks = {task: gradient(task) for task in tasks}
+        metrics = {f"warmup/{task}_nll": nll for task, (_, nll) in of_tasks.items()}
+        grads = jax.tree.map(lambda *parts: sum(parts), *(grads for grads, _ in of_tasks.values()))
         role, norm = apply_gradients(role, grads, tx)
         return role, metrics | {f"warmup/{name}_grad_norm": metric(norm)}
 
