@@ -10,6 +10,7 @@ import pytest
 from popi_jax.arrays import Rollouts, Tokens
 from popi_jax.models import decode
 from popi_jax.models.decode import sample_keys
+from popi_jax.models.dense import Budget
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.scoring import answer_logps
 from tests.oracles import losses as oracle
@@ -54,6 +55,19 @@ def program(temperature: float):
         sampling = Sampling(temperature, MAX_LEN, END)
         PROGRAMS[temperature] = jax.jit(partial(decode.sample, model=MODEL, sampling=sampling))
     return PROGRAMS[temperature]
+
+
+def test_prefixes_without_padding_give_the_same_samples(params: dict) -> None:
+    tokens = int(CONTEXT.lengths.sum() + TURN.lengths.sum())
+    assert tokens < 0.95 * USERS * (CONTEXT_LEN + TURN_LEN)
+    settings = {"model": MODEL, "sampling": Sampling(1.0, MAX_LEN, END), "budget": Budget(tokens, 0)}
+    keys = sample_keys(jax.random.key(0), INDEX, 3)
+    program = jax.jit(partial(decode.sample, **settings))
+    assert "cond[" in str(jax.make_jaxpr(partial(decode.sample, **settings))(params, CONTEXT, TURN, keys))
+    found, expected = program(params, CONTEXT, TURN, keys), draw(params, 1.0)
+    np.testing.assert_array_equal(found.summaries.ids, expected.summaries.ids)
+    np.testing.assert_array_equal(found.summaries.lengths, expected.summaries.lengths)
+    np.testing.assert_allclose(found.logps, expected.logps, atol=1e-5)
 
 
 def prefixes() -> list[list[int]]:

@@ -1,6 +1,7 @@
 """A run of the smallest size: configuration, batch, static parts, state on a mesh."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from configs.base import base
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
-from popi_jax.models.roles import Glue
+from popi_jax.models.roles import Budgets, Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.sharding import MESH_AXES
 from popi_jax.training import optim
@@ -44,10 +45,29 @@ def make_config() -> Config:
     return from_config_dict(c)
 
 
-def make_parts(cfg: Config, transforms: Transforms | None = None) -> Parts:
+def make_parts(cfg: Config, transforms: Transforms | None = None, budgets: Budgets | None = None) -> Parts:
     sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
     made = Transforms(optim.inference_transform(cfg, 8), optim.generator_transform(cfg, 6))
-    return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0)
+    return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0, budgets=budgets)
+
+
+def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:
+    """The least budgets that all of these batches fit, whatever the summaries."""
+    users = cfg.batch.users // shards
+
+    def most(count: Callable[[UserBatch], np.ndarray]) -> int:
+        return max(int(count(batch).reshape(shards, -1).sum(axis=1).max()) for batch in batches)
+
+    def replies(batch: UserBatch) -> np.ndarray:
+        return (batch.chosen.lengths + batch.rejected.lengths).sum(axis=1)
+
+    return Budgets(
+        signals=most(lambda batch: batch.context.lengths) + users * len(GLUE.summary_turn),
+        contexts=users * (len(GLUE.generator_prefix) + cfg.data.summary_len),
+        summaries=users * cfg.data.summary_len,
+        pairs=most(lambda batch: batch.turns.lengths.sum(axis=1) + replies(batch)),
+        answers=most(replies),
+    )
 
 
 def random_tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int, *, ended: bool = False) -> Tokens:

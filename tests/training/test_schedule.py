@@ -129,10 +129,11 @@ class Run(NamedTuple):
     compilations: int
 
 
-def two_updates(shape: tuple[int, int, int]) -> Run:
+def two_updates(shape: tuple[int, int, int], *, unpadded: bool = False) -> Run:
     mesh = small.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        parts = small.make_parts(CFG)
+        budgets = small.fitting([small.user_batch(0), small.user_batch(1)], shape[0] * shape[1], CFG)
+        parts = small.make_parts(CFG, budgets=budgets if unpadded else None)
         state, frozen = small.make_state(parts, mesh)
         program = make_program(parts, state)
         state = joint_start(state)
@@ -150,7 +151,23 @@ def one_device() -> Run:
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_the_mesh_does_not_matter(shape: tuple[int, int, int], one_device: Run, capfd: pytest.CaptureFixture) -> None:
-    run = two_updates(shape)
+    check_same_run(two_updates(shape), one_device, capfd)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_rows_without_padding_give_the_same(
+    shape: tuple[int, int, int], one_device: Run, capfd: pytest.CaptureFixture
+) -> None:
+    run = two_updates(shape, unpadded=True)
+    names = ("inference/unpadded", "generator/unpadded")
+    for found, whether in ((run, 1.0), (one_device, 0.0)):
+        assert [[metrics[name] for name in names] for metrics in found.metrics] == [[whether] * 2] * 2
+    check_same_run(
+        run._replace(metrics=[metrics | dict.fromkeys(names, 0.0) for metrics in run.metrics]), one_device, capfd
+    )
+
+
+def check_same_run(run: Run, one_device: Run, capfd: pytest.CaptureFixture) -> None:
     assert run.compilations == 1
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
     for found, expected in zip(run.metrics, one_device.metrics, strict=True):
