@@ -35,7 +35,7 @@ options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
 .PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden bench bench-compare \
-  bench-growth bench-restart bench-peers-setup bench-peers profile clean
+  bench-padding bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -96,6 +96,9 @@ bench: $(STAMP) ## time every program of benchmarks/ on this machine
 
 bench-compare: $(STAMP) ## time this tree against the revision BASE; fails when slower
 	$(RUN) benchmarks.compare --base='$(BASE)' $(ARGS)
+
+bench-padding: $(STAMP) ## how much is padding in the batches of CONFIG, and what leaving it out saves
+	$(RUN) benchmarks.padding --config=$(CONFIG) $(ARGS)
 
 bench-growth: $(STAMP) ## cost against the number of users, pairs and samples
 	$(RUN) benchmarks.growth $(ARGS)

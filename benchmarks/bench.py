@@ -5,13 +5,11 @@ Writes JSON and prints a table in Markdown. Figures of one run compare with one 
 """
 
 import argparse
-import multiprocessing
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import options
+from benchmarks import options, padding
 from benchmarks.report import table, write_json
 from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 
@@ -75,26 +73,6 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def padding_of_sample(num_batches: int = 20) -> dict[str, float]:
-    """Padding in the batches that the default configuration makes of the PRISM-format sample."""
-    from itertools import islice
-
-    from benchmarks.padding import padding
-    from popi_jax import cli
-    from popi_jax.build import build
-    from popi_jax.config_check import to_json
-    from popi_jax.data import pipeline
-
-    with tempfile.TemporaryDirectory() as workdir:
-        config = cli.load_config(
-            "prism:scale=laptop",
-            [f"--config.workdir={workdir}", "--config.data.path=data/none", "--config.data.download=false"],
-        )
-        built = build(config, to_json(config))
-        batches = pipeline.user_batches(built.dataset.splits["train"], built.tokenizer, built.config, seed=0)
-        return padding(islice(iter(batches), num_batches))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     flags = options.parser(__doc__, rounds=5)
     flags.add_argument(
@@ -103,17 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="both",
         help="tiny: all programs at width 256; wide: the preference step at width 1024",
     )
-    flags.add_argument("--padding", action="store_true", help="also measure the padding in the batches of the sample")
+    flags.add_argument("--no-padding", action="store_true", help="leave out the padding in the batches of the sample")
     flags.add_argument("--out", default="work/bench/bench.json", metavar="FILE", help="where the figures go")
     args: argparse.Namespace = flags.parse_args(argv)
     result = bench(chosen_programs([WORKLOADS[name] for name in args.workloads], args.geometry), args.rounds)
-    if args.padding:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a run starts devices and sets a mesh of its own
-            result["padding"] = pool.apply(padding_of_sample)
+    sample = ["--config.data.path=data/none", "--config.data.download=false"]
+    shares = {} if args.no_padding else padding.of_configuration("prism:scale=laptop", sample)
+    result["padding"] = {name: one._asdict() for name, one in shares.items()}
     write_json(args.out, result)
     print(markdown(result))
-    for name, share in result.get("padding", {}).items():
-        print(f"padding of {name}: {100 * share:.1f} %")
+    if shares:
+        print(f"\n{padding.markdown(shares)}")
     if result["compilations_in_timed_rounds"]:
         print("error: programs were compiled again while their steps were timed", file=sys.stderr)
         return 1

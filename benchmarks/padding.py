@@ -1,28 +1,163 @@
-"""How much of the rows that the models compute holds no token."""
+"""How much of what the models compute holds no token, and what it saves to leave that out.
 
-from collections.abc import Iterable, Mapping
+Looks at batches of a configuration (--config and --config.FIELD=VALUE as for training; the default is that of make
+train on its sample), then times the gradient steps on texts of uneven lengths, with padding and without, in turns.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import options
+from benchmarks.report import table, write_json
+from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 from popi_jax.arrays import Tokens, UserBatch
+from popi_jax.data.fill import Fill
 
-ROWS: Mapping[str, tuple[str, ...]] = {
-    "inference rows": ("context",),
-    "generator rows": ("turns", "chosen", "rejected"),
-}  # row -> the parts of a batch that are packed into it, beside the summary
+BATCHES = 20
+MEAN, STD = 0.55, 0.2  # of the lengths of uneven texts, as parts of the longest
 
 
-def padding(batches: Iterable[UserBatch]) -> dict[str, float]:
-    """Share of the slots of each kind of row, and of each part of a batch, that are padding; missing pairs included."""
-    slots: dict[str, int] = {}
-    used: dict[str, int] = {}
-    for batch in batches:
-        for name in ("context", "turns", "chosen", "rejected"):
-            part: Tokens = getattr(batch, name)
-            slots[name] = slots.get(name, 0) + part.ids.size
-            used[name] = used.get(name, 0) + int(np.sum(part.lengths))
-    groups = {**ROWS, **{name: (name,) for name in slots}}
-    return {
-        name: 1 - sum(used[part] for part in parts) / sum(slots[part] for part in parts)
-        for name, parts in groups.items()
+class Padding(NamedTuple):
+    """Shares without a token: of all slots, and of what is computed token by token. Missing pairs are padding too."""
+
+    slots: float
+    computed: float  # places of the batches that fit them, slots of the others
+    fitting: float  # share of the batches
+
+
+def padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
+    """Of the signals and of the pairs, summaries left out, and of the replies, to which the LM head is applied."""
+    seen = list(batches)
+    parts = {
+        "signals": (("context",), fill.contexts),
+        "prompts and replies": (("turns", "chosen", "rejected"), fill.pairs),
+        "replies": (("chosen", "rejected"), fill.answers),
     }
+    found = {}
+    for name, (fields, spread) in parts.items():
+        texts: list[list[Tokens]] = [[getattr(batch, field) for field in fields] for batch in seen]
+        tokens = np.array([sum(int(np.sum(part.lengths)) for part in batch) for batch in texts])
+        slots = np.array([sum(part.ids.size for part in batch) for batch in texts])
+        places = spread.budget(seen[0].index.size, 1)
+        computed = np.where(tokens <= places, np.minimum(places, slots), slots)
+        of_slots, of_computed = (float(1 - tokens.sum() / size.sum()) for size in (slots, computed))
+        found[name] = Padding(of_slots, of_computed, float(np.mean(tokens <= places)))
+    return found
+
+
+def of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
+    """Of the first batches that a run makes. In a process of its own: a run starts devices and sets a mesh.
+
+    Raises: UserError.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_of_configuration, (name, settings))
+
+
+def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
+    from popi_jax import cli
+    from popi_jax.build import build
+    from popi_jax.config_check import to_json
+    from popi_jax.data import pipeline
+    from popi_jax.training.loop import open_fill
+
+    with tempfile.TemporaryDirectory() as workdir:
+        config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
+        built = build(config, to_json(config))
+        batches = pipeline.user_batches(built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed)
+        return padding(islice(iter(batches), BATCHES), open_fill(built))
+
+
+def uneven(users: UserBatch, seed: int = 0) -> UserBatch:
+    """The batch with texts of normally distributed lengths."""
+    rng = np.random.default_rng(seed)
+
+    def cut(text: Tokens) -> Tokens:
+        longest = text.ids.shape[-1]
+        lengths = np.round(rng.normal(MEAN, STD, text.lengths.shape) * longest)
+        return text._replace(lengths=np.clip(lengths, min(4, longest), longest).astype(np.int32))
+
+    texts = {name: cut(getattr(users, name)) for name in ("context", "turns", "chosen", "rejected")}
+    return users._replace(**texts)
+
+
+def steps(work: Workload, geometry: Geometry, rounds: int) -> list[dict[str, Any]]:
+    """CPU seconds of both gradient steps of a workload of kind popi, with padding and without."""
+    from benchmarks import measure
+    from benchmarks.programs import padded_and_dense
+
+    cases = {
+        (name, kind): measure.prepare(program, work)
+        for name, pair in padded_and_dense(work, geometry, uneven).items()
+        for kind, program in pair.items()
+    }
+    measure.run_rounds([*cases.values()], rounds)
+    rows = []
+    for name in dict.fromkeys(name for name, _ in cases):
+        padded, dense = (cases[name, kind] for kind in ("padded", "dense"))
+        ratios = [a.cpu / b.cpu for a, b in zip(padded.steps, dense.steps, strict=True)]
+        rows.append(
+            {
+                "step": name,
+                "width": geometry.embed_dim,
+                "padded_cpu_s": measure.spread([s.cpu for s in padded.steps]),
+                "dense_cpu_s": measure.spread([s.cpu for s in dense.steps]),
+                "ratio": measure.spread(ratios),
+            }
+        )
+    return rows
+
+
+def markdown(shares: dict[str, Padding]) -> str:
+    rows = [(name, *(f"{100 * share:.1f} %" for share in one)) for name, one in shares.items()]
+    return table(("padding", "of slots", "of what is computed", "batches that fit"), rows)
+
+
+def markdown_of_steps(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        (
+            *(row["step"], row["width"], row["padded_cpu_s"]["median"], row["dense_cpu_s"]["median"]),
+            *(row["ratio"]["median"], row["ratio"]["min"], row["ratio"]["max"]),
+        )
+        for row in rows
+    ]
+    return table(("step", "width", "padded, CPU s", "dense, CPU s", "ratio", "min", "max"), cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from popi_jax.errors import UserError
+
+    flags = options.parser(__doc__, rounds=5, workloads=False)
+    flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    flags.add_argument("--config", default="prism", help="configuration whose batches are looked at (prism)")
+    flags.add_argument("--no-steps", action="store_true", help="time nothing")
+    flags.add_argument("--out", default="work/bench/padding.json", metavar="FILE", help="where the figures go")
+    args, settings = flags.parse_known_args(argv)
+    if unknown := [flag for flag in settings if not flag.startswith("--config.")]:
+        flags.error(f"{unknown[0]}: unknown; settings are --config.FIELD=VALUE")
+    try:
+        shares = of_configuration(args.config, settings)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(markdown(shares))
+    result: dict[str, Any] = {"padding": {name: one._asdict() for name, one in shares.items()}}
+    if not args.no_steps:
+        result["steps"] = [
+            *steps(WORKLOADS["popi"], TINY, args.rounds),
+            *steps(WORKLOADS["popi"]._replace(users=1), WIDE, args.rounds),
+        ]
+        print(f"\n{markdown_of_steps(result['steps'])}")
+    write_json(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

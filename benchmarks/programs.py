@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.workloads import Geometry, Workload
 from configs.base import base
-from popi_jax.arrays import Tokens, UserBatch
+from popi_jax.arrays import Rollouts, Tokens, UserBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
 from popi_jax.losses.preference import PairLogps
-from popi_jax.models.roles import Glue, empty_summary, pair_logps, rollout, splice
+from popi_jax.models.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.training import optim
@@ -148,6 +148,59 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
     fused = partial(popi_update, parts=parts, phases=parse_phases(cfg.schedule.phases))
     add("fused_update", lambda state, frozen, users: fused(state, frozen, users), state, frozen, users)
     return made
+
+
+def padded_and_dense(
+    work: Workload, geometry: Geometry, uneven: Callable[[UserBatch], UserBatch]
+) -> dict[str, dict[str, Program]]:
+    """Both gradient steps on texts of uneven lengths: with all their padding, and in no more places than they need."""
+    model, cfg = transformer(geometry), config(work, "joint")
+    glue = Glue(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
+    transforms = Transforms(optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000))
+    state = jax.jit(partial(init_state, model=model, transforms=transforms, cfg=cfg))(jnp.int32(0))
+    frozen = jax.tree.map(jnp.copy, state.inference.params)
+    users = jax.tree.map(jnp.asarray, uneven(user_batch(work, geometry.vocab_size)))
+    # as long as the other texts: samples of a model that knows when to stop
+    drawn = uneven(
+        users._replace(context=tokens(np.random.default_rng(1), (work.users, work.group), work.summary_len, 8))
+    )
+    summaries = jax.tree.map(jnp.asarray, drawn.context)
+    shape = work.users, work.group
+    rollouts = Rollouts(summaries, jnp.ones(shape, bool), jnp.zeros((*shape, work.summary_len)))
+    contexts = jax.tree.map(lambda x: x[:, :1], splice(glue.generator_prefix, summaries, rollouts.finished))
+    zeros = jnp.zeros((work.users, 1, work.pairs))
+    margins = jnp.zeros((*shape, work.pairs)) + jnp.arange(work.group, dtype=jnp.float32)[None, :, None]
+
+    def count(*parts: Tokens) -> int:
+        return sum(int(part.lengths.sum()) for part in parts)
+
+    replies = count(users.chosen, users.rejected)
+    needed = Budgets(
+        signals=count(users.context) + work.users * TURN_LEN,
+        contexts=count(contexts),
+        summaries=-(-count(summaries) // work.group),
+        pairs=count(users.turns) + replies,
+        answers=replies,
+    )
+    found: dict[str, dict[str, Program]] = {"generator step": {}, "inference step": {}}
+    for kind, budgets in (("padded", None), ("dense", needed)):
+        static: Any = {"model": model, "cfg": cfg, "budgets": budgets}
+
+        def generator(role: Any, users: UserBatch, static: Any = static) -> tuple[Any, Any]:
+            reference = PairLogps(zeros, zeros)
+            return generator_step(role, {}, reference, contexts, users, tx=transforms.generator, **static)[:2]
+
+        def inference(role: Any, frozen: Any, users: UserBatch, static: Any = static) -> tuple[Any, Any]:
+            more: Any = {"tx": transforms.inference, "glue": glue}
+            return inference_step(role, frozen, margins, None, rollouts, users, **more, **static)
+
+        for name, step, role, rest in (
+            ("generator step", generator, state.generator, ()),
+            ("inference step", inference, state.inference, (frozen,)),
+        ):
+            carry, inputs = jax.tree.map(jnp.copy, role), (*rest, users)
+            found[name][kind] = Program(f"{name}/{kind}", jax.jit(step, donate_argnums=0), carry, inputs, model.dtype)
+    return found
 
 
 def _dpo_contexts(work: Workload, users: UserBatch, glue: Glue) -> Tokens:

@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import bench, compare, growth, hlo, measure, profile
+from benchmarks import bench, compare, growth, hlo, measure, padding, profile
 from benchmarks.growth_chart import nice_step
-from benchmarks.padding import padding
 from benchmarks.programs import user_batch
 from benchmarks.workloads import TINY, WORKLOADS, Workload
+from popi_jax.data.fill import Fill, Spread
 
 MINUTE = Workload("minute", "dpo", users=2, pairs=1, prompt_len=8, answer_len=4)
 SMALL = TINY._replace(vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32)
@@ -40,11 +40,11 @@ def test_bench_writes_json_and_prints_a_table(
 ) -> None:
     monkeypatch.setattr(bench, "bench", lambda plan, rounds: result)
     out = tmp_path / "new" / "bench.json"
-    assert bench.main([f"--out={out}", "--workloads=dpo"]) == 0
+    assert bench.main([f"--out={out}", "--workloads=dpo", "--no-padding"]) == 0
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert "| minute/generator_step |" in capsys.readouterr().out
     monkeypatch.setattr(bench, "bench", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1})
-    assert bench.main([f"--out={out}"]) == 1
+    assert bench.main([f"--out={out}", "--no-padding"]) == 1
 
 
 def test_unknown_workload_is_told_with_those_allowed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,10 +144,30 @@ def test_profile_sums_up_the_operations_of_the_program() -> None:
     assert "| matrix products | 300 | 75.0 % |" in text and "a.py:3" in text
 
 
-def test_padding_is_the_share_of_empty_slots() -> None:
+def test_padding_is_the_share_without_a_token() -> None:
     users = user_batch(MINUTE, 64)
     half = users._replace(chosen=users.chosen._replace(lengths=users.chosen.lengths // 2))
-    found = padding([half])
-    assert (found["rejected"], found["chosen"]) == (0.0, 0.5)
+    full, replies = Spread(8.0, 0.0), Spread(6.0, 0.0)
+    pairs = users.turns.ids.shape[-1] + 6.0
+    found = padding.padding([half], Fill(full, Spread(pairs, 0.0), replies, {}))
     slots = users.turns.ids.size + 2 * users.chosen.ids.size
-    assert found["generator rows"] == pytest.approx(users.chosen.ids.size / 2 / slots)
+    assert found["prompts and replies"].slots == pytest.approx(users.chosen.ids.size / 2 / slots)
+    assert found["replies"] == pytest.approx((0.25, 0.0, 1.0))
+    # one token too few in the budget: computed padded
+    found = padding.padding([half], Fill(full, Spread(pairs - 0.5, 0.0), Spread(7.0, 0.0), {}))
+    assert found["prompts and replies"][1:] == pytest.approx((found["prompts and replies"].slots, 0.0))
+    assert found["replies"].computed == pytest.approx(1 / 7)
+
+
+def test_uneven_texts_leave_the_arrays_as_they_are() -> None:
+    users = user_batch(WORKLOADS["popi"], 64)
+    cut = padding.uneven(users)
+    assert cut.chosen.ids is users.chosen.ids
+    assert 0.4 < cut.chosen.lengths.mean() / users.chosen.ids.shape[-1] < 0.7
+    assert cut.chosen.lengths.min() >= 4
+
+
+def test_settings_that_are_none_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        padding.main(["--no-steps", "--confg.seed=1"])
+    assert "--confg.seed=1: unknown" in capsys.readouterr().err
