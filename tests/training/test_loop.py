@@ -160,6 +160,7 @@ SETTINGS = {
     "schedule.save_every": 4,
     "schedule.log_every": 1,
     "evaluation.max_users": 8,
+    "batch.summary_fill": 1.0,  # what is sampled from random weights rarely ends
 }
 LAST = 14
 
@@ -212,6 +213,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_only(workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, LAST + 1))
+    for role in manager.ROLES:  # of the users of this run, most batches fit the places that its rows have
+        assert any(row.get(f"{role}/unpadded") == 1.0 for row in rows)
     assert (workdir / "reference" / "pairs").exists()  # so that what is stored is read again by runs that continue
     return workdir
 
