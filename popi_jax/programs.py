@@ -21,6 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 MOST_FILES = 32
-LOADING, STORING = "/popi_jax/programs/loading", "/popi_jax/programs/storing"  # events of jax.monitoring, in seconds
+LOADING, STORING = "/popi_jax/programs/loading", "/popi_jax/programs/storing"  # seconds that the caller waited
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _VARIABLES = (
@@ -91,6 +92,14 @@ class StoredProgram:
         self._jitted = jax.jit(function, **options)
         self._name, self._store, self._options = name, store, repr(options)
         self._executable: Callable[..., Any] | None = None
+        self._early: Future[tuple[Path, Any] | None] | None = None
+
+    def load(self) -> None:
+        """Begins to load in a thread what was stored last, while the arguments of the first call are made."""
+        if _can_store():
+            threads = ThreadPoolExecutor(max_workers=1)
+            self._early = threads.submit(self._newest, self._prefix(_environment(self._store.mesh)))
+            threads.shutdown(wait=False)
 
     def __call__(self, *args: Any) -> Any:
         if self._executable is None:
@@ -99,23 +108,41 @@ class StoredProgram:
 
     def _find(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The stored executable for such arguments, else one that is compiled now, and stored."""
+        began = time.monotonic()
         folder, mesh = self._store.folder, self._store.mesh
-        own = [*_environment(mesh), self._options, *_signature(args)]
-        key = _digest(_SOURCES, self._store.settings, *own)
-        for path in folder.glob(f"{self._name}-{key}-*"):
+        environment, signature = _environment(mesh), _signature(args)
+        prefix = f"{self._prefix(environment)}-{_digest(*signature)}"
+        early, self._early = self._early.result() if self._early else None, None
+        if early is not None and early[0].name.startswith(prefix):
+            return _told(LOADING, began, early[1])
+        for path in folder.glob(f"{prefix}-*"):
             if (found := _load(path, mesh)) is not None:
-                return found
+                return _told(LOADING, began, found)
         lowered = self._jitted.lower(*args)
-        program = _digest(*own, str(lowered.in_tree), str(lowered.out_tree), lowered.as_text())
-        path = folder / f"{self._name}-{key}-{program}"
+        trees = str(lowered.in_tree), str(lowered.out_tree)
+        program = _digest(*environment, self._options, *signature, *trees, lowered.as_text())
+        path = folder / f"{prefix}-{program}"
         for same in folder.glob(f"{self._name}-*-{program}"):
+            began = time.monotonic()
             if (found := _load(same, mesh)) is not None:
+                _told(LOADING, began, found)
                 _store(path, partial(os.link, same))
                 return found
         with _without_cache():
             compiled = lowered.compile()
         _store(path, lambda part: part.write_bytes(_packed(compiled)))
         return compiled
+
+    def _prefix(self, environment: list[str]) -> str:
+        """How the names of files begin that fit whatever the arguments are."""
+        return f"{self._name}-{_digest(_SOURCES, self._store.settings, *environment, self._options)}"
+
+    def _newest(self, prefix: str) -> tuple[Path, Any] | None:
+        with contextlib.suppress(OSError, ValueError):  # of a file that is gone meanwhile; of none
+            path = max(self._store.folder.glob(f"{prefix}-*"), key=lambda p: p.stat().st_mtime)
+            found = _load(path, self._store.mesh)
+            return None if found is None else (path, found)
+        return None
 
 
 def _can_store() -> bool:
@@ -131,7 +158,6 @@ def _packed(compiled: jax.stages.Compiled) -> bytes:
 
 def _load(path: Path, mesh: Mesh) -> Callable[..., Any] | None:
     """The executable of a file; None, and the file is gone, when there is anything wrong with it."""
-    began = time.monotonic()
     try:
         packed = path.read_bytes()
         if hashlib.sha256(packed[32:]).digest() != packed[:32]:
@@ -146,7 +172,11 @@ def _load(path: Path, mesh: Mesh) -> Callable[..., Any] | None:
         with contextlib.suppress(OSError):
             path.unlink()
         return None
-    jax.monitoring.record_event_duration_secs(LOADING, time.monotonic() - began)
+    return found
+
+
+def _told(event: str, began: float, found: Any) -> Any:
+    jax.monitoring.record_event_duration_secs(event, time.monotonic() - began)
     return found
 
 
@@ -167,7 +197,7 @@ def _store(path: Path, write: Callable[[Path], Any]) -> None:
         kept = sorted(path.parent.iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)
         for old in kept[MOST_FILES:]:
             old.unlink(missing_ok=True)
-    jax.monitoring.record_event_duration_secs(STORING, time.monotonic() - began)
+    _told(STORING, began, None)
 
 
 @contextlib.contextmanager

@@ -140,6 +140,27 @@ def test_what_only_may_change_the_program_is_traced_again(
     assert not np.array_equal(other[0].x, expected[0].x)
 
 
+def test_what_is_loaded_early_is_used_only_where_it_fits(tmp_path: Path, mesh: Mesh, events: Counter) -> None:
+    def early(args: Any) -> tuple[Any, tuple[int, ...]]:
+        program = stored(tmp_path, mesh)
+        program.load()
+        return counted(events, program, args)
+
+    assert early(arguments(mesh))[1][1:] == (1, 0, 1)  # there is nothing yet
+    expected = stored(tmp_path, mesh)(*arguments(mesh))
+    result, counts = early(arguments(mesh))
+    assert counts == (0, 0, 1, 0)
+    assert_same(result, expected)
+    longer = arguments(mesh, rows=16)
+    assert early(longer)[1][1:] == (1, 0, 1)  # the newest is for other shapes
+    assert early(arguments(mesh))[1] == early(arguments(mesh, rows=16))[1] == (0, 0, 1, 0)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
+    result, counts = early(arguments(mesh))
+    assert counts[1:] == (1, 0, 1)
+    assert_same(result, expected)
+
+
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "processor": other_processor,
     "cores": lambda patch, _: patch.setattr(os, "cpu_count", lambda: 77),

@@ -160,8 +160,12 @@ def train(built: Built) -> Trained:
     store = program_store(built)
     # the layout of what an update returns is that of what it is given, so that it is compiled once
     updating: Any = {"store": store, "donate_argnums": (0,), "out_shardings": (shardings_of(abstract), None)}
+    warmup_update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
+    warmup = StoredProgram(warmup_update, name="warmup", **updating)
+    main = StoredProgram(partial(popi_update, parts=parts, phases=phases), name="main", **updating)
 
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
+    (warmup if checkpoints.newest_step(manager) < warmup_steps else main).load()
     batches = open_batches(built)
     restored = checkpoints.restore_latest(manager, abstract, batches)
     if restored is None:
@@ -178,9 +182,7 @@ def train(built: Built) -> Trained:
         loop = partial(_run, built=built, batches=batches, writer=writer, stop=stop, save=save)
         try:
             if step < warmup_steps:
-                update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
-                program = StoredProgram(update, name="warmup", **updating)
-                step, state = loop(program, state, step, warmup_steps, label="warm-up")
+                step, state = loop(warmup, state, step, warmup_steps, label="warm-up")
             frozen = stored_frozen(built, abstract, base, with_pairs=True) if step > warmup_steps else None
             if frozen is None and step > warmup_steps:
                 raise UserError(
@@ -197,10 +199,8 @@ def train(built: Built) -> Trained:
                 restart = partial(restart_optimizers, transforms=parts.transforms, cfg=parts.cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
-                update = partial(popi_update, parts=parts, phases=phases)
-                program = StoredProgram(update, name="main", **updating)
-                main = lambda state, batch: program(state, frozen, batch)  # noqa: E731
-                step, state = loop(main, state, step, last_step, label="popi")
+                update = lambda state, batch: main(state, frozen, batch)  # noqa: E731
+                step, state = loop(update, state, step, last_step, label="popi")
         finally:
             stop.close()
             checkpoints.close(manager)
