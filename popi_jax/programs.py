@@ -70,12 +70,20 @@ class Store(NamedTuple):
     settings: str  # everything static that the functions have bound, as text
 
 
+class Early(NamedTuple):
+    """An executable that was loaded before the arguments were known, so it may be for others."""
+
+    path: Path
+    executable: Callable[..., Any]
+
+
 class StoredProgram:
     """`jax.jit(function)` for jax arrays that always have the same shapes, types and layouts; the first call loads it.
 
     Results are those of `jax.jit`. Nothing is kept or loaded by one of several processes, as some could find a program
     that others must compile; nor with `jax_disable_jit`, `jax_debug_nans` or `jax_debug_infs`, for which JAX must have
     the Python function. A file that cannot be used is removed and costs a line in the log and a compilation.
+    `early` is what `load_early` returned for the same name and store.
     """
 
     def __init__(
@@ -86,20 +94,14 @@ class StoredProgram:
         store: Store,
         donate_argnums: tuple[int, ...] = (),
         out_shardings: Any = None,
+        early: "Future[Early | None] | None" = None,
     ) -> None:
         # an unused argument stays one, so that the text of the program says which arguments it reads
         options: Any = {"donate_argnums": donate_argnums, "out_shardings": out_shardings, "keep_unused": True}
         self._jitted = jax.jit(function, **options)
         self._name, self._store, self._options = name, store, repr(options)
         self._executable: Callable[..., Any] | None = None
-        self._early: Future[tuple[Path, Any] | None] | None = None
-
-    def load(self) -> None:
-        """Begins to load in a thread what was stored last, while the arguments of the first call are made."""
-        if _can_store():
-            threads = ThreadPoolExecutor(max_workers=1)
-            self._early = threads.submit(self._newest, self._prefix(_environment(self._store.mesh)))
-            threads.shutdown(wait=False)
+        self._early = early
 
     def __call__(self, *args: Any) -> Any:
         if self._executable is None:
@@ -110,17 +112,17 @@ class StoredProgram:
         """The stored executable for such arguments, else one that is compiled now, and stored."""
         began = time.monotonic()
         folder, mesh = self._store.folder, self._store.mesh
-        environment, signature = _environment(mesh), _signature(args)
-        prefix = f"{self._prefix(environment)}-{_digest(*signature)}"
+        environment, signature = _environment(mesh), [self._options, *_signature(args)]
+        prefix = f"{_prefix(self._name, self._store, environment)}-{_digest(*signature)}"
         early, self._early = self._early.result() if self._early else None, None
-        if early is not None and early[0].name.startswith(prefix):
-            return _told(LOADING, began, early[1])
+        if early is not None and early.path.name.startswith(prefix):
+            return _told(LOADING, began, early.executable)
         for path in folder.glob(f"{prefix}-*"):
             if (found := _load(path, mesh)) is not None:
                 return _told(LOADING, began, found)
         lowered = self._jitted.lower(*args)
         trees = str(lowered.in_tree), str(lowered.out_tree)
-        program = _digest(*environment, self._options, *signature, *trees, lowered.as_text())
+        program = _digest(*environment, *signature, *trees, lowered.as_text())
         path = folder / f"{prefix}-{program}"
         for same in folder.glob(f"{self._name}-*-{program}"):
             began = time.monotonic()
@@ -133,16 +135,28 @@ class StoredProgram:
         _store(path, lambda part: part.write_bytes(_packed(compiled)))
         return compiled
 
-    def _prefix(self, environment: list[str]) -> str:
-        """How the names of files begin that fit whatever the arguments are."""
-        return f"{self._name}-{_digest(_SOURCES, self._store.settings, *environment, self._options)}"
 
-    def _newest(self, prefix: str) -> tuple[Path, Any] | None:
-        with contextlib.suppress(OSError, ValueError):  # of a file that is gone meanwhile; of none
-            path = max(self._store.folder.glob(f"{prefix}-*"), key=lambda p: p.stat().st_mtime)
-            found = _load(path, self._store.mesh)
-            return None if found is None else (path, found)
+def load_early(name: str, store: Store) -> "Future[Early | None] | None":
+    """Begins to load in a thread what was stored last under a name, while the arguments of the first call are made."""
+    if not _can_store():
         return None
+    threads = ThreadPoolExecutor(max_workers=1)
+    future = threads.submit(_newest, _prefix(name, store, _environment(store.mesh)), store)
+    threads.shutdown(wait=False)
+    return future
+
+
+def _newest(prefix: str, store: Store) -> Early | None:
+    with contextlib.suppress(OSError, ValueError):  # of a file that is gone meanwhile; of none
+        path = max(store.folder.glob(f"{prefix}-*"), key=lambda p: p.stat().st_mtime)
+        found = _load(path, store.mesh)
+        return None if found is None else Early(path, found)
+    return None
+
+
+def _prefix(name: str, store: Store, environment: list[str]) -> str:
+    """How the names of files begin that fit whatever the arguments and options are."""
+    return f"{name}-{_digest(_SOURCES, store.settings, *environment)}"
 
 
 def _can_store() -> bool:

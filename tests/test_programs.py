@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from popi_jax import programs
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
-from popi_jax.programs import LOADING, STORING, Store, StoredProgram
+from popi_jax.programs import LOADING, STORING, Store, StoredProgram, load_early
 from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import loop
 from popi_jax.training.schedule import popi_update
@@ -77,9 +77,13 @@ def layout(mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: x.sharding, arguments(mesh)[0]), None
 
 
-def stored(folder: Path, mesh: Mesh, *, function: Any = update, settings: str = "", donate: Any = (0,)) -> Any:
+def stored(
+    folder: Path, mesh: Mesh, *, function: Any = update, settings: str = "", donate: Any = (0,), early: bool = False
+) -> Any:
     store, fresh = Store(folder, mesh, settings), partial(function)  # for which this process has nothing in memory
-    return StoredProgram(fresh, name="main", store=store, donate_argnums=donate, out_shardings=layout(mesh))
+    options: Any = {"donate_argnums": donate, "out_shardings": layout(mesh)}
+    found = load_early("main", store) if early else None
+    return StoredProgram(fresh, name="main", store=store, early=found, **options)
 
 
 def counted(events: Counter, program: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
@@ -142,9 +146,7 @@ def test_what_only_may_change_the_program_is_traced_again(
 
 def test_what_is_loaded_early_is_used_only_where_it_fits(tmp_path: Path, mesh: Mesh, events: Counter) -> None:
     def early(args: Any) -> tuple[Any, tuple[int, ...]]:
-        program = stored(tmp_path, mesh)
-        program.load()
-        return counted(events, program, args)
+        return counted(events, stored(tmp_path, mesh, early=True), args)
 
     assert early(arguments(mesh))[1][1:] == (1, 0, 1)  # there is nothing yet
     expected = stored(tmp_path, mesh)(*arguments(mesh))

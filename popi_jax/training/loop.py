@@ -27,7 +27,7 @@ from popi_jax.losses.preference import PairLogps
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.roles import empty_summary, pair_logps
 from popi_jax.objectives import preference_objective
-from popi_jax.programs import Store, StoredProgram
+from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
 from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import optim
@@ -155,17 +155,19 @@ def train(built: Built) -> Trained:
     parts, warmup_transforms = make_parts(built)
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
-    abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
     base = lora_base(built)
     store = program_store(built)
+    manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
+    stage = "warmup" if checkpoints.newest_step(manager) < warmup_steps else "main"
+    early = {stage: load_early(stage, store)}
+    abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
     # the layout of what an update returns is that of what it is given, so that it is compiled once
     updating: Any = {"store": store, "donate_argnums": (0,), "out_shardings": (shardings_of(abstract), None)}
     warmup_update = partial(warmup_step, model=built.model, transforms=warmup_transforms)
-    warmup = StoredProgram(warmup_update, name="warmup", **updating)
-    main = StoredProgram(partial(popi_update, parts=parts, phases=phases), name="main", **updating)
+    warmup = StoredProgram(warmup_update, name="warmup", early=early.get("warmup"), **updating)
+    main_update = partial(popi_update, parts=parts, phases=phases)
+    main = StoredProgram(main_update, name="main", early=early.get("main"), **updating)
 
-    manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
-    (warmup if checkpoints.newest_step(manager) < warmup_steps else main).load()
     batches = open_batches(built)
     restored = checkpoints.restore_latest(manager, abstract, batches)
     if restored is None:
