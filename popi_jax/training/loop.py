@@ -193,7 +193,8 @@ def train(built: Built) -> Trained:
                 )
             if frozen is None:
                 copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
-                own = jax.jit(partial(jax.tree.map, jnp.copy))(Frozen(**copies))
+                own = Frozen(**copies)  # laid out as a run that continues reads it, so that the program is the same
+                own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(own))(own)
                 frozen = _on_base(own, base)
                 pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
                 frozen = frozen._replace(pairs=pairs)
