@@ -93,8 +93,9 @@ def markdown(results: dict[str, Any]) -> str:
         rows += [(part, cold["parts"][part], warm["parts"][part]) for part in cold["parts"]]
         rows += [(f"of these: {part}", cold["within"][part], warm["within"][part]) for part in cold["within"]]
         rows += [("programs compiled", cold["compiled"], warm["compiled"])]
-        ratio = cold["seconds"] / warm["seconds"]
-        text += [f"{name}: cold / warm = {ratio:.2f}", "", table(("seconds", "cold", "warm"), rows), ""]
+        rounds = [a["seconds"] / b["seconds"] for a, b in zip(found["cold"], found["warm"], strict=True)]
+        ratio = f"{cold['seconds'] / warm['seconds']:.2f} (in one round {min(rounds):.2f} to {max(rounds):.2f})"
+        text += [f"{name}: cold / warm = {ratio}", "", table(("seconds", "cold", "warm"), rows), ""]
     return "\n".join(text)
 
 

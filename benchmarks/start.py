@@ -23,6 +23,7 @@ def main(asked: float, flags: list[str]) -> dict[str, Any]:
 
     from popi_jax import build as builds
     from popi_jax.config_check import to_json
+    from popi_jax.programs import LOADING, STORING
     from popi_jax.training import loop
 
     spent: dict[str, float] = {}
@@ -71,6 +72,8 @@ def main(asked: float, flags: list[str]) -> dict[str, Any]:
             "first step": first["done"] - first["called"],
         },
         "within": {
+            "loading stored programs": spent.get(LOADING, 0.0),
+            "storing programs": spent.get(STORING, 0.0),
             "tracing": spent.get("/jax/core/compile/jaxpr_trace_duration", 0.0),
             "lowering": spent.get("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.0),
             "compiling, or reading what was compiled": spent.get(backend, 0.0),

@@ -39,6 +39,11 @@ class Built(NamedTuple):
     sampling: Sampling
 
 
+def compiled_folder(config: Config) -> Path:
+    """Where compiled programs are kept: beside the prepared data, so that runs share them."""
+    return Path(config.data.prepared).parent / "compiled"
+
+
 def start_devices(config: Config) -> Mesh:
     """Starts JAX as the configuration asks, before any array exists, and sets the mesh.
 
@@ -46,7 +51,7 @@ def start_devices(config: Config) -> Mesh:
     """
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.prepared).parent / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     distributed.start()

@@ -21,6 +21,7 @@ ALLOWED = {
     "objectives": {"config", "losses"},
     "cli": {"config", "config_check", "errors"},
     "metric_writer": set(),
+    "programs": set(),
     "progress": set(),
     "distributed": set(),
     "build": {
@@ -49,6 +50,7 @@ ALSO = {
         "distributed",
         "evals",
         "metric_writer",
+        "programs",
         "progress",
     },
     "training/budgets.py": {"data"},

@@ -73,6 +73,11 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
     return ocp.CheckpointManager(folder, options=options)
 
 
+def newest_step(manager: ocp.CheckpointManager) -> int:
+    """The newest step that was saved, readable or not; 0 if there is none."""
+    return max(manager.all_steps(), default=0)
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str) -> None:
     """Starts to write `step` and returns once the arrays are copied; a step that exists already is left alone.
 

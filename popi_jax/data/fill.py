@@ -46,11 +46,11 @@ class Fill(NamedTuple):
 
 
 def measured_fill(source: Sequence[User], tokenizer: Tokenizer, cfg: Any, *, items: tuple[str, ...]) -> Fill:
-    """Looks at some batches that a run of `cfg` makes; `items` as `warmup_batches` takes them.
+    """Looks at some batches such as a run of `cfg` makes; `items` as `warmup_batches` takes them.
 
-    All processes look at the same whole batches, so that their programs agree.
+    All processes look at the same whole batches, and runs that differ in their seed too, so that their programs agree.
     """
-    batches = list(islice(iter(user_batches(source, tokenizer, cfg, seed=cfg.seed)), _BATCHES))
+    batches = list(islice(iter(user_batches(source, tokenizer, cfg, seed=0)), _BATCHES))
 
     def of_users(count: Callable[[UserBatch], np.ndarray]) -> Spread:
         return _spread(count(batch) for batch in batches)
@@ -58,7 +58,7 @@ def measured_fill(source: Sequence[User], tokenizer: Tokenizer, cfg: Any, *, ite
     def replies(batch: UserBatch) -> np.ndarray:
         return (batch.chosen.lengths + batch.rejected.lengths).sum(axis=1)
 
-    warmup = islice(iter(warmup_batches(source, tokenizer, cfg, seed=cfg.seed, items=items)), _BATCHES)
+    warmup = islice(iter(warmup_batches(source, tokenizer, cfg, seed=0, items=items)), _BATCHES)
     return Fill(
         contexts=of_users(lambda batch: batch.context.lengths),
         pairs=of_users(lambda batch: batch.turns.lengths.sum(axis=1) + replies(batch)),

@@ -1,5 +1,6 @@
 """The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the jitted programs."""
 
+import dataclasses
 import json
 import math
 import time
@@ -15,7 +16,7 @@ from etils import epath
 
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, Params, UserBatch
-from popi_jax.build import Built
+from popi_jax.build import Built, compiled_folder
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config
@@ -28,6 +29,7 @@ from popi_jax.losses.preference import PairLogps
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.roles import empty_summary, pair_logps
 from popi_jax.objectives import preference_objective
+from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
 from popi_jax.sharding import batch_shards, place_batch, replicated
 from popi_jax.training import optim
@@ -129,13 +131,35 @@ def open_fill(built: Built) -> fills.Fill:
 
 def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Transforms]:
     """The static parts of the main stage, and the optimizers of the warm-up."""
-    cfg = built.config
+    cfg = program_config(built.config)
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
     main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
     warmup = optim.warmup_transform(cfg)
     budgets = None if fill is None else main_budgets(fill, built.glue, batch_shards(), cfg=cfg)
     parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
+
+
+def program_config(cfg: Config) -> Config:
+    """The configuration as programs may see it: without the fields that must not decide on any result of theirs, so
+    that runs which differ in these alone share what is compiled."""
+    nothing = {str: "", int: 0, bool: False}
+
+    def without(section: Any, *names: str) -> Any:
+        return dataclasses.replace(section, **{name: nothing[type(getattr(section, name))] for name in names})
+
+    return dataclasses.replace(
+        without(cfg, "name", "seed", "workdir"),
+        data=without(cfg.data, "path", "prepared", "download", "workers"),
+        schedule=without(cfg.schedule, "log_every", "save_every", "keep"),
+        evaluation=without(cfg.evaluation, "batch_users", "max_users"),
+    )
+
+
+def program_store(built: Built, *static: Any) -> Store:
+    """Where the programs of a run are kept; `static` is what they have bound beside what is in `built`."""
+    settings = program_config(built.config), built.model, built.glue, built.sampling, *static
+    return Store(compiled_folder(built.config) / "programs", built.mesh, repr(settings))
 
 
 def train(built: Built) -> Trained:
@@ -151,15 +175,25 @@ def train(built: Built) -> Trained:
     parts, warmup_transforms = make_parts(built, fill)
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
-    abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
-    layout = (shardings_of(abstract), None)  # of what an update returns: as given, so that it is compiled once
     base = lora_base(built)
-
+    budgets_of_warmup = warmup_budgets(fill, batch_shards(), cfg=cfg)
+    store = program_store(built, parts.budgets, budgets_of_warmup)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
+    stage = "warmup" if checkpoints.newest_step(manager) < warmup_steps else "main"
+    early = {stage: load_early(stage, store)}
+    abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
+    # the layout of what an update returns is that of what it is given, so that it is compiled once
+    updating: Any = {"store": store, "donate_argnums": (0,), "out_shardings": (shardings_of(abstract), None)}
+    warmup_update = partial(warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets_of_warmup)
+    warmup = StoredProgram(warmup_update, name="warmup", early=early.get("warmup"), **updating)
+    main_update = partial(popi_update, parts=parts, phases=phases)
+    main = StoredProgram(main_update, name="main", early=early.get("main"), **updating)
+
     batches = open_batches(built)
     restored = checkpoints.restore_latest(manager, abstract, batches)
     if restored is None:
-        step, state = 0, _first_state(built, warmup_transforms if warmup_steps else parts.transforms, abstract)
+        transforms = warmup_transforms if warmup_steps else parts.transforms
+        step, state = 0, _first_state(built, transforms, abstract, store)
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
@@ -171,10 +205,7 @@ def train(built: Built) -> Trained:
         loop = partial(_run, built=built, batches=batches, writer=writer, stop=stop, save=save)
         try:
             if step < warmup_steps:
-                budgets = warmup_budgets(fill, batch_shards(), cfg=cfg)
-                update = partial(warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets)
-                program = jax.jit(update, donate_argnums=0, out_shardings=layout)
-                step, state = loop(program, state, step, warmup_steps, label="warm-up")
+                step, state = loop(warmup, state, step, warmup_steps, label="warm-up")
             frozen = stored_frozen(built, abstract, base, with_pairs=True) if step > warmup_steps else None
             if frozen is None and step > warmup_steps:
                 raise UserError(
@@ -183,18 +214,17 @@ def train(built: Built) -> Trained:
                 )
             if frozen is None:
                 copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
-                own = jax.jit(partial(jax.tree.map, jnp.copy))(Frozen(**copies))
+                own = Frozen(**copies)  # laid out as a run that continues reads it, so that the program is the same
+                own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(own))(own)
                 frozen = _on_base(own, base)
                 pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
                 frozen = frozen._replace(pairs=pairs)
                 checkpoints.save_frozen(cfg.workdir, own._replace(pairs=pairs), built.config_json)
-                restart = partial(restart_optimizers, transforms=parts.transforms, cfg=cfg)
+                restart = partial(restart_optimizers, transforms=parts.transforms, cfg=parts.cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
-                update = partial(popi_update, parts=parts, phases=phases)
-                program = jax.jit(update, donate_argnums=0, out_shardings=layout)
-                main = lambda state, batch: program(state, frozen, batch)  # noqa: E731
-                step, state = loop(main, state, step, last_step, label="popi")
+                update = lambda state, batch: main(state, frozen, batch)  # noqa: E731
+                step, state = loop(update, state, step, last_step, label="popi")
         finally:
             stop.close()
             checkpoints.close(manager)
@@ -279,11 +309,11 @@ def reference_pairs(params: Params, built: Built) -> PairLogps:
     )
 
 
-def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> TrainState:
-    cfg, layout = built.config, shardings_of(abstract)
-    init = partial(init_state, model=built.model, transforms=transforms, cfg=cfg)
+def _first_state(built: Built, transforms: Transforms, abstract: TrainState, store: Store) -> TrainState:
+    cfg, layout, seen = built.config, shardings_of(abstract), program_config(built.config)
+    init = partial(init_state, model=built.model, transforms=transforms, cfg=seen)
     if not cfg.model.checkpoint:
-        return jax.jit(init, out_shardings=layout)(jnp.int32(cfg.seed))
+        return StoredProgram(init, name="init", store=store, out_shardings=layout)(jnp.int32(cfg.seed))
 
     def start(role: str) -> Params:
         if trains_adapters(cfg, role):
@@ -291,8 +321,8 @@ def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> 
             return made(jnp.int32(cfg.seed))
         return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, "float32"))
 
-    begin = partial(new_state, transforms=transforms, cfg=cfg)
-    program = jax.jit(begin, out_shardings=layout, donate_argnums=(0, 1))
+    begin = partial(new_state, transforms=transforms, cfg=seen)
+    program = StoredProgram(begin, name="begin", store=store, out_shardings=layout, donate_argnums=(0, 1))
     return program(start("inference"), start("generator"), jax.random.key(cfg.seed))
 
 

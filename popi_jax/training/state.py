@@ -92,8 +92,9 @@ def restart_optimizers(state: TrainState, *, transforms: Transforms, cfg: Config
 
 def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh, *, cfg: Config) -> TrainState:
     """Shapes, types and shardings of the whole state, without any array."""
-    boxed = jax.eval_shape(partial(_boxed, model=model, cfg=cfg), jax.random.key(0))
-    shapes = jax.eval_shape(partial(init_state, model=model, transforms=transforms, cfg=cfg), jnp.int32(0))
+    key = jax.eval_shape(jax.random.key, 0)
+    boxed = jax.eval_shape(partial(_boxed, model=model, cfg=cfg), key)
+    shapes = jax.eval_shape(partial(new_state, transforms=transforms, cfg=cfg), unbox(boxed[0]), unbox(boxed[1]), key)
 
     def role(shape: RoleState, params: Params) -> RoleState:
         layout = match_shardings(shape, shape.params, param_shardings(params, mesh), mesh)

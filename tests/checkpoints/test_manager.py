@@ -111,16 +111,16 @@ def flip_a_bit_of_each_file(folder: Path) -> None:
 def test_restores_arrays_key_and_iterator_bitwise(tmp_path):
     following = write_run(tmp_path, 2)
     m, (step, state), iterator = restore(tmp_path)
+    assert step == manager.newest_step(m) == 2
     manager.close(m)
-    assert step == 2
     assert_same(state, make_state(2))
     np.testing.assert_array_equal(next(iterator), following[1])
 
 
 def test_an_empty_workdir_restores_nothing(tmp_path):
     m, found, _ = restore(tmp_path)
+    assert found is None and manager.newest_step(m) == 0
     manager.close(m)
-    assert found is None
 
 
 def test_keeps_the_newest(tmp_path):
