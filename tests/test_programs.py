@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from popi_jax import programs
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
+from popi_jax.models.dense import Budget
 from popi_jax.programs import LOADING, STORING, Store, StoredProgram, load_early
 from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import loop
@@ -378,3 +379,4 @@ def test_which_settings_programs_depend_on() -> None:
     told |= {"warmup.learning_rate": 0.5, "schedule.phases": ("joint 7",), "model.remat": "full"}
     assert not any(same(field, value) for field, value in told.items())
     assert loop.program_store(built._replace(glue=small.GLUE)).settings != own.settings
+    assert loop.program_store(built, {"generator": Budget(4, 2)}).settings != own.settings

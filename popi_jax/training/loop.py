@@ -206,20 +206,17 @@ def train(built: Built) -> Trained:
         try:
             if step < warmup_steps:
                 step, state = loop(warmup, state, step, warmup_steps, label="warm-up")
-            frozen = stored_frozen(built, abstract, base, with_pairs=True) if step > warmup_steps else None
-            if frozen is None and step > warmup_steps:
-                raise UserError(
-                    f'config.workdir: "{cfg.workdir}/reference" is gone, without which the run cannot continue; '
-                    "put it back, or start again in another WORKDIR"
-                )
-            if frozen is None:
+            if step > warmup_steps:
+                frozen = _still_there(stored_frozen(built, abstract, base, for_training=True), cfg)
+            else:
                 copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
                 own = Frozen(**copies)  # laid out as a run that continues reads it, so that the program is the same
                 own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(own))(own)
                 frozen = _on_base(own, base)
                 pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
-                frozen = frozen._replace(pairs=pairs)
                 checkpoints.save_frozen(cfg.workdir, own._replace(pairs=pairs), built.config_json)
+                frozen = frozen._replace(pairs=pairs, generator=frozen.generator if _reads_generator(built) else {})
+                del own, copies  # what training does not read is not kept in memory
                 restart = partial(restart_optimizers, transforms=parts.transforms, cfg=parts.cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
             if step < last_step:
@@ -228,6 +225,8 @@ def train(built: Built) -> Trained:
         finally:
             stop.close()
             checkpoints.close(manager)
+    if not _reads_generator(built):
+        frozen = _still_there(stored_frozen(built, abstract, base), cfg)
     return Trained(state, frozen)
 
 
@@ -257,8 +256,8 @@ def lora_base(built: Built) -> Params:
     return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, cfg.model.dtype))
 
 
-def stored_frozen(built: Built, abstract: TrainState, base: Params, *, with_pairs: bool = False) -> Frozen | None:
-    """The reference policies of a run, `with_pairs` as training goes on with them; None while it is in its warm-up.
+def stored_frozen(built: Built, abstract: TrainState, base: Params, *, for_training: bool = False) -> Frozen | None:
+    """The reference policies of a run; None while it is in its warm-up. `for_training`: as updates read them.
 
     Raises: UserError.
     """
@@ -266,8 +265,10 @@ def stored_frozen(built: Built, abstract: TrainState, base: Params, *, with_pair
         role: {} if trains_adapters(built.config, role) else getattr(abstract, role).params
         for role in checkpoints.ROLES
     }
+    if for_training and not _reads_generator(built):
+        shapes["generator"] = {}
     pairs = None
-    if with_pairs and _stores_pairs(built):
+    if for_training and _stores_pairs(built):
         count = len(built.dataset.splits["train"]) * built.config.data.num_pairs
         column = jax.ShapeDtypeStruct((count,), jnp.float32, sharding=replicated(built.mesh))
         pairs = PairLogps(column, column)
@@ -277,6 +278,22 @@ def stored_frozen(built: Built, abstract: TrainState, base: Params, *, with_pair
 
 def _on_base(own: Frozen, base: Params) -> Frozen:
     return own._replace(inference=own.inference or base, generator=own.generator or base)
+
+
+def _still_there(frozen: Frozen | None, cfg: Config) -> Frozen:
+    if frozen is None:
+        raise UserError(
+            f'config.workdir: "{cfg.workdir}/reference" is gone, without which the run cannot continue; '
+            "put it back, or start again in another WORKDIR"
+        )
+    return frozen
+
+
+def _reads_generator(built: Built) -> bool:
+    """Whether updates read the reference generator's weights: not where they need nothing but its stored log-probs."""
+    cfg = built.config
+    scores = preference_objective(cfg).needs_reference and not _stores_pairs(built)
+    return scores or trains_adapters(cfg, "generator") or cfg.inference.reward_generator == "frozen"
 
 
 def _stores_pairs(built: Built) -> bool:

@@ -23,6 +23,7 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
 from popi_jax.training.state import TrainState
+from tests import tiny_run
 from tests.training import small
 
 ROOT = Path(__file__).parents[2]
@@ -156,13 +157,13 @@ SETTINGS = {
     "data.test_fraction": 0.3,
     "model.vocab_size": 400,
     "warmup.steps": 2,
-    "schedule.phases": "('inference 3', 'alternate 1:1 6', 'joint 3')",
+    "schedule.phases": "('inference 3', 'alternate 1:1 26', 'joint 3')",  # long enough that a signal comes in time
     "schedule.save_every": 4,
     "schedule.log_every": 1,
     "evaluation.max_users": 8,
     "batch.summary_fill": 1.0,  # what is sampled from random weights rarely ends
 }
-LAST = 14
+LAST = 34
 
 
 def start(workdir: Path, **changed: Any) -> subprocess.Popen:
@@ -254,3 +255,22 @@ def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(uninterrupted: 
     status, errors = end(start(tmp_path), tmp_path)  # nothing is left to train: it evaluates
     assert status == 0 and (tmp_path / "results.json").exists(), errors
     assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "reads"),
+    [
+        ("generator", {}, False),  # the stored log-probs are all that is needed of the reference
+        ("generator", {"objective": "simpo"}, False),
+        ("generator", {"reference": "summary"}, True),
+        ("inference", {"reward_generator": "frozen"}, True),
+        ("schedule", {"phases": ("joint 1",)}, True),  # too few draws for log-probs of all pairs
+    ],
+)
+def test_training_holds_the_reference_generator_only_where_it_reads_it(
+    section: str, values: dict[str, Any], reads: bool
+) -> None:
+    built = tiny_run.shared_run(1).built
+    cfg = small.replace(built.config, "schedule", phases=("joint 500",))
+    built = built._replace(config=small.replace(cfg, section, **values))
+    assert loop._reads_generator(built) is reads
