@@ -1,6 +1,6 @@
 """What each role does, as pure functions: write summaries of users, score pairs behind a summary. No gradients here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from popi_jax.losses.preference import PairLengths, PairLogps
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.models.dense import Budget
 from popi_jax.models.sampling import Sampling
-from popi_jax.models.scoring import answer_logps
+from popi_jax.models.scoring import AnswerLogps, answer_logps, answer_logps_of_both
 from popi_jax.models.transformer import TransformerConfig
 
 
@@ -111,7 +111,18 @@ def pair_logps(
 
     Returns [users group pairs].
     """
-    scores = answer_logps(params, *pair_tree(contexts, users), model=model, budget=budget)
+    return _of_pairs(answer_logps(params, *pair_tree(contexts, users), model=model, budget=budget), contexts, users)
+
+
+def pair_logps_of_both(
+    params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig, budget: Budget | None = None
+) -> tuple[PairLogps, PairLogps]:
+    """`pair_logps` of a base with adapters and of the base alone, see scoring.answer_logps_of_both."""
+    both = answer_logps_of_both(params, *pair_tree(contexts, users), model=model, budget=budget)
+    return _of_pairs(both[0], contexts, users), _of_pairs(both[1], contexts, users)
+
+
+def _of_pairs(scores: AnswerLogps, contexts: Tokens, users: UserBatch) -> PairLogps:
     sums = scores.sums().reshape(*contexts.lengths.shape, users.pair_mask.shape[1], 2)
     return PairLogps(sums[..., 0], sums[..., 1])
 
@@ -148,4 +159,26 @@ def summary_logps(
     """Log-probs of sampled summaries; the mask holds the end token."""
     tree = summary_tree(users, rollouts, glue=glue)
     scores = answer_logps(params, *tree, model=model, temperature=temperature, entropies=entropies, budget=budget)
+    return _of_summaries(scores)
+
+
+def summary_logps_of_both(
+    params: Params,
+    users: UserBatch,
+    rollouts: Rollouts,
+    *,
+    model: TransformerConfig,
+    glue: Glue,
+    temperature: float,
+    entropies: bool = False,
+    budget: Budget | None = None,
+) -> tuple[TokenScores, TokenScores]:
+    """`summary_logps` of a base with adapters and of the base alone, see scoring.answer_logps_of_both."""
+    tree = summary_tree(users, rollouts, glue=glue)
+    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    scores, of_base = answer_logps_of_both(params, *tree, **settings)
+    return _of_summaries(scores), _of_summaries(of_base)
+
+
+def _of_summaries(scores: AnswerLogps) -> TokenScores:
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], tuple(scores)))

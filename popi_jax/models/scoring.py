@@ -84,25 +84,67 @@ def answer_logps(
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
     With a budget, which the tree must fit (`dense.within`), padding runs neither through the layers nor the head.
     """
+    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    return _scored(params, context, turns, answers, **settings, twin=False)[0]
+
+
+def answer_logps_of_both(
+    params: Params,
+    context: Tokens,
+    turns: Tokens,
+    answers: Tokens,
+    *,
+    model: TransformerConfig,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    budget: Budget | None = None,
+) -> tuple[AnswerLogps, AnswerLogps]:
+    """`answer_logps` of a base with adapters and, without gradient and entropies, of the base alone: one pass over the
+    layers for both. `params` as lora.join makes them."""
+    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    scores, of_base = _scored(params, context, turns, answers, **settings, twin=True)
+    return scores, jax.lax.stop_gradient(of_base)
+
+
+def _scored(
+    params: Params,
+    context: Tokens,
+    turns: Tokens,
+    answers: Tokens,
+    *,
+    model: TransformerConfig,
+    temperature: float,
+    entropies: bool,
+    budget: Budget | None,
+    twin: bool,
+) -> list[AnswerLogps]:
+    """Of the model, and with `twin` of its base."""
     # the last token of an answer is predicted, never read
     answer_len = answers.ids.shape[-1]
     read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
     packed, mask = pack(context, turns, read), length_mask(answers)
     at = None if budget is None else dense(packed.valid, budget.tokens)
-    hidden, _ = Transformer(model).apply(variables(params), *packed[:3], levels=packed.levels, at=at)
-    score = token_logps_and_entropy if entropies else token_logps
+    apply: Any = Transformer(model).apply
+    hidden, _ = apply(variables(params), *packed[:3], levels=packed.levels, at=at, twin=twin)
     settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
     kernel = head(params, model)
-    if at is None or budget is None:
-        scores = score(_predictors(hidden, context, turns, answers), kernel, answers.ids, **settings)
-    else:
+
+    def from_states(hidden: Array, score: Any) -> Any:
+        if at is None or budget is None:
+            return score(_predictors(hidden, context, turns, answers), kernel, answers.ids, **settings)
         scored = dense(mask.reshape(mask.shape[0], -1), budget.answers)
         slots = _predictor_slots(context, turns, answers, packed).reshape(scored.valid.shape)
         states = take(hidden, take(at.place_of, take(slots, scored.slot_of)))
         ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-        scores = jax.tree.map(lambda x: to_slots(x, scored).reshape(mask.shape), score(states, kernel, ids, **settings))
-    logps, entropy = scores if entropies else (scores, None)
-    return AnswerLogps(logps, mask, entropy)
+        return jax.tree.map(lambda x: to_slots(x, scored).reshape(mask.shape), score(states, kernel, ids, **settings))
+
+    own, of_base = hidden if twin else (hidden, None)
+    if entropies:
+        logps, entropy = from_states(own, token_logps_and_entropy)
+    else:
+        logps, entropy = from_states(own, token_logps), None
+    found = [AnswerLogps(logps, mask, entropy)]
+    return [*found, AnswerLogps(from_states(of_base, token_logps), mask)] if twin else found
 
 
 def _predictors(

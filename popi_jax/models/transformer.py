@@ -4,6 +4,9 @@ Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers say by `Le
 this file knows nothing of prompts or samples, nor of model families: `TransformerConfig` switches behaviours.
 Einsum letters: B batch, T queries, S keys, D embed, N heads, K kv_heads, G heads per kv_head, H head_dim, F mlp,
 V vocab.
+
+A layer takes a tuple of *streams*: the hidden states of the model and, where the caller asks for its twin, those of the
+base without the adapters, of the same tokens. Each weight is read once for both, so it is gathered and cast once.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
 from popi_jax.sharding import constrain
 
+Streams = tuple[Float[Array, "*rows D"], ...]
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -87,7 +91,8 @@ def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
 
 
 class Linear(nn.Module):
-    """A kernel that contracts the last `contract` axes of its input, and an adapter where `lora` holds one.
+    """A kernel that contracts the last `contract` axes of its input, and for the first stream an adapter where `lora`
+    holds one.
 
     An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds (x a) b. The factor
     alpha / rank is already in `b` (see lora.py).
@@ -100,22 +105,29 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, streams: tuple[Array, ...]) -> tuple[Array, ...]:
         init = nn.with_logical_partitioning(kernel_init(self.contract), self.names)
         kernel = self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
-        fan_in = math.prod(self.shape[: self.contract])
+        fan_in, outputs = math.prod(self.shape[: self.contract]), self.shape[self.contract :]
         # one plain matrix product: on CPUs several times faster than a contraction of many axes, elsewhere the same
-        rows = x.reshape(-1, fan_in)
-        y = rows @ kernel.reshape(fan_in, -1)
+        kernel = kernel.reshape(fan_in, -1)
+        adapter, bias = None, None
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
-            y = y + (rows @ a.reshape(fan_in, -1)) @ b.reshape(b.shape[0], -1)
-        y = y.reshape(*x.shape[: x.ndim - self.contract], *self.shape[self.contract :])
+            adapter = a.reshape(fan_in, -1), b.reshape(b.shape[0], -1)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.contract :])
-            bias = self.param("bias", zeros, self.shape[self.contract :], jnp.float32).astype(self.dtype)
-            y = y + bias.reshape((1,) * (x.ndim - self.contract) + bias.shape)
-        return y
+            bias = self.param("bias", zeros, outputs, jnp.float32).astype(self.dtype)
+
+        def product(x: Array, adapter: tuple[Array, Array] | None) -> Array:
+            rows = x.reshape(-1, fan_in)
+            y = rows @ kernel
+            if adapter is not None:
+                y = y + (rows @ adapter[0]) @ adapter[1]
+            y = y.reshape(*x.shape[: x.ndim - self.contract], *outputs)
+            return y if bias is None else y + bias.reshape((1,) * (x.ndim - self.contract) + bias.shape)
+
+        return product(streams[0], adapter), *(product(x, None) for x in streams[1:])
 
 
 class RMSNorm(nn.Module):
@@ -126,13 +138,18 @@ class RMSNorm(nn.Module):
     names: tuple[str, ...] = ("embed_unsharded",)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def __call__(self, streams: Streams) -> Streams:
         start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(start, self.names), (x.shape[-1],), jnp.float32)
-        scale = (1.0 + scale if self.plus_one else scale).reshape((1,) * (x.ndim - 1) + scale.shape)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * scale
-        return y.astype(x.dtype)
+        dim = streams[0].shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(start, self.names), (dim,), jnp.float32)
+
+        def normed(x: Array) -> Array:
+            by = (1.0 + scale if self.plus_one else scale).reshape((1,) * (x.ndim - 1) + scale.shape)
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * by
+            return y.astype(x.dtype)
+
+        return tuple(map(normed, streams))
 
 
 class Attention(nn.Module):
@@ -141,17 +158,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*rows D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
-    ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        self, streams: Streams, past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+    ) -> tuple[Streams, tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """What attention adds to each stream, and the keys and values of the first."""
         c = self.cfg
         window, freqs = None, now.freqs
         if any(c.local_layers):  # a local layer sees a window of positions, wherever their slots lie
             window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
             freqs = jnp.where(is_local, now.local_freqs, now.freqs)
 
-        def project(heads: int, axis: str, name: str) -> Float[Array, "*rows heads H"]:
+        def project(heads: int, axis: str, name: str) -> tuple[Float[Array, "*rows heads H"], ...]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
-            return Linear(shape, names, 1, c.dtype, c.qkv_bias, name=name)(x)
+            return Linear(shape, names, 1, c.dtype, c.qkv_bias, name=name)(streams)
 
         q = project(c.num_heads, "heads", "q")
         k = project(c.num_kv_heads, "kv_heads", "k")
@@ -159,37 +177,46 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="k_norm")(k)
-        if now.at is not None:
-            q, k, v = (to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v))
-        q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
-        y = attend(
-            q,
-            k,
-            v,
-            now.valid,
-            now.positions,
-            tuple(KeysValues(*kv, *at) for kv, at in zip(past, now.past, strict=True)),
-            levels=self.levels,
-            window=window,
-            score_dim=c.score_dim,
-            softcap=c.attn_logit_softcap,
-        )
-        if now.at is not None:
-            y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
-        o = Linear((c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed"), 2, c.dtype, name="o")(y)
-        return o, (k, v)
+
+        def attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            if now.at is not None:
+                q, k, v = (to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v))
+            q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
+            y = attend(
+                q,
+                k,
+                v,
+                now.valid,
+                now.positions,
+                tuple(KeysValues(*kv, *at) for kv, at in zip(past, now.past, strict=True)),
+                levels=self.levels,
+                window=window,
+                score_dim=c.score_dim,
+                softcap=c.attn_logit_softcap,
+            )
+            if now.at is not None:
+                y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
+            return y, (k, v)
+
+        results = [attended(*qkv) for qkv in zip(q, k, v, strict=True)]
+        shape, names = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
+        return Linear(shape, names, 2, c.dtype, name="o")(tuple(y for y, _ in results)), results[0][1]
 
 
 class Mlp(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    def __call__(self, streams: Streams) -> Streams:
         c = self.cfg
-        gate = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="gate")(x)
-        up = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="up")(x)
-        hidden = constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"))
-        return Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c.dtype, name="down")(hidden)
+        gates = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="gate")(streams)
+        ups = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="up")(streams)
+
+        def hidden(gate: Array, up: Array) -> Array:
+            return constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"))
+
+        down = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c.dtype, name="down")
+        return down(tuple(map(hidden, gates, ups)))
 
 
 class Block(nn.Module):
@@ -199,18 +226,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*rows D"], past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
-    ) -> tuple[Float[Array, "*rows D"], tuple[Array, Array] | None]:
+        self, streams: Streams, past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+    ) -> tuple[Streams, tuple[Array, Array] | None]:
         c = self.cfg
 
-        def norm(x: Array, name: str) -> Array:
-            return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x)
+        def norm(streams: Streams, name: str) -> Streams:
+            return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(streams)
 
-        x = constrain(x, ("batch", "seq", "embed_unsharded"))
+        x = tuple(constrain(x, ("batch", "seq", "embed_unsharded")) for x in streams)
         y, new = Attention(c, self.levels, name="attention")(norm(x, "attention_norm"), past, is_local, now)
-        x = x + (norm(y, "attention_post_norm") if c.post_norms else y)
+        x = tuple(map(jnp.add, x, norm(y, "attention_post_norm") if c.post_norms else y))
         y = Mlp(c, name="mlp")(norm(x, "mlp_norm"))
-        x = x + (norm(y, "mlp_post_norm") if c.post_norms else y)
+        x = tuple(map(jnp.add, x, norm(y, "mlp_post_norm") if c.post_norms else y))
         return x, new if self.keep else None
 
 
@@ -228,11 +255,15 @@ class Transformer(nn.Module):
         levels: Levels,
         keep: bool = False,
         at: Dense | None = None,
-    ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
+        twin: bool = False,
+    ) -> tuple[Float[Array, "*rows D"] | Streams, tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
         """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values of all layers.
 
         The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False for padding.
         The hidden states are [B T D] or, with `at`, those of its places, [shards places D].
+
+        With `twin` they are a pair, the second of the base without the adapters. Its stream never meets the other's, so
+        where the adapters alone are differentiated it has no backward pass.
         """
         c = self.cfg
         if at is not None:
@@ -259,11 +290,12 @@ class Transformer(nn.Module):
         local = freqs if c.local_rope_theta is None else jnp.asarray(frequencies(half, c.local_rope_theta, None))
         now = Now(positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local, at)
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
-        x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, now)
-        x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)
+        streams = (x, jax.lax.stop_gradient(x)) if twin else (x,)
+        streams, new = layers(streams, tuple((kv.k, kv.v) for kv in past), is_local, now)
+        streams = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(streams)
         if not c.tied_embeddings:  # declared here so that it belongs to the tree; `head` reads it
             Head(c, name="lm_head")()
-        return x, new
+        return streams if twin else streams[0], new
 
 
 class Embedding(nn.Module):

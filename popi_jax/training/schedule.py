@@ -74,6 +74,7 @@ def popi_update(
     writer = policy(state.inference.params, frozen.inference, cfg.inference)
     nothing = jax.tree.map(lambda x: x[:, None], empty_summary(prefix, users.index.shape[0]))
     sees_summary = cfg.generator.reference == "summary"
+    in_its_pass = sees_summary and cfg.generator.lora.rank > 0  # the generator's step scores its reference itself
 
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
         """Summaries and the contexts that they make; a sample does not depend on how many there are."""
@@ -103,7 +104,8 @@ def popi_update(
     def of_generator(
         contexts: Tokens, reference: PairLogps | None
     ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
-        """A step behind the first summary of each group, and its margins before the step."""
+        """A step behind the first summary of each group, and its margins before the step. Without `reference` the step
+        scores what it needs of it itself."""
         first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
         static: Any = {"model": model, "tx": parts.transforms.generator, "cfg": cfg, "budgets": budgets}
         return generator_step(state.generator, frozen.generator, given, first, users, **static)
@@ -114,17 +116,18 @@ def popi_update(
         reference: PairLogps | None,
         known: Float[Array, "users group pairs"] | None = None,
     ) -> tuple[RoleState, Metrics]:
-        """A step by the rewards of the margins; `known` are those behind the first summary of each group."""
+        """A step by the rewards of the margins; `known` are those behind the first summary of each group. Without
+        `reference` it is computed for the margins that are not known."""
         judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(cfg.inference.reward_generator)
         judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
 
         def margins_behind(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
-            return margins_of(logps(judge, contexts), pair_lengths(users), reference, objective=objective)
+            given = reference_of(contexts) if reference is None else reference
+            return margins_of(logps(judge, contexts), pair_lengths(users), given, objective=objective)
 
         without = None
         if cfg.inference.reward_baseline:
-            without_text = logps(frozen.generator, nothing) if reference is not None and sees_summary else reference
-            without = margins_behind(nothing, without_text)[:, 0]
+            without = margins_behind(nothing, None if sees_summary else reference)[:, 0]
         if known is None or cfg.inference.reward_generator != "current":
             margins = margins_behind(contexts, reference)
         else:
@@ -152,12 +155,14 @@ def popi_update(
 
     def generator_turn() -> tuple[RoleState, RoleState, Metrics]:
         _, contexts = draw(1)
-        role, metrics, _ = of_generator(contexts, reference_of(contexts))
+        role, metrics, _ = of_generator(contexts, None if in_its_pass else reference_of(contexts))
         return state.inference, role, metrics
 
     def joint_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
-        reference = reference_of(contexts)
+        # margins are known behind the first summary alone: what the step scored there is needed no second time
+        once = in_its_pass and cfg.inference.reward_generator == "current"
+        reference = None if once else reference_of(contexts)
         generator, more, known = of_generator(contexts, reference)
         inference, metrics = of_inference(rollouts, contexts, reference, known)
         return inference, generator, metrics | more

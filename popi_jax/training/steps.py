@@ -35,16 +35,17 @@ from popi_jax.models.dense import Budget, within
 from popi_jax.models.roles import (
     Budgets,
     Glue,
-    TokenScores,
     Tree,
     pair_budget,
     pair_logps,
+    pair_logps_of_both,
     pair_tree,
     summary_budget,
     summary_logps,
+    summary_logps_of_both,
     summary_tree,
 )
-from popi_jax.models.scoring import answer_logps
+from popi_jax.models.scoring import answer_logps, length_mask
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import policy_objective, preference_objective
 from popi_jax.training.microbatches import by_parts, summed_gradients
@@ -85,8 +86,11 @@ def generator_step(
     """The preference objective on the users' pairs behind sampled summaries; also the margins before the step.
 
     contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does not see the summary.
+    Of a generator with adapters it may be None, though the objective needs it: then it is the base behind the same
+    contexts, out of the gradient's own pass.
     """
     objective = preference_objective(cfg)
+    in_one_pass = reference is None and objective.needs_reference and cfg.generator.lora.rank > 0
     group = contexts.lengths.shape[1]
     within_budget = pair_budget(budgets, group)
 
@@ -104,7 +108,11 @@ def generator_step(
         users, contexts, reference = part
         mask = behind_each(users.pair_mask)
         lengths = PairLengths(behind_each(users.chosen.lengths), behind_each(users.rejected.lengths))
-        logps = pair_logps(policy(params, frozen, cfg.generator), contexts, users, model=model, budget=budget)
+        whole = policy(params, frozen, cfg.generator)
+        if in_one_pass:
+            logps, reference = pair_logps_of_both(whole, contexts, users, model=model, budget=budget)
+        else:
+            logps = pair_logps(whole, contexts, users, model=model, budget=budget)
         reference = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape), reference)
         terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(chosen_len=chosen_len)
         losses = preference_losses(logps, lengths, reference, terms, objective=objective)
@@ -139,7 +147,8 @@ def inference_step(
 ) -> tuple[RoleState, Metrics]:
     """Policy gradient on sampled summaries: `inference.updates_per_rollout` steps.
 
-    `margins` are the generator's on the users' held-out pairs behind each summary. `frozen` is the reference.
+    `margins` are the generator's on the users' held-out pairs behind each summary. `frozen` is the reference; of a
+    model with adapters it is scored in the gradient's own pass, where nothing asks for it before and there is but one.
     """
     c, objective = cfg.inference, policy_objective(cfg)
     settings: Any = {"model": model, "glue": glue, "temperature": c.temperature}
@@ -148,17 +157,19 @@ def inference_step(
     def choose(part: Any, compute: Any) -> Any:
         return within(within_budget, *summary_tree(*part[:2], glue=glue), compute)
 
-    def of_reference(part: Any) -> TokenScores:
-        return choose(part, lambda budget: summary_logps(frozen, *part, **settings, budget=budget))
+    def score_reference(part: Any) -> Float[Array, "users group seq"]:
+        return choose(part, lambda budget: summary_logps(frozen, *part, **settings, budget=budget).logps)
 
-    reference = by_parts(of_reference, (users, rollouts), cfg.batch.microbatches)
-    counted = finished_mask(reference.mask, rollouts.finished) if c.skip_unfinished else reference.mask
+    in_one_pass = c.lora.rank > 0 and c.kl != "k1" and c.updates_per_rollout == 1
+    reference = None if in_one_pass else by_parts(score_reference, (users, rollouts), cfg.batch.microbatches)
+    mask = length_mask(rollouts.summaries)
+    counted = finished_mask(mask, rollouts.finished) if c.skip_unfinished else mask
     rewards = summary_rewards(
         margins,
         users.pair_mask,
         rollouts.summaries.lengths,
         margins_without_summary,
-        summed_kl(rollouts.logps, reference.logps, reference.mask) if c.kl == "k1" else None,
+        summed_kl(rollouts.logps, reference, mask) if c.kl == "k1" else None,
         length_penalty=c.length_penalty,
         kind=c.reward,
         kl_coef=c.kl_coef,
@@ -169,9 +180,12 @@ def inference_step(
 
     def loss_fn(params: Params, part: Any, budget: Budget | None) -> tuple[Array, tuple[Metrics, tuple]]:
         users, rollouts, reference, advantages, counted = part
-        scores = summary_logps(
-            policy(params, frozen, c), users, rollouts, **settings, entropies=wants_entropy, budget=budget
-        )
+        more: Any = {**settings, "entropies": wants_entropy, "budget": budget}
+        if in_one_pass:
+            scores, of_reference = summary_logps_of_both(policy(params, frozen, c), users, rollouts, **more)
+            reference = of_reference.logps
+        else:
+            scores = summary_logps(policy(params, frozen, c), users, rollouts, **more)
         logps = scores.logps
         # one step per rollout: the policy that sampled is the present one
         old = rollouts.logps if c.updates_per_rollout > 1 else jax.lax.stop_gradient(logps)
@@ -194,7 +208,7 @@ def inference_step(
         return loss, (jax.lax.stop_gradient(metrics), ())
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
-        parts = users, rollouts, reference.logps, advantages, counted
+        parts = users, rollouts, reference, advantages, counted
         grads, metrics, _ = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches, choose)
         state, norm = apply_gradients(state, grads, tx, c.ema_decay)
         return state, metrics | {"inference/grad_norm": metric(norm)}

@@ -1,7 +1,10 @@
 """Adapters: zero at the start, the same applied as merged, and files that peft reads."""
 
 import json
+import math
+import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,13 @@ from safetensors.numpy import load_file
 
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints import adapter, hf_io
+from popi_jax.flops import flops
 from popi_jax.models import lora as lora_lib
 from popi_jax.models.decode import Sampling, sample, sample_keys
-from popi_jax.models.scoring import answer_logps
-from popi_jax.models.transformer import unbox
-from popi_jax.sharding import make_mesh, param_shardings
+from popi_jax.models.dense import Budget
+from popi_jax.models.scoring import answer_logps, answer_logps_of_both
+from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.sharding import make_mesh, param_shardings, place_batch
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
 
@@ -80,6 +85,62 @@ def test_applied_equals_merged(base: dict, trained: dict) -> None:
     expected = draw(merged, CONTEXT, turn, keys)
     np.testing.assert_array_equal(drawn.summaries.ids, expected.summaries.ids)
     np.testing.assert_allclose(drawn.logps, expected.logps, atol=1e-4)
+
+
+TREE = CONTEXT, TURNS, ANSWERS
+
+
+def of_both(lora: dict, base: dict, tree: Any = TREE, *, one_pass: bool, budget: Budget | None = None) -> Any:
+    """(gradient of the adapters, (log-probs, log-probs of the base)) of a loss of both, in one pass or in two."""
+    settings: Any = {"model": MODEL, "temperature": 0.7, "budget": budget}
+    before = None if one_pass else answer_logps(base, *tree, **settings)
+
+    def loss(lora: dict) -> Any:
+        params = lora_lib.join(base, lora, scale=SCALE)
+        if one_pass:
+            scores, of_base = answer_logps_of_both(params, *tree, **settings, entropies=True)
+        else:
+            scores, of_base = answer_logps(params, *tree, **settings, entropies=True), before
+        assert of_base is not None and scores.entropies is not None
+        entropies = jnp.sum(jnp.where(scores.mask, scores.entropies, 0.0))
+        return jnp.sum(jax.nn.sigmoid(scores.sums() - of_base.sums())) + entropies, (scores.logps, of_base.logps)
+
+    return jax.grad(loss, has_aux=True)(lora)
+
+
+@pytest.mark.parametrize("budget", [None, Budget(21, 10)])
+def test_one_pass_over_the_layers_scores_the_base_too(budget: Budget | None, base: dict, trained: dict) -> None:
+    """The same numbers as two passes, for the same FLOPs: nothing goes back through the base's stream."""
+    one, two = (partial(of_both, one_pass=one_pass, budget=budget) for one_pass in (True, False))
+    found, expected = jax.jit(one)(trained, base), jax.jit(two)(trained, base)
+    logps, of_base = expected[1]
+    mask = np.arange(4) < np.asarray(ANSWERS.lengths)[..., None]
+    assert np.abs(np.asarray(logps - of_base))[mask].max() > 0.1
+    for x, y in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(np.asarray(x)[mask], np.asarray(y)[mask], atol=1e-5)
+    for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+        assert np.abs(y).max() > 1e-3
+    assert flops(one, trained, base) == pytest.approx(flops(two, trained, base), rel=0.01)
+
+
+def test_one_pass_gathers_each_sharded_weight_once(base: dict, trained: dict) -> None:
+    tree = jax.tree.map(lambda x: np.tile(x, (4,) + (1,) * (x.ndim - 1)), TREE)
+    mesh = make_mesh(1, 8, 1)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(partial(init_boxed, cfg=MODEL), jax.random.key(0))
+        layouts = param_shardings(init(), mesh), param_shardings(boxed, mesh)
+        params = jax.device_put((trained, base), layouts)
+        gathered = {}
+        for one_pass in (True, False):
+            program = jax.jit(partial(of_both, one_pass=one_pass), out_shardings=(layouts[0], None))
+            text = program.lower(*params, place_batch(tree, mesh)).compile().as_text()
+            results = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather\(", text)
+            gathered[one_pass] = sum(math.prod(map(int, shape.split(","))) for shape in results)
+    layer = sum(
+        math.prod(x["kernel"].shape[1:]) for group in ("attention", "mlp") for x in base["layers"][group].values()
+    )
+    assert 0 < gathered[True] <= gathered[False] - layer
 
 
 def test_targets_size_start_and_layout() -> None:

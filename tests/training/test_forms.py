@@ -12,15 +12,17 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from popi_jax.arrays import Mean, Rollouts, Tokens
 from popi_jax.config import Config
 from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE, PairLogps
 from popi_jax.models.lora import join
 from popi_jax.models.roles import pair_logps
+from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.training import microbatches, optim
 from popi_jax.training.schedule import popi_update
-from popi_jax.training.state import Frozen, TrainState, Transforms, policy, restart_optimizers
+from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, init_state, policy, restart_optimizers
 from popi_jax.training.steps import generator_step, inference_step
 from tests.oracles.plain import MODEL
 from tests.training import small
@@ -142,6 +144,90 @@ def test_adapters_alone_are_trained() -> None:
         )
         of_b = [x for path, x in jax.tree_util.tree_leaves_with_path(moved) if path[-1].key == "b"]
         assert len(of_b) == 3 and max(of_b) > 1e-6
+
+
+def with_adapters(cfg: Config) -> tuple[TrainState, Frozen]:
+    """Adapters that already change much, on a base of each role."""
+    mesh = small.make_mesh(1, 1, 1)
+    state, _ = small.make_state(small.make_parts(cfg, Transforms(SGD, SGD)), mesh)
+    base, _ = small.make_state(small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh)
+    rng = np.random.default_rng(0)
+
+    def moved(role: RoleState) -> RoleState:
+        return role._replace(params=jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), role.params))
+
+    state = state._replace(inference=moved(state.inference), generator=moved(state.generator))
+    return state, Frozen(base.inference.params, base.generator.params)
+
+
+def as_whole_models(state: TrainState, frozen: Frozen) -> TrainState:
+    """The same models with base and adapters for their parameters: their references are scored apart."""
+
+    def whole(role: RoleState, base: Any) -> RoleState:
+        params = join(base, role.params, scale=1.0)
+        return role._replace(params=params, opt_state=SGD.init(params))
+
+    inference, generator = whole(state.inference, frozen.inference), whole(state.generator, frozen.generator)
+    return state._replace(inference=inference, generator=generator)
+
+
+def test_one_pass_for_policy_and_reference_is_the_update_of_two() -> None:
+    """Whatever the turn, and in parts."""
+    lora: dict[str, Any] = {"lora": {**LORA, "alpha": LORA["rank"]}}  # a factor of 1, as in `as_whole_models`
+    inference, generator = {"reward_baseline": True, "entropy_coef": 0.01}, {"reference": "summary"}
+    adapted = changed(generator | lora, inference | lora, microbatches=2)
+    users, phases = small.user_batch(0), small.parse_phases(("inference 1", "generator 1", "joint 1"))
+    one, two = (
+        jax.jit(partial(popi_update, parts=small.make_parts(cfg, Transforms(SGD, SGD)), phases=phases))
+        for cfg in (adapted, changed(generator, inference))
+    )
+    with jax.set_mesh(small.make_mesh(1, 1, 1)):
+        state, frozen = with_adapters(adapted)
+        apart = as_whole_models(state, frozen)
+        for step, trained in enumerate((("inference",), ("generator",), ("inference", "generator"))):
+            after, metrics = one(state._replace(step=jnp.int32(step)), frozen, users)
+            expected, of_two = two(apart._replace(step=jnp.int32(step)), frozen, users)
+            assert metrics.keys() == of_two.keys()
+            for role in ("inference", "generator"):
+                found, wanted = getattr(after, role).params, getattr(expected, role).params["lora"]
+                np.testing.assert_allclose(flat(found), flat(wanted), atol=1e-5)
+                change = np.linalg.norm(flat(found) - flat(getattr(state, role).params))
+                assert (change > 1e-3) == (role in trained)
+                np.testing.assert_allclose(metrics[f"{role}/grad_norm"].total, change, rtol=1e-4)
+            for name in metrics.keys() - {"inference/grad_norm", "generator/grad_norm"}:
+                x, y = (m[name].total / np.maximum(m[name].weight, 1e-9) for m in (metrics, of_two))
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def loops_over_layers(cfg: Config, turn: str) -> int:
+    """How often an update runs through the layers, forward or backward. Traced, not run."""
+    model = dataclasses.replace(MODEL, num_layers=7)  # a length that nothing else has
+    parts = small.make_parts(cfg, Transforms(SGD, SGD))._replace(model=model)
+    init = partial(init_state, model=model, transforms=parts.transforms, cfg=cfg)
+    base = jax.eval_shape(lambda: unbox(init_boxed(jax.random.key(0), model)))
+    update = partial(popi_update, parts=parts, phases=small.parse_phases((turn,)))
+    users = jax.tree.map(jnp.asarray, small.user_batch(0))
+
+    def count(jaxpr: Any) -> int:
+        own = sum(e.primitive.name == "scan" and e.params["length"] == 7 for e in jaxpr.eqns)
+        return own + sum(count(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params))
+
+    return count(jax.make_jaxpr(update)(jax.eval_shape(init, jnp.int32(0)), Frozen(base, base), users).jaxpr)
+
+
+def test_the_reference_of_adapters_has_a_pass_of_its_own_where_it_must() -> None:
+    """Loops over the layers in an update: sampling has two, a gradient two, and a pass without gradient one."""
+
+    def loops(turn: str, **inference: Any) -> int:
+        return loops_over_layers(changed({"reference": "summary", "lora": LORA}, {**inference, "lora": LORA}), turn)
+
+    assert loops("generator 1") == 2 + 2
+    of_rewards = 1 + 1  # policy and reference on the pairs
+    assert loops("inference 1") == 2 + of_rewards + 2
+    assert loops("joint 1") == 2 + 2 + of_rewards + 2
+    assert loops("inference 1", kl="k1") == 2 + of_rewards + 1 + 2
+    assert loops("inference 1", updates_per_rollout=2) == 2 + of_rewards + 1 + 2
+    assert loops("joint 1", reward_generator="frozen") == 2 + 2 + of_rewards + 2
 
 
 def test_policy_joins_adapters_and_leaves_whole_models() -> None:
