@@ -1,5 +1,6 @@
 """The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from popi_jax.models.roles import (
     pair_budget,
     pair_lengths,
     pair_logps,
+    pair_logps_of_both,
     pair_tree,
     rollout,
     splice,
@@ -74,7 +76,8 @@ def popi_update(
     writer = policy(state.inference.params, frozen.inference, cfg.inference)
     nothing = jax.tree.map(lambda x: x[:, None], empty_summary(prefix, users.index.shape[0]))
     sees_summary = cfg.generator.reference == "summary"
-    in_its_pass = sees_summary and cfg.generator.lora.rank > 0  # the generator's step scores its reference itself
+    # policy and reference of adapters behind the same summaries are scored in one pass
+    in_one_pass = objective.needs_reference and sees_summary and cfg.generator.lora.rank > 0
 
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
         """Summaries and the contexts that they make; a sample does not depend on how many there are."""
@@ -83,14 +86,14 @@ def popi_update(
         sampled = by_parts(lambda part: rollout(writer, part, key, **settings), users, cfg.batch.microbatches)
         return sampled, splice(prefix, sampled.summaries, sampled.finished)
 
-    def logps(params: Params, contexts: Tokens) -> PairLogps:
+    def logps(params: Params, contexts: Tokens, score: Callable[..., Any] = pair_logps) -> Any:
         budget = pair_budget(budgets, contexts.lengths.shape[1])
 
-        def score(part: tuple[Tokens, UserBatch]) -> PairLogps:
-            compute = partial(pair_logps, params, *part, model=model)
+        def of_part(part: tuple[Tokens, UserBatch]) -> Any:
+            compute = partial(score, params, *part, model=model)
             return within(budget, *pair_tree(*part), lambda budget: compute(budget=budget))
 
-        return by_parts(score, (contexts, users), cfg.batch.microbatches)
+        return by_parts(of_part, (contexts, users), cfg.batch.microbatches)
 
     def reference_of(contexts: Tokens) -> PairLogps | None:
         if not objective.needs_reference:
@@ -122,8 +125,11 @@ def popi_update(
         judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
 
         def margins_behind(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
-            given = reference_of(contexts) if reference is None else reference
-            return margins_of(logps(judge, contexts), pair_lengths(users), given, objective=objective)
+            if reference is None and in_one_pass and judged_by is not None:
+                own, reference = logps(judge, contexts, pair_logps_of_both)
+            else:
+                own, reference = logps(judge, contexts), reference_of(contexts) if reference is None else reference
+            return margins_of(own, pair_lengths(users), reference, objective=objective)
 
         without = None
         if cfg.inference.reward_baseline:
@@ -150,18 +156,18 @@ def popi_update(
 
     def inference_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
-        role, metrics = of_inference(rollouts, contexts, reference_of(contexts))
+        role, metrics = of_inference(rollouts, contexts, None if in_one_pass else reference_of(contexts))
         return role, state.generator, metrics
 
     def generator_turn() -> tuple[RoleState, RoleState, Metrics]:
         _, contexts = draw(1)
-        role, metrics, _ = of_generator(contexts, None if in_its_pass else reference_of(contexts))
+        role, metrics, _ = of_generator(contexts, None if in_one_pass else reference_of(contexts))
         return state.inference, role, metrics
 
     def joint_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
         # margins are known behind the first summary alone: what the step scored there is needed no second time
-        once = in_its_pass and cfg.inference.reward_generator == "current"
+        once = in_one_pass and cfg.inference.reward_generator == "current"
         reference = None if once else reference_of(contexts)
         generator, more, known = of_generator(contexts, reference)
         inference, metrics = of_inference(rollouts, contexts, reference, known)

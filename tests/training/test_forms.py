@@ -222,12 +222,12 @@ def test_the_reference_of_adapters_has_a_pass_of_its_own_where_it_must() -> None
         return loops_over_layers(changed({"reference": "summary", "lora": LORA}, {**inference, "lora": LORA}), turn)
 
     assert loops("generator 1") == 2 + 2
-    of_rewards = 1 + 1  # policy and reference on the pairs
+    of_rewards = 1  # policy and reference on the pairs
     assert loops("inference 1") == 2 + of_rewards + 2
     assert loops("joint 1") == 2 + 2 + of_rewards + 2
     assert loops("inference 1", kl="k1") == 2 + of_rewards + 1 + 2
     assert loops("inference 1", updates_per_rollout=2) == 2 + of_rewards + 1 + 2
-    assert loops("joint 1", reward_generator="frozen") == 2 + 2 + of_rewards + 2
+    assert loops("joint 1", reward_generator="frozen") == 2 + 2 + (1 + 1) + 2
 
 
 def test_policy_joins_adapters_and_leaves_whole_models() -> None:
