@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
     tmp_path: Path, mesh: Mesh, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         result = stored(tmp_path / "file" / "programs", mesh)(*arguments(mesh))
     assert_same(result, jax.jit(update, out_shardings=layout(mesh))(*arguments(mesh)))
     assert caplog.text.count("is not kept") == 1
