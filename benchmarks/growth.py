@@ -14,7 +14,7 @@ from benchmarks.growth_chart import Line, Panel, draw
 from benchmarks.report import table, write_json, write_text
 from benchmarks.workloads import TINY, Workload
 
-# heads of 64 as in small released models: with smaller ones the softmax of a CPU costs as much as the products around it
+# heads of 64, as in small released models: with smaller ones a softmax costs a CPU as much as the products around it
 GEOMETRY = TINY._replace(num_layers=2, vocab_size=1024, embed_dim=512, head_dim=64, mlp_dim=2048)
 # small works of the three kinds; one number of each is varied
 PAIRS = Workload("pairs", "dpo", users=2, pairs=2, signals_len=64, prompt_len=32, answer_len=32)
