@@ -69,6 +69,7 @@ REASONS = {
 ABOVE_ZERO = """
     model.rope_theta model.norm_eps warmup.learning_rate generator.beta generator.lora.alpha generator.learning_rate
     inference.temperature inference.high_entropy_share inference.lora.alpha inference.learning_rate optimizer.clip_norm
+    batch.summary_fill
 """.split()
 FRACTIONS = """
     data.validation_fraction data.test_fraction warmup.reading_survey warmup.guess warmup.no_summary warmup.drop

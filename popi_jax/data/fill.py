@@ -24,9 +24,9 @@ class Spread(NamedTuple):
     std: float
 
     def budget(self, users: int, shards: int) -> int:
-        """Tokens that `users` users of a shard have at most, in nearly all batches in every shard."""
+        """Tokens that `users` users of a shard have at most, in nearly all batches in every shard; at least 1."""
         deviations = NormalDist().inv_cdf(1 - _TOO_MANY / shards)
-        return math.ceil(users * self.mean + deviations * math.sqrt(users) * self.std)
+        return max(math.ceil(users * self.mean + deviations * math.sqrt(users) * self.std), 1)
 
 
 class TaskFill(NamedTuple):

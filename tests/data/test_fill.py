@@ -23,6 +23,7 @@ def test_a_budget_holds_for_nearly_all_batches() -> None:
         exceeded = np.mean(sums > spread.budget(users, shards))
         assert 0.002 < exceeded < 0.05, (users, shards, exceeded)
     assert Spread(10.0, 0.0).budget(3, 1) == 30
+    assert Spread(0.0, 0.0).budget(3, 1) == 1  # rows without any place cannot be computed
 
 
 def test_measures_the_batches_of_the_run() -> None:
