@@ -175,8 +175,12 @@ def padded_and_dense(
         return sum(int(part.lengths.sum()) for part in parts)
 
     replies = count(users.chosen, users.rejected)
+    signals = count(users.context) + work.users * TURN_LEN
     needed = Budgets(
-        signals=count(users.context) + work.users * TURN_LEN,
+        shards=1,
+        rollout_shards=1,
+        rollout_signals=signals,
+        signals=signals,
         contexts=count(contexts),
         summaries=-(-count(summaries) // work.group),
         pairs=count(users.turns) + replies,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs.models import MODELS
-from configs.scales import SCALES, detect
+from configs.scales import ROLLOUT_RULES, RULES, SCALES, detect
 from configs.schedules import SCHEDULES
 
 
@@ -153,6 +153,9 @@ def base() -> ConfigDict:
     h.data = 1  # across slices
     h.fsdp = -1
     h.tensor = 1
+    h.sequence = 1  # splits the tokens of a row, for long signals
+    h.rules = RULES  # which mesh axes split which logical axis of arrays
+    h.rollout_rules = ROLLOUT_RULES  # the same while summaries are sampled
     h.num_devices = 1  # devices simulated on a CPU; 0 = leave as they are
 
     c.evaluation = e = ConfigDict()

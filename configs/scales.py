@@ -1,12 +1,38 @@
-"""SCALES: hardware -> mesh shape, global batch and precision.
+"""SCALES: hardware -> mesh shape, layout of arrays, global batch and precision.
 
-The number of a pod slice is the one in its name at the cloud: devices for v5e ("v5litepod-8" has 8), TensorCores for
-v5p (two of them are one device, so v5p-64 has 32). `mesh.fsdp = -1` takes all devices that there are.
+The number of a pod slice is the one in its name at the cloud: chips for v5e ("v5litepod-8" has 8) and v6e, TensorCores
+for v5p (two of them are one chip, so v5p-64 has 32). A slice may also be named by its topology, e.g. "v5p:4x4x4", and
+several of them by their number before it: "2xv5p:4x4x4". `mesh.fsdp = -1` takes all devices that there are.
 """
 
 import glob
 import importlib.util
 import os
+
+# How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is not named is whole.
+# Weights are split by all axes but `data`, and gathered layer by layer where they are used; users by `data` and `fsdp`.
+RULES = (
+    "batch data fsdp",
+    "seq sequence",
+    "vocab tensor",
+    "embed fsdp",
+    "heads tensor",
+    "kv_heads tensor",
+    "mlp tensor",
+    "attention_heads tensor sequence",
+)
+# While summaries are sampled: matrices are split by their heads or hidden units alone, so that no step gathers them.
+ROLLOUT_RULES = (
+    "batch data fsdp",
+    "vocab tensor",
+    "heads tensor",
+    "kv_heads tensor",
+    "mlp tensor",
+    "attention_heads tensor",
+)
+# Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own while training, and
+# share the weights while sampling (ROLLOUT_RULES). No activation crosses devices; weights are gathered once per layer.
+FSDP_RULES = ("batch data fsdp tensor", "seq sequence", "embed fsdp tensor", "attention_heads sequence")
 
 
 def _slice(devices: int, users: int) -> dict[str, object]:

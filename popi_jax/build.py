@@ -14,7 +14,7 @@ from popi_jax import distributed
 from popi_jax.checkpoints.hf_config import read_config
 from popi_jax.checkpoints.manager import check_same_run, stored_config
 from popi_jax.config import Config, DataConfig
-from popi_jax.config_check import check_mesh, resolve_mesh
+from popi_jax.config_check import check_mesh, parse_rules, resolve_mesh
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.encoding import Truncations, fitted_lengths
 from popi_jax.data.prepare import Dataset, prepare
@@ -23,7 +23,7 @@ from popi_jax.errors import UserError
 from popi_jax.models.roles import Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.sharding import make_mesh
+from popi_jax.sharding import Rules, make_mesh
 
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
@@ -67,8 +67,10 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
     Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens.
     """
     m = config.model
+    rules, rollout_rules = mesh_rules(config)
     if m.checkpoint:
-        model = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
+        read = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
+        model = dataclasses.replace(read, rules=rules, rollout_rules=rollout_rules)
         if model.vocab_size < vocab_size:
             raise UserError(
                 f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but model.embed_tokens.weight has shape "
@@ -78,7 +80,15 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
         return model
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     shape = {name: value for name, value in vars(m).items() if name in names}
-    return TransformerConfig(**shape | {"vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE})
+    shape |= {"vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE}
+    return TransformerConfig(**shape, rules=rules, rollout_rules=rollout_rules)
+
+
+def mesh_rules(config: Config) -> tuple[Rules, Rules]:
+    """The layouts while training and while sampling."""
+    tables = {name: getattr(config.mesh, name) for name in ("rules", "rollout_rules")}
+    rules, rollout_rules = (Rules(**parse_rules(table, f"mesh.{name}")) for name, table in tables.items())
+    return rules, rollout_rules
 
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:

@@ -6,6 +6,9 @@ config_check.py makes them from a ConfigDict or JSON and refuses what does not f
 import dataclasses
 from typing import Literal, NamedTuple
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+LOGICAL_AXES = ("batch", "seq", "vocab", "embed", "heads", "kv_heads", "mlp", "attention_heads")  # that rules may split
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -153,6 +156,9 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
+    sequence: int
+    rules: tuple[str, ...]
+    rollout_rules: tuple[str, ...]
     num_devices: int
 
 

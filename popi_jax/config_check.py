@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from popi_jax.config import Config, MeshConfig, Mode, Phase
+from popi_jax.config import LOGICAL_AXES, MESH_AXES, Config, MeshConfig, Mode, Phase
 from popi_jax.errors import UserError, did_you_mean
 
 if typing.TYPE_CHECKING:
@@ -118,45 +118,77 @@ def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
     return tuple(_parse_phase(phase, f"schedule.phases[{i}]") for i, phase in enumerate(phases))
 
 
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Returns the number of devices along (data, fsdp, tensor), with -1 replaced by what is left of `num_devices`.
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """Returns the number of devices along MESH_AXES, with -1 replaced by what is left of `num_devices`.
 
     Raises:
         UserError: when the axes do not multiply to `num_devices`.
     """
-    shape = (mesh.data, mesh.fsdp, mesh.tensor)
-    known = math.prod(n for n in shape if n != -1)
-    fits = num_devices % known == 0 if -1 in shape else num_devices == known
+    shape = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    known = math.prod(n for n in shape.values() if n != -1)
+    fits = num_devices % known == 0 if -1 in shape.values() else num_devices == known
     if not fits:
-        axes = f"data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}"
+        axes = ", ".join(f"{axis}={size}" for axis, size in shape.items())
         raise UserError(
             f"config.mesh ({axes}) does not fit {num_devices} devices: the product of the axes must be their number; "
             "set one axis to -1 for all that are left"
         )
-    data, fsdp, tensor = (num_devices // known if n == -1 else n for n in shape)
-    return data, fsdp, tensor
+    data, fsdp, tensor, sequence = (num_devices // known if n == -1 else n for n in shape.values())
+    return data, fsdp, tensor, sequence
+
+
+def parse_rules(rules: tuple[str, ...], field: str) -> dict[str, tuple[str, ...]]:
+    """Parses rules like "batch data fsdp": logical axis -> the mesh axes that split it.
+
+    Raises:
+        UserError: for an unknown or repeated logical axis, an unknown mesh axis or one that is given twice.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for number, rule in enumerate(rules):
+        name, *axes = rule.split() or [""]
+        where = f"{field}[{number}]"
+        known = name in LOGICAL_AXES
+        _check(
+            known, where, rule, f"must begin with one of {', '.join(LOGICAL_AXES)}.{did_you_mean(name, LOGICAL_AXES)}"
+        )
+        _check(name not in found, where, rule, f"{name} has a rule already")
+        for axis in axes:
+            hint = did_you_mean(axis, MESH_AXES)
+            _check(axis in MESH_AXES, where, rule, f"{axis} is no mesh axis; these are {', '.join(MESH_AXES)}.{hint}")
+        _check(len(set(axes)) == len(axes), where, rule, "names a mesh axis twice")
+        found[name] = tuple(axes)
+    return found
 
 
 def check_mesh(config: Config, num_devices: int) -> None:
     """Checks what depends on the number of devices: called with the real number once it is known.
 
     Raises:
-        UserError: when a batch does not divide over the mesh, or the heads over its tensor axis.
+        UserError: when a batch does not divide over the mesh, or the heads over the axes that split them.
     """
-    data, fsdp, tensor = resolve_mesh(config.mesh, num_devices)
-    batches = {"batch.users": config.batch.users, "evaluation.batch_users": config.evaluation.batch_users}
+    sizes = dict(zip(MESH_AXES, resolve_mesh(config.mesh, num_devices), strict=True))
+    rules = {name: parse_rules(getattr(config.mesh, name), f"mesh.{name}") for name in ("rules", "rollout_rules")}
+
+    def split(axes: tuple[str, ...]) -> tuple[int, str]:
+        return math.prod(sizes[axis] for axis in axes), " and ".join(f"mesh.{axis}" for axis in axes)
+
+    batches = {"evaluation.batch_users": config.evaluation.batch_users}
     if config.warmup.steps:
         batches |= {"warmup.generator_users": config.warmup.generator_users}
         batches |= {f"warmup.{name}": getattr(config.warmup, name) for name in ("summary_users", "reading_users")}
-    for name, users in batches.items():
-        rule = f"must be a multiple of {data * fsdp}, the devices along mesh.data and mesh.fsdp"
-        _check(users % (data * fsdp) == 0, name, users, rule)
-    if not config.model.checkpoint:
-        for name, count in (
-            ("model.num_kv_heads", config.model.num_kv_heads),
-            ("model.mlp_dim", config.model.mlp_dim),
-        ):
-            _check(count % tensor == 0, name, count, f"must be a multiple of mesh.tensor = {tensor}")
+    for table in rules.values():
+        count, along = split(table.get("batch", ()))
+        for name, users in {"batch.users": config.batch.users, **batches}.items():
+            _check(users % count == 0, name, users, f"must be a multiple of {count}, the devices along {along}")
+        parts = config.batch.microbatches
+        rule = f"leaves parts of {config.batch.users // parts} users; must be multiples of {count}, the devices along "
+        rule += along
+        _check(config.batch.users // parts % count == 0, "batch.microbatches", parts, rule)
+        if not config.model.checkpoint:
+            for axis in ("num_kv_heads", "mlp_dim"):
+                count, along = split(table.get({"num_kv_heads": "kv_heads", "mlp_dim": "mlp"}[axis], ()))
+                size = getattr(config.model, axis)
+                _check(size % count == 0, f"model.{axis}", size, f"must be a multiple of {along} = {count}")
 
 
 def _from_mapping(values: Mapping[str, Any]) -> Config:
@@ -213,7 +245,7 @@ def _check_fields(config: Config) -> None:
         _check(0 <= _get(config, name) <= 1, name, _get(config, name), "must be between 0 and 1")
     for name in BELOW_ONE:
         _check(0 <= _get(config, name) < 1, name, _get(config, name), "must be at least 0 and below 1")
-    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+    for name in (f"mesh.{axis}" for axis in MESH_AXES):
         rule = "must be at least 1, or -1 for all devices that are left"
         _check(_get(config, name) == -1 or _get(config, name) >= 1, name, _get(config, name), rule)
     named = re.fullmatch(r"[A-Za-z0-9_.-]+", config.name) is not None
@@ -247,10 +279,11 @@ def _check_together(config: Config) -> None:
     phases = parse_phases(config.schedule.phases)
     rule = "is empty and warmup.steps = 0: there is nothing to train"
     _check(bool(phases) or config.warmup.steps > 0, "schedule.phases", config.schedule.phases, rule)
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check(
-        axes.count(-1) <= 1, "mesh.fsdp", config.mesh.fsdp, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1"
-    )
+    axes = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
+    rule = f"only one of {', '.join(f'mesh.{axis}' for axis in MESH_AXES)} may be -1"
+    _check(axes.count(-1) <= 1, "mesh.fsdp", config.mesh.fsdp, rule)
+    parse_rules(config.mesh.rules, "mesh.rules")
+    parse_rules(config.mesh.rollout_rules, "mesh.rollout_rules")
     if config.mesh.num_devices:
         check_mesh(config, config.mesh.num_devices)
     elif -1 not in axes:

@@ -1,6 +1,7 @@
 """Opens the run of a work directory for use: its configuration, data and models; writes summaries and answers."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from popi_jax.evals.suites import place, summarize, summarizer
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.models.sampling import Sampling
 from popi_jax.progress import Progress
-from popi_jax.sharding import replicated
+from popi_jax.sharding import replicated, shards
 from popi_jax.training.loop import lora_base, make_parts, stored_frozen, trains_adapters
 from popi_jax.training.state import Frozen, TrainState, abstract_state, policy
 
@@ -96,7 +97,7 @@ def summaries_of(
             *(cut.contexts, cut.users, lengths.data.context_len),
         )
     config = dataclasses.replace(lengths, data=dataclasses.replace(data, num_pairs=1))
-    placed = [place(batch.batch, built.mesh) for batch in eval_batches(users, words, config)]
+    placed = [place(batch.batch, built.mesh, built.model.rules) for batch in eval_batches(users, words, config)]
     sampling = built.sampling._replace(temperature=temperature)
     program = summarizer(model=built.model, glue=built.glue, sampling=sampling, seed=config.seed, mesh=built.mesh)
     with Progress(len(placed), label="summaries", enabled=jax.process_index() == 0) as progress:
@@ -113,7 +114,8 @@ def answers(built: Built, params: Params, *, prompt: str, summary: str, sampling
     words, rows = built.tokenizer, rows_of(built)
 
     def repeated(ids: list[int]) -> Tokens:
-        return place(Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32)), built.mesh)
+        tokens = Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32))
+        return place(tokens, built.mesh, built.model.rules)
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
     turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
@@ -129,7 +131,7 @@ def answers(built: Built, params: Params, *, prompt: str, summary: str, sampling
 
 def rows_of(built: Built) -> int:
     """The least rows of a batch that divide over the mesh."""
-    return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
+    return math.lcm(*(shards(rules.batch) for rules in (built.model.rules, built.model.rollout_rules)))
 
 
 def _abstract(built: Built) -> TrainState:

@@ -1,79 +1,141 @@
 """Device meshes, and how logical axes are laid out on them. The only place that decides where an array lives.
 
-Every parameter and a few activations name their axes by logical words; `AXIS_RULES` maps a word to mesh axes. All axes
-are `Auto`: the compiler propagates the layouts and inserts the collectives.
+Every parameter and a few activations name their axes by logical words; `Rules` maps a word to mesh axes. They are
+data of the configuration (configs/scales.py) and travel with the model's configuration, so nothing here is global. All
+mesh axes are `Auto`: the compiler propagates the layouts and inserts the collectives.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from popi_jax.config import MESH_AXES
+from popi_jax.errors import UserError
 
-AXIS_RULES: dict[str, tuple[str, ...] | str | None] = {
-    "batch": ("data", "fsdp"),  # users, pairs, rows
-    "seq": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "embed_unsharded": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "layers": None,
-    "rank": None,  # of adapters
-}
+Axes = tuple[str, ...]
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of all devices; one size may be -1 and takes what the others leave.
+class Rules(NamedTuple):
+    """The mesh axes that split each logical axis; () for none. A name that is not here is an error."""
+
+    batch: Axes = ()  # users, pairs, rows
+    seq: Axes = ()  # tokens of a row, outside of attention
+    vocab: Axes = ()
+    embed: Axes = ()  # of parameters
+    heads: Axes = ()
+    kv_heads: Axes = ()
+    mlp: Axes = ()
+    attention_heads: Axes = ()  # queries, keys and values inside attention, where rows of tokens are whole
+    embed_unsharded: Axes = ()  # of activations, and of parameters while they are used
+    head_dim: Axes = ()
+    layers: Axes = ()
+    rank: Axes = ()  # of adapters
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, or of those given; the axis `data` goes across slices, where there are several.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
+      UserError: `data` does not divide over the slices of a TPU.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
-    if -1 in sizes:
-        known = -data * fsdp * tensor
-        sizes[sizes.index(-1)] = count // max(known, 1)
-    if sizes[0] * sizes[1] * sizes[2] != count:
-        raise ValueError(f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not fill {count} devices")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    sizes = (data, fsdp, tensor, sequence)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(map(str, sizes))
+        raise ValueError(f"mesh {' x '.join(MESH_AXES)} = {shape} does not fill {len(devices)} devices")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and data % slices == 0:
+        within, across = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    elif slices > 1 and devices[0].platform == "tpu":
+        raise UserError(
+            f"config.mesh.data = {data}: must be a multiple of {slices}, the TPU slices; set it to {slices}"
+        )
+    else:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(np.asarray(array), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(names: tuple[str | None, ...]) -> P:
+def spec(names: Sequence[str | None], rules: Rules) -> P:
     """The PartitionSpec of logical axis names. Raises KeyError on a name that has no rule."""
-    return P(*(AXIS_RULES[name] if name is not None else None for name in names))
+    unknown = [name for name in names if name is not None and name not in Rules._fields]
+    if unknown:
+        raise KeyError(f"logical axes without a rule: {', '.join(map(str, unknown))}; known are {Rules._fields}")
+    return P(*((getattr(rules, name) or None) if name is not None else None for name in names))
 
 
-def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Asks the compiler to lay `x` out by its logical axis names; outside a mesh it does nothing."""
+def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axis names; without a mesh of several devices it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(names))
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names, rules))
 
 
-def batch_shards() -> int:
-    """Parts that rows of a batch are laid out in on the mesh that is set."""
-    sizes, axes = jax.sharding.get_abstract_mesh().shape, AXIS_RULES["batch"]
-    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+def shards(axes: Axes) -> int:
+    """Parts that an axis is split in by these axes of the mesh that is set."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of parameters that still carry their logical axis names (boxed by flax)."""
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(lambda p: NamedSharding(mesh, spec(tuple(p))), specs, is_leaf=lambda x: isinstance(x, P))
+def logical_names(boxed: Any) -> Any:
+    """The logical axis names, a tuple for each parameter, of a tree that still carries them (boxed by flax)."""
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))
+
+
+def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings of a tree of parameters that still carry their logical axis names (boxed by flax).
+
+    Raises:
+      UserError: an axis of a parameter does not divide over the devices that split it, a mesh axis would split two axes
+        of one parameter, or a matrix would be whole on every device although the rules split others.
+    """
+    used = {axis for name in ("vocab", "embed", "heads", "kv_heads", "mlp") for axis in getattr(rules, name)}
+    splits_parameters = any(mesh.shape[axis] > 1 for axis in used)
+
+    def layout(path: tuple[Any, ...], x: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        where = "/".join(str(part.key) for part in path)
+        by_rule = spec(names, rules)
+        parts: list[Axes] = [() if name is None else getattr(rules, name) for name in names]
+        axes = [axis for part in parts for axis in part]
+        if len(set(axes)) < len(axes):
+            twice = next(axis for axis in axes if axes.count(axis) > 1)
+            raise UserError(f"parameter {where} {names}: config.mesh.rules split two of its axes by mesh axis {twice}")
+        for name, size, part in zip(names, x.shape, parts, strict=True):
+            count = math.prod(mesh.shape[axis] for axis in part)
+            if size % count:
+                fits = max(n for n in range(1, count + 1) if size % n == 0 and count % n == 0)
+                raise UserError(
+                    f"parameter {where}: its axis {name} of {size} does not divide over {count} devices (mesh axes "
+                    f"{', '.join(part)}); at most {fits} of them can split it: change config.mesh or config.mesh.rules"
+                )
+        whole = all(mesh.shape[axis] == 1 for axis in axes)
+        if splits_parameters and whole and path[-1].key in ("kernel", "embedding"):
+            raise UserError(
+                f"parameter {where} {names} would be whole on every device: no rule of config.mesh.rules splits any of "
+                f"its axes, though others are split by {', '.join(sorted(used))}"
+            )
+        return NamedSharding(mesh, by_rule)
+
+    plain = nn.meta.unbox(boxed)
+    return jax.tree_util.tree_map_with_path(layout, plain, logical_names(boxed))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
+def place_batch(batch: Any, mesh: Mesh, rules: Rules) -> Any:
     """Puts this process's part of a batch of numpy arrays on the mesh, split along the leading axis."""
-    sharding = NamedSharding(mesh, spec(("batch",)))
+    sharding = NamedSharding(mesh, spec(("batch",), rules))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

@@ -27,6 +27,7 @@ from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import loop
 from popi_jax.training.schedule import popi_update
 from tests import tiny_run
+from tests.oracles.plain import RULES
 from tests.training import small
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def events() -> Iterator[Counter]:
 
 
 def arguments(mesh: Mesh, rows: int = 8, dtype: Any = jnp.float32) -> tuple[State, jax.Array]:
-    x = place_batch(np.linspace(-1, 1, rows * 6, dtype=dtype).reshape(rows, 6), mesh)
+    x = place_batch(np.linspace(-1, 1, rows * 6, dtype=dtype).reshape(rows, 6), mesh, RULES)
     whole = partial(jax.device_put, device=replicated(mesh))
     return State(x, whole(jnp.int32(3)), whole(jax.random.key(5))), whole(jnp.arange(3.0))
 
@@ -347,7 +348,7 @@ def test_training_through_stored_programs_is_bitwise_that_through_jit(tmp_path: 
         for step in range(4):
             if how == "stored" and step in (0, 2):  # as if stopped and continued after two steps
                 program = StoredProgram(made, name="main", store=store, **options)
-            state, values = program(state, frozen, place_batch(small.user_batch(step), mesh))
+            state, values = program(state, frozen, place_batch(small.user_batch(step), mesh, RULES))
             metrics.append(small.copied(values))
         return small.copied(state), metrics
 

@@ -18,12 +18,11 @@ import pytest
 from absl import flags
 
 from popi_jax import build as builds
-from popi_jax import cli
+from popi_jax import cli, sharding
 from popi_jax.build import Built
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json
-from popi_jax.sharding import MESH_AXES
 from popi_jax.training.loop import make_parts
 from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
 
@@ -63,9 +62,8 @@ def on_devices(count: int) -> Iterator[None]:
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
 
-    def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-        axes = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((1, count, 1), MESH_AXES, axis_types=axes, devices=jax.devices()[:count])
+    def make_mesh(*sizes: int) -> jax.sharding.Mesh:
+        return sharding.make_mesh(1, count, 1, devices=jax.devices()[:count])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builds, "make_mesh", make_mesh)

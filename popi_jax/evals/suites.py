@@ -25,7 +25,7 @@ from popi_jax.models.roles import Glue, pair_logps, rollout, splice
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
-from popi_jax.sharding import replicated, spec
+from popi_jax.sharding import Rules, replicated, spec
 
 CONDITIONS = ("no_signals", "raw_signals", "summary_before_rl", "summary", "other_user_summary", "oracle")
 _KEY = 3  # folded into the key of the seed; training uses 0 to 2
@@ -89,7 +89,7 @@ def evaluate(
     without any text unless `generator.reference` says otherwise. Where both are equal, no_signals has margins of 0.
     """
     batches = list(eval_batches(users, tokenizer, config))
-    placed = [place(batch.batch, mesh) for batch in batches]
+    placed = [place(batch.batch, mesh, model.rules) for batch in batches]
     size = config.evaluation.batch_users
     num_users = len(users)
     mask = np.concatenate([batch.batch.pair_mask for batch in batches])[:num_users]
@@ -99,7 +99,7 @@ def evaluate(
         results = []
         for start, batch in zip(range(0, len(placed) * size, size), placed, strict=True):
             rows = (start + np.arange(size)) % num_users
-            here = place(Tokens(text.ids[rows, None], text.lengths[rows, None]), mesh)
+            here = place(Tokens(text.ids[rows, None], text.lengths[rows, None]), mesh, model.rules)
             results.append(jax.device_get(score(params, here, batch)))
             advance()
         return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[:num_users]), *results)
@@ -178,9 +178,9 @@ def other_persons(user_ids: Sequence[str]) -> tuple[Int[np.ndarray, " users"], B
     return other, persons != persons[other]
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
+def place(batch: Any, mesh: Mesh, rules: Rules) -> Any:
     """Puts arrays that every process holds whole on the mesh, split along the leading axis."""
-    sharding = NamedSharding(mesh, spec(("batch",)))
+    sharding = NamedSharding(mesh, spec(("batch",), rules))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
 

@@ -19,9 +19,12 @@ def token_logits(
 
 
 def _over_chunks(
-    score: Callable[[Array, Array], Any], hidden: Float[Array, "*rows embed"], ids: Int[Array, "*rows"]
+    score: Callable[[Array, Array, Array], Any],
+    hidden: Float[Array, "*rows embed"],
+    head: Float[Array, "embed vocab"],
+    ids: Int[Array, "*rows"],
 ) -> Any:
-    """score(states, targets) -> numbers per token, a chunk at a time; the backward pass computes a chunk again."""
+    """score(states, targets, head) -> numbers per token, a chunk at a time, and again in the backward pass."""
     shape, dim = ids.shape, hidden.shape[-1]
     hidden, flat = hidden.reshape(-1, dim), ids.reshape(-1)
     num = flat.shape[0]
@@ -31,9 +34,12 @@ def _over_chunks(
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, size, dim)
     flat = jnp.pad(flat, (0, pad)).reshape(chunks, size)
 
+    # float32 from here: the gradient of the head is a sum over the chunks
+    head32 = head.astype(jnp.float32)
+
     @jax.checkpoint
     def of_chunk(args: tuple[Array, Array]) -> Any:
-        return score(*args)
+        return score(*args, head32.astype(head.dtype))
 
     found = of_chunk((hidden[0], flat[0])) if chunks == 1 else jax.lax.map(of_chunk, (hidden, flat))
     return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), found)
@@ -46,15 +52,18 @@ def token_logps(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> Float[Array, "*rows"]:
-    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the logits."""
+    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the logits.
 
-    def score(states: Array, targets: Array) -> Array:
+    vocab_axes: inside `jax.shard_map`, the mesh axes that split the vocabulary; `head` is then the device's part.
+    """
+
+    def score(states: Array, targets: Array, head: Array) -> Array:
         logits = token_logits(states, head, softcap=softcap) / temperature
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return _chosen(logits, targets, vocab_axes) - _logsumexp(logits, vocab_axes)
 
-    return _over_chunks(score, hidden, ids)
+    return _over_chunks(score, hidden, head, ids)
 
 
 def token_logps_and_entropy(
@@ -64,17 +73,41 @@ def token_logps_and_entropy(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """`token_logps` and the entropy of the distribution that each token was drawn from, of one product with the head.
 
     H = -sum_v p_v log p_v, p = softmax(logits / temperature): nats, from 0 to log vocab, with its own gradient.
     """
 
-    def score(states: Array, targets: Array) -> tuple[Array, Array]:
+    def score(states: Array, targets: Array, head: Array) -> tuple[Array, Array]:
         logits = token_logits(states, head, softcap=softcap) / temperature
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        total = jax.nn.logsumexp(logits, axis=-1)
+        total = _logsumexp(logits, vocab_axes)
         logps = logits - total[:, None]
-        return chosen - total, -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        entropy = -_over_vocab(jnp.sum(jnp.exp(logps) * logps, axis=-1), vocab_axes)
+        return _chosen(logits, targets, vocab_axes) - total, entropy
 
-    return _over_chunks(score, hidden, ids)
+    return _over_chunks(score, hidden, head, ids)
+
+
+def _over_vocab(x: Array, vocab_axes: tuple[str, ...]) -> Array:
+    return jax.lax.psum(x, vocab_axes) if vocab_axes else x
+
+
+def _chosen(
+    logits: Float[Array, "tokens part"], targets: Int[Array, " tokens"], vocab_axes: tuple[str, ...]
+) -> Float[Array, " tokens"]:
+    """The target's logit, which one of the devices that split the vocabulary has."""
+    if not vocab_axes:
+        return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    part = logits.shape[-1]
+    own = targets - jax.lax.axis_index(vocab_axes) * part
+    here = jnp.take_along_axis(logits, jnp.clip(own, 0, part - 1)[:, None], axis=-1)[:, 0]
+    return _over_vocab(jnp.where((own >= 0) & (own < part), here, 0.0), vocab_axes)
+
+
+def _logsumexp(logits: Float[Array, "tokens part"], vocab_axes: tuple[str, ...]) -> Float[Array, " tokens"]:
+    if not vocab_axes:
+        return jax.nn.logsumexp(logits, axis=-1)
+    top = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits), axis=-1), vocab_axes)
+    return top + jnp.log(_over_vocab(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), vocab_axes))

@@ -1,5 +1,6 @@
 """Sampling: G answers to one turn behind one context, prefilled once and shared by the samples."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from popi_jax.models.attention import KeysValues, Level
 from popi_jax.models.dense import Budget, dense, take, within
 from popi_jax.models.sampling import Sampling, draw, stops
 from popi_jax.models.scoring import pack
-from popi_jax.models.transformer import Transformer, TransformerConfig, for_compute, head, variables
+from popi_jax.models.transformer import Transformer, TransformerConfig, for_rollout, head, variables
 
 
 class _Loop(NamedTuple):
@@ -52,14 +53,16 @@ def sample(
     step writes one slot. Stops early when every sample has ended. `budget` is of the prefixes alone, see dense.py.
     """
     batch, group = keys.shape
-    transformer, weights = Transformer(model), for_compute(params, model)
+    weights = for_rollout(params, model)
+    model = dataclasses.replace(model, rules=model.rollout_rules)
+    transformer = Transformer(model)
     turns = Tokens(turn.ids[:, None], turn.lengths[:, None])
     packed = pack(context, turns)
     last = context.ids.shape[1] + turn.lengths - 1
 
     def prefill(budget: Budget | None) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
         """The state behind which the first token is drawn, and the keys and values of all layers."""
-        at = None if budget is None else dense(packed.valid, budget.tokens)
+        at = None if budget is None else dense(packed.valid, budget.tokens, budget.shards)
         hidden, kept = transformer.apply(variables(weights), *packed[:3], levels=packed.levels, keep=True, at=at)
         if at is None:
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1), kept

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Tokens
-from popi_jax.sharding import batch_shards
 
 WORTHWHILE = 0.95  # places per slot, at most, for which it pays to compute them apart
 
@@ -24,6 +23,7 @@ class Budget(NamedTuple):
 
     tokens: int
     answers: int
+    shards: int = 1  # equal parts of the rows
 
 
 class Dense(NamedTuple):
@@ -49,12 +49,11 @@ def within(
     one that spares next to nothing, there is compute(None) alone.
     """
     parts = [context, turns] if answers is None else [context, turns, answers]
-    shards = batch_shards()
-    if budget is None or budget.tokens > WORTHWHILE * sum(part.ids.size for part in parts) / shards:
+    if budget is None or budget.tokens > WORTHWHILE * sum(part.ids.size for part in parts) / budget.shards:
         return compute(None)
 
     def count(part: Tokens) -> Int[Array, " shards"]:
-        return jnp.sum(part.lengths.reshape(shards, -1), axis=1)
+        return jnp.sum(part.lengths.reshape(budget.shards, -1), axis=1)
 
     fits = sum(map(count, parts)) <= budget.tokens
     if answers is not None:
@@ -62,10 +61,10 @@ def within(
     return jax.lax.cond(jnp.all(fits), lambda: compute(budget), lambda: compute(None))
 
 
-def dense(valid: Bool[Array, "batch slots"], places: int) -> Dense:
+def dense(valid: Bool[Array, "batch slots"], places: int, shards: int) -> Dense:
     """Gives the tokens of each shard their places, in the order of rows and slots. They must fit: what does not is
     lost."""
-    valid = valid.reshape(batch_shards(), -1)
+    valid = valid.reshape(shards, -1)
     count = jnp.cumsum(valid, axis=1)
     place_of = jnp.clip(count - 1, 0, places - 1)
     slots = jnp.arange(valid.shape[1])

@@ -25,7 +25,10 @@ class Glue(NamedTuple):
 class Budgets(NamedTuple):
     """Tokens that the users of one shard have, as a rule; for rows without padding (dense.py)."""
 
-    signals: int  # the inference model's contexts, and what asks for a summary
+    shards: int  # parts of the users while training
+    rollout_shards: int  # and while sampling
+    rollout_signals: int  # of users of such a part: the inference model's contexts, and what asks for a summary
+    signals: int  # the same of users of a part while training
     contexts: int  # the generator's, each with a summary of full length
     summaries: int  # one of each user
     pairs: int  # prompts, and both replies to each
@@ -81,7 +84,7 @@ def rollout(
     batch = users.index.shape[0]
     keys = sample_keys(key, users.index, group_size)
     turn = constant_turn(glue.summary_turn, batch)
-    budget = None if budgets is None else Budget(budgets.signals, 0)
+    budget = None if budgets is None else Budget(budgets.rollout_signals, 0, budgets.rollout_shards)
     return sample(params, users.context, turn, keys, model=model, sampling=sampling, budget=budget)
 
 
@@ -101,7 +104,7 @@ def pair_budget(budgets: Budgets | None, group: int) -> Budget | None:
     """Of `pair_tree` with contexts that hold a summary each."""
     if budgets is None:
         return None
-    return Budget(group * (budgets.contexts + budgets.pairs), group * budgets.answers)
+    return Budget(group * (budgets.contexts + budgets.pairs), group * budgets.answers, budgets.shards)
 
 
 def pair_logps(
@@ -142,7 +145,7 @@ def summary_budget(budgets: Budgets | None, group: int) -> Budget | None:
     """Of `summary_tree`."""
     if budgets is None:
         return None
-    return Budget(budgets.signals + group * budgets.summaries, group * budgets.summaries)
+    return Budget(budgets.signals + group * budgets.summaries, group * budgets.summaries, budgets.shards)
 
 
 def summary_logps(

@@ -5,10 +5,12 @@ its own node and all of its ancestors, at the positions that a separate sequence
 of scoring each (context, turn, answer) alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, Tokens
@@ -16,7 +18,7 @@ from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
 from popi_jax.models.attention import Level, Levels
 from popi_jax.models.dense import Budget, dense, take, to_slots
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
-from popi_jax.sharding import batch_shards
+from popi_jax.sharding import Axes, Rules, shards, spec
 
 
 class Packed(NamedTuple):
@@ -123,28 +125,66 @@ def _scored(
     answer_len = answers.ids.shape[-1]
     read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
     packed, mask = pack(context, turns, read), length_mask(answers)
-    at = None if budget is None else dense(packed.valid, budget.tokens)
+    at = None if budget is None else dense(packed.valid, budget.tokens, budget.shards)
     apply: Any = Transformer(model).apply
     hidden, _ = apply(variables(params), *packed[:3], levels=packed.levels, at=at, twin=twin)
-    settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
-    kernel = head(params, model)
-
-    def from_states(hidden: Array, score: Any) -> Any:
-        if at is None or budget is None:
-            return score(_predictors(hidden, context, turns, answers), kernel, answers.ids, **settings)
-        scored = dense(mask.reshape(mask.shape[0], -1), budget.answers)
-        slots = _predictor_slots(context, turns, answers, packed).reshape(scored.valid.shape)
-        states = take(hidden, take(at.place_of, take(slots, scored.slot_of)))
-        ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-        return jax.tree.map(lambda x: to_slots(x, scored).reshape(mask.shape), score(states, kernel, ids, **settings))
-
-    own, of_base = hidden if twin else (hidden, None)
-    if entropies:
-        logps, entropy = from_states(own, token_logps_and_entropy)
+    streams = hidden if twin else (hidden,)
+    if at is None or budget is None:
+        states = tuple(_predictors(x, context, turns, answers).reshape(mask.shape[0], -1, x.shape[-1]) for x in streams)
+        ids, scored = answers.ids.reshape(mask.shape[0], -1), None
     else:
-        logps, entropy = from_states(own, token_logps), None
-    found = [AnswerLogps(logps, mask, entropy)]
-    return [*found, AnswerLogps(from_states(of_base, token_logps), mask)] if twin else found
+        scored = dense(mask.reshape(mask.shape[0], -1), budget.answers, budget.shards)
+        slots = _predictor_slots(context, turns, answers, packed, budget.shards).reshape(scored.valid.shape)
+        places = take(at.place_of, take(slots, scored.slot_of))
+        states = tuple(take(x, places) for x in streams)
+        ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
+    settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
+
+    def score(head: Array, states: tuple[Array, ...], ids: Array, vocab_axes: Axes) -> list[tuple[Array, ...]]:
+        more: Any = {**settings, "vocab_axes": vocab_axes}
+        found = [(token_logps(x, head, ids, **more),) for x in states[1:]]
+        if entropies:
+            return [token_logps_and_entropy(states[0], head, ids, **more), *found]
+        return [(token_logps(states[0], head, ids, **more),), *found]
+
+    found = _with_head(score, head(params, model), states, ids, model.rules)
+
+    def to_answers(x: Array) -> Array:
+        return (x if scored is None else to_slots(x, scored)).reshape(mask.shape)
+
+    return [AnswerLogps(to_answers(x[0]), mask, *map(to_answers, x[1:])) for x in found]
+
+
+def _with_head(
+    score: Callable[[Array, tuple[Array, ...], Array, Axes], Any],
+    head: Float[Array, "embed vocab"],
+    states: tuple[Float[Array, "rows n embed"], ...],
+    ids: Int[Array, "rows n"],
+    rules: Rules,
+) -> Any:
+    """score(head, states, ids, ()) -> a tree of [rows n]; on a mesh each device does so with its own tokens.
+
+    The head is gathered along `embed` once, before the chunks that `score` goes through, and its gradient is summed
+    over the devices once, behind them; the compiler, left alone, does both in each chunk. Where the vocabulary is
+    split, it stays so: `score` is told by which mesh axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return score(head, states, ids, ())
+    rows = rules.batch if ids.shape[0] % shards(rules.batch) == 0 else ()
+    count = ids.shape[1]
+    pad = -count % shards(rules.seq)
+    states = tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0))) for x in states)
+    by_token, of_head = P(rows, rules.seq), spec(("embed", "vocab"), rules)
+
+    def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
+        if rules.embed:
+            head = jax.lax.all_gather(head, rules.embed, axis=0, tiled=True)
+        return score(head, states, ids, rules.vocab)
+
+    program = jax.shard_map(here, in_specs=(of_head, by_token, by_token), out_specs=by_token)
+    found = program(head, states, jnp.pad(ids, ((0, 0), (0, pad))))
+    return jax.tree.map(lambda x: x[:, :count], found)
 
 
 def _predictors(
@@ -165,7 +205,7 @@ def _predictors(
 
 
 def _predictor_slots(
-    context: Tokens, turns: Tokens, answers: Tokens, packed: Packed
+    context: Tokens, turns: Tokens, answers: Tokens, packed: Packed, shards: int
 ) -> Int[Array, "batch turns answers seq"]:
     """The slots of these states, counted through all rows of a shard."""
     context_len, (_, num_turns, turn_len) = context.ids.shape[1], turns.ids.shape
@@ -174,4 +214,4 @@ def _predictor_slots(
     nodes = turn * answers.ids.shape[2] + answer
     before = context_len + num_turns * turn_len + nodes * (answers.ids.shape[3] - 1) + token - 1
     batch, slots = packed.ids.shape
-    return jnp.where(token == 0, last, before) + row % (batch // batch_shards()) * slots
+    return jnp.where(token == 0, last, before) + row % (batch // shards) * slots

@@ -11,6 +11,7 @@ base without the adapters, of the same tokens. Each weight is read once for both
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
 from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
-from popi_jax.sharding import constrain
+from popi_jax.sharding import Rules, constrain, logical_names
 
 Streams = tuple[Float[Array, "*rows D"], ...]
 REMAT_POLICIES = {
@@ -61,6 +62,8 @@ class TransformerConfig:
     sliding_window: int | None = None  # positions that a token of a local layer sees, its own included
     local_layers: tuple[bool, ...] = ()  # which layers are local; (): none
     local_rope_theta: float | None = None  # of local layers, then without scaling; None: as in the others
+    rules: Rules = Rules()  # the layout on a mesh
+    rollout_rules: Rules = Rules()  # the same while tokens are sampled
 
     def __post_init__(self) -> None:
         if self.local_layers and (len(self.local_layers) != self.num_layers or self.sliding_window is None):
@@ -101,23 +104,25 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     names: tuple[str, ...]
     contract: int
-    dtype: str
+    cfg: TransformerConfig
     bias: bool = False
 
     @nn.compact
     def __call__(self, streams: tuple[Array, ...]) -> tuple[Array, ...]:
         init = nn.with_logical_partitioning(kernel_init(self.contract), self.names)
-        kernel = self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
+        kernel = in_use(self.param("kernel", init, self.shape, jnp.float32), self.names, self.cfg)
         fan_in, outputs = math.prod(self.shape[: self.contract]), self.shape[self.contract :]
         # one plain matrix product: on CPUs several times faster than a contraction of many axes, elsewhere the same
         kernel = kernel.reshape(fan_in, -1)
         adapter, bias = None, None
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a = in_use(a, (*self.names[: self.contract], "rank"), self.cfg)
+            b = in_use(b, ("rank", *self.names[self.contract :]), self.cfg)
             adapter = a.reshape(fan_in, -1), b.reshape(b.shape[0], -1)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.contract :])
-            bias = self.param("bias", zeros, outputs, jnp.float32).astype(self.dtype)
+            bias = in_use(self.param("bias", zeros, outputs, jnp.float32), self.names[self.contract :], self.cfg)
 
         def product(x: Array, adapter: tuple[Array, Array] | None) -> Array:
             rows = x.reshape(-1, fan_in)
@@ -169,7 +174,7 @@ class Attention(nn.Module):
 
         def project(heads: int, axis: str, name: str) -> tuple[Float[Array, "*rows heads H"], ...]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
-            return Linear(shape, names, 1, c.dtype, c.qkv_bias, name=name)(streams)
+            return Linear(shape, names, 1, c, c.qkv_bias, name=name)(streams)
 
         q = project(c.num_heads, "heads", "q")
         k = project(c.num_kv_heads, "kv_heads", "k")
@@ -181,6 +186,7 @@ class Attention(nn.Module):
         def attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
             if now.at is not None:
                 q, k, v = (to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v))
+            q, k, v = (constrain(x, ("batch", None, "attention_heads", "head_dim"), c.rules) for x in (q, k, v))
             q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
             y = attend(
                 q,
@@ -200,7 +206,7 @@ class Attention(nn.Module):
 
         results = [attended(*qkv) for qkv in zip(q, k, v, strict=True)]
         shape, names = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        return Linear(shape, names, 2, c.dtype, name="o")(tuple(y for y, _ in results)), results[0][1]
+        return Linear(shape, names, 2, c, name="o")(tuple(y for y, _ in results)), results[0][1]
 
 
 class Mlp(nn.Module):
@@ -209,13 +215,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         c = self.cfg
-        gates = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="gate")(streams)
-        ups = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c.dtype, name="up")(streams)
+        gates = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="gate")(streams)
+        ups = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="up")(streams)
 
         def hidden(gate: Array, up: Array) -> Array:
-            return constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"))
+            return constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"), c.rules)
 
-        down = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c.dtype, name="down")
+        down = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c, name="down")
         return down(tuple(map(hidden, gates, ups)))
 
 
@@ -233,7 +239,7 @@ class Block(nn.Module):
         def norm(streams: Streams, name: str) -> Streams:
             return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(streams)
 
-        x = tuple(constrain(x, ("batch", "seq", "embed_unsharded")) for x in streams)
+        x = tuple(constrain(x, ("batch", "seq", "embed_unsharded"), c.rules) for x in streams)
         y, new = Attention(c, self.levels, name="attention")(norm(x, "attention_norm"), past, is_local, now)
         x = tuple(map(jnp.add, x, norm(y, "attention_post_norm") if c.post_norms else y))
         y = Mlp(c, name="mlp")(norm(x, "mlp_norm"))
@@ -270,7 +276,7 @@ class Transformer(nn.Module):
             ids = take(ids.reshape(at.valid.shape), at.slot_of)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed"))
         embedding = Embedding(c, init, name="embed")()
-        x = constrain(embedding, ("vocab", "embed_unsharded"))[ids].astype(c.dtype)
+        x = in_use(embedding, ("vocab", "embed"), c)[ids]
         if c.embed_scale:
             x = x * jnp.asarray(c.embed_dim**0.5, c.dtype)
         block = Block
@@ -321,13 +327,34 @@ def variables(params: dict) -> dict:
     return params if "lora" in params else {"params": params}
 
 
-def for_compute(params: dict, cfg: TransformerConfig) -> dict:
-    """The weights with matrices in the compute type: what a loop over tokens reads, cast once before it."""
+def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
+    """A parameter as it is multiplied with: in the compute type, and gathered along `embed`, in this order, so that
+    half the bytes move. Its gradient goes the way back."""
+    whole = tuple("embed_unsharded" if name == "embed" else name for name in names)
+    return constrain(constrain(x.astype(cfg.dtype), names, cfg.rules), whole, cfg.rules)
 
-    def cast(path: tuple[Any, ...], x: Array) -> Array:
-        return x if path[-1].key == "scale" else x.astype(cfg.dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
+    """The weights as a loop over tokens reads them: matrices in the compute type, laid out by `cfg.rollout_rules`.
+
+    Cast and moved once, before the loop, so that no step of it gathers weights.
+    """
+    names = logical_names(jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0)))
+
+    def laid_out(path: tuple[Any, ...], x: Array) -> Array:
+        if path[-1].key == "scale":
+            return x
+        keys = [part.key for part in path if part.key not in ("params", "lora")]
+        adapter = keys[-1] if keys[-1] in ("a", "b") else None
+        at = names
+        for key in [*keys[:-1], "kernel"] if adapter else keys:
+            at = at[key]
+        if adapter:  # of a kernel [layers, inputs, outputs]: a is [layers, inputs, rank], b is [layers, rank, outputs]
+            at = (*at[: x.ndim - 1], "rank") if adapter == "a" else (at[0], "rank", *at[len(at) - x.ndim + 2 :])
+        # the constraint before the last says: cast first, then move
+        return constrain(constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rollout_rules)
+
+    return jax.tree_util.tree_map_with_path(laid_out, params)
 
 
 def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:

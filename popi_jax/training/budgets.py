@@ -8,11 +8,21 @@ from popi_jax.models.dense import Budget
 from popi_jax.models.roles import Budgets, Glue
 
 
-def main_budgets(fill: Fill, glue: Glue, shards: int, *, cfg: Config) -> Budgets:
-    """Of the users that one shard holds of each part of an update of the main stage."""
-    users = max(cfg.batch.users // (shards * cfg.batch.microbatches), 1)
+def main_budgets(fill: Fill, glue: Glue, shards: int, rollout_shards: int, *, cfg: Config) -> Budgets:
+    """Of the users that one shard holds of each part of an update of the main stage, while training and sampling."""
+
+    def users_of(shards: int) -> int:
+        return max(cfg.batch.users // (shards * cfg.batch.microbatches), 1)
+
+    def signals(shards: int) -> int:
+        return fill.contexts.budget(users_of(shards), shards) + users_of(shards) * len(glue.summary_turn)
+
+    users = users_of(shards)
     return Budgets(
-        signals=fill.contexts.budget(users, shards) + users * len(glue.summary_turn),
+        shards=shards,
+        rollout_shards=rollout_shards,
+        rollout_signals=signals(rollout_shards),
+        signals=signals(shards),
         contexts=users * (len(glue.generator_prefix) + cfg.data.summary_len),
         summaries=math.ceil(users * cfg.data.summary_len * cfg.batch.summary_fill),
         pairs=fill.pairs.budget(users, shards),
@@ -25,5 +35,5 @@ def warmup_budgets(fill: Fill, shards: int, *, cfg: Config) -> dict[str, Budget]
     budgets = {}
     for task, found in fill.warmup.items():
         users = max(getattr(cfg.warmup, f"{task}_users") // shards, 1)
-        budgets[task] = Budget(found.tokens.budget(users, shards), found.answers.budget(users, shards))
+        budgets[task] = Budget(found.tokens.budget(users, shards), found.answers.budget(users, shards), shards)
     return budgets

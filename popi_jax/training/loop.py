@@ -31,7 +31,7 @@ from popi_jax.models.roles import empty_summary, pair_logps
 from popi_jax.objectives import preference_objective
 from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
-from popi_jax.sharding import batch_shards, place_batch, replicated
+from popi_jax.sharding import place_batch, replicated, shards
 from popi_jax.training import optim
 from popi_jax.training.budgets import main_budgets, warmup_budgets
 from popi_jax.training.schedule import Parts, popi_update, role_turns
@@ -135,7 +135,10 @@ def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Tra
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
     main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
     warmup = optim.warmup_transform(cfg)
-    budgets = None if fill is None else main_budgets(fill, built.glue, batch_shards(), cfg=cfg)
+    budgets = None
+    if fill is not None:
+        parts_of = shards(built.model.rules.batch), shards(built.model.rollout_rules.batch)
+        budgets = main_budgets(fill, built.glue, *parts_of, cfg=cfg)
     parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
 
@@ -176,7 +179,7 @@ def train(built: Built) -> Trained:
     phases = parse_phases(cfg.schedule.phases)
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
     base = lora_base(built)
-    budgets_of_warmup = warmup_budgets(fill, batch_shards(), cfg=cfg)
+    budgets_of_warmup = warmup_budgets(fill, shards(built.model.rules.batch), cfg=cfg)
     store = program_store(built, parts.budgets, budgets_of_warmup)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
     stage = "warmup" if checkpoints.newest_step(manager) < warmup_steps else "main"
@@ -318,7 +321,7 @@ def reference_pairs(params: Params, built: Built) -> PairLogps:
     batches = pipeline.eval_batches(users, built.tokenizer, cfg)
     with Progress(-(-len(users) // size), label="reference", enabled=distributed.is_main_process()) as progress:
         for number, batch in enumerate(batches):
-            found.append(jax.device_get(program(params, suites.place(batch.batch, built.mesh))))
+            found.append(jax.device_get(program(params, suites.place(batch.batch, built.mesh, built.model.rules))))
             progress.update(number + 1)
     table = jax.tree.map(lambda *x: np.concatenate(x)[: len(users)].reshape(-1), *found)
     return jax.tree.map(
@@ -396,7 +399,7 @@ def _run(
 def _next(batches: Iterator[Any], built: Built) -> tuple[Any, Any]:
     """The next batch on the host, and on the devices: its copy runs while the update before it does."""
     batch = next(batches)
-    return batch, place_batch(batch, built.mesh)
+    return batch, place_batch(batch, built.mesh, built.model.rules)
 
 
 def _num_tokens(batch: Any) -> int:

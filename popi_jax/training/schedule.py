@@ -27,7 +27,7 @@ from popi_jax.models.roles import (
     splice,
 )
 from popi_jax.models.sampling import Sampling
-from popi_jax.models.transformer import TransformerConfig
+from popi_jax.models.transformer import TransformerConfig, for_rollout
 from popi_jax.objectives import preference_objective
 from popi_jax.training.microbatches import by_parts
 from popi_jax.training.state import Frozen, RoleState, TrainState, Transforms, policy
@@ -81,9 +81,10 @@ def popi_update(
 
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
         """Summaries and the contexts that they make; a sample does not depend on how many there are."""
+        weights = for_rollout(writer, model)  # once for all parts
         settings: Any = {"model": model, "glue": parts.glue, "sampling": parts.sampling, "group_size": group_size}
         settings["budgets"] = budgets
-        sampled = by_parts(lambda part: rollout(writer, part, key, **settings), users, cfg.batch.microbatches)
+        sampled = by_parts(lambda part: rollout(weights, part, key, **settings), users, cfg.batch.microbatches)
         return sampled, splice(prefix, sampled.summaries, sampled.finished)
 
     def logps(params: Params, contexts: Tokens, score: Callable[..., Any] = pair_logps) -> Any:

@@ -97,7 +97,7 @@ def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh,
     shapes = jax.eval_shape(partial(new_state, transforms=transforms, cfg=cfg), unbox(boxed[0]), unbox(boxed[1]), key)
 
     def role(shape: RoleState, params: Params) -> RoleState:
-        layout = match_shardings(shape, shape.params, param_shardings(params, mesh), mesh)
+        layout = match_shardings(shape, shape.params, param_shardings(params, mesh, model.rules), mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, layout)
 
     def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -111,9 +111,8 @@ def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh,
 def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
     """Shapes and shardings of a whole model whose parameters are stored as `dtype`."""
     boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.random.key(0))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), param_shardings(boxed, mesh)
-    )
+    layout = param_shardings(boxed, mesh, model.rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
 
 
 def shardings_of(abstract: PyTree) -> PyTree:

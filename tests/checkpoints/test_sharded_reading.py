@@ -15,6 +15,7 @@ from popi_jax.errors import UserError
 from popi_jax.models.rope import RopeScaling
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import make_mesh, param_shardings
+from tests.oracles.plain import RULES
 
 SIZES = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "mlp_dim": 20}
 GEMMA = {"norm_plus_one": True, "post_norms": True, "embed_scale": True, "activation": "gelu_tanh", "score_dim": 5}
@@ -49,7 +50,7 @@ def write(folder: Path, params: dict, cfg: TransformerConfig, model_type: str, d
 
 def abstract_of(cfg: TransformerConfig, dtype: str) -> dict:
     boxed = jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0))
-    layout = param_shardings(boxed, make_mesh(1, 4, 2))
+    layout = param_shardings(boxed, make_mesh(1, 4, 2), RULES)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
 
 

@@ -20,7 +20,7 @@ def test_tokens_keep_their_order_and_come_back(seed: int, spare: int) -> None:
     rng = np.random.default_rng(seed)
     valid = rng.random((BATCH, SLOTS)) < 0.6
     count = int(valid.sum())
-    at = dense(jnp.asarray(valid), count + spare)
+    at = dense(jnp.asarray(valid), count + spare, 1)
     x = rng.normal(size=(1, BATCH * SLOTS, 2)).astype(np.float32)
     placed = to_places(jnp.asarray(x), at)
     np.testing.assert_array_equal(placed[0, :count], x[0][valid.ravel()])
@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_tokens_alone() -> None:
     rng = np.random.default_rng(0)
     valid = rng.random((BATCH, SLOTS)) < 0.6
     count, places = int(valid.sum()), int(valid.sum()) + 3
-    at = dense(jnp.asarray(valid), places)
+    at = dense(jnp.asarray(valid), places, 1)
     slots, weights = rng.normal(size=(1, BATCH * SLOTS, 2)), rng.normal(size=(1, places, 2))
     _, pull = jax.vjp(lambda x: to_places(x, at), jnp.asarray(slots, jnp.float32))
     (found,) = pull(jnp.asarray(weights, jnp.float32))
@@ -78,6 +78,8 @@ def test_one_shard_that_does_not_fit_decides_for_all() -> None:
     with jax.set_mesh(small.make_mesh(2, 2, 1)):
         fits = tokens(5, 1, 3, 3, 2, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
         one_too_many = tokens(5, 1, 3, 3, 3, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
-        program = jax.jit(lambda *tree: within(Budget(8, 0), *tree, None, lambda given: jnp.array(given is not None)))
+        program = jax.jit(
+            lambda *tree: within(Budget(8, 0, 4), *tree, None, lambda given: jnp.array(given is not None))
+        )
         assert bool(program(*fits[:2]))
         assert not bool(program(*one_too_many[:2]))

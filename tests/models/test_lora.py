@@ -23,7 +23,7 @@ from popi_jax.models.scoring import answer_logps, answer_logps_of_both
 from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.sharding import make_mesh, param_shardings, place_batch
 from tests.oracles import plain
-from tests.oracles.plain import MODEL
+from tests.oracles.plain import MODEL, RULES
 
 RANK, ALPHA = 3, 7.5
 SCALE = ALPHA / RANK
@@ -129,12 +129,12 @@ def test_one_pass_gathers_each_sharded_weight_once(base: dict, trained: dict) ->
     mesh = make_mesh(1, 8, 1)
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(partial(init_boxed, cfg=MODEL), jax.random.key(0))
-        layouts = param_shardings(init(), mesh), param_shardings(boxed, mesh)
+        layouts = param_shardings(init(), mesh, RULES), param_shardings(boxed, mesh, RULES)
         params = jax.device_put((trained, base), layouts)
         gathered = {}
         for one_pass in (True, False):
             program = jax.jit(partial(of_both, one_pass=one_pass), out_shardings=(layouts[0], None))
-            text = program.lower(*params, place_batch(tree, mesh)).compile().as_text()
+            text = program.lower(*params, place_batch(tree, mesh, RULES)).compile().as_text()
             results = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather\(", text)
             gathered[one_pass] = sum(math.prod(map(int, shape.split(","))) for shape in results)
     layer = sum(
@@ -155,7 +155,7 @@ def test_targets_size_start_and_layout() -> None:
     assert lora_lib.num_params(lora) == 2 * RANK * (32 + 16 + 64 + 32)
     a = np.asarray(lora["layers"]["mlp"]["down"]["a"])
     assert 0.9 / 8 < np.abs(a).max() <= 1 / 8 and abs(a.std() - 1 / 8 / 3**0.5) < 0.01  # uniform within 1 / sqrt(64)
-    layout = param_shardings(boxed, make_mesh(1, 4, 2))["layers"]["mlp"]["down"]
+    layout = param_shardings(boxed, make_mesh(1, 4, 2), RULES)["layers"]["mlp"]["down"]
     assert layout["a"].spec == P(None, "tensor", None) and layout["b"].spec == P(None, None, "fsdp")
     for targets in ((), ("query",)):
         with pytest.raises(ValueError, match="must be some of q, k, v, o, gate, up, down"):

@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import scales
 from popi_jax.arrays import Tokens
+from popi_jax.config_check import parse_rules
 from popi_jax.models.attention import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
+from popi_jax.sharding import Rules
 from tests.oracles_llama import llama_logits
 
+RULES, ROLLOUT_RULES = (Rules(**parse_rules(table, "rules")) for table in (scales.RULES, scales.ROLLOUT_RULES))
 MODEL = TransformerConfig(
     vocab_size=64,
     num_layers=2,
@@ -27,6 +31,8 @@ MODEL = TransformerConfig(
     mlp_dim=64,
     rope_theta=100.0,
     tied_embeddings=False,
+    rules=RULES,
+    rollout_rules=ROLLOUT_RULES,
 )
 ROWS, LENGTH = 32, 24
 

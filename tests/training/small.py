@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from configs.base import base
+from popi_jax import sharding
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
 from popi_jax.models.roles import Budgets, Glue
 from popi_jax.models.sampling import Sampling
-from popi_jax.sharding import MESH_AXES
 from popi_jax.training import optim
 from popi_jax.training.schedule import Parts
 from popi_jax.training.state import Frozen, TrainState, Transforms, abstract_state, init_state, shardings_of
@@ -62,6 +62,9 @@ def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:
         return (batch.chosen.lengths + batch.rejected.lengths).sum(axis=1)
 
     return Budgets(
+        shards=shards,
+        rollout_shards=shards,
+        rollout_signals=most(lambda batch: batch.context.lengths) + users * len(GLUE.summary_turn),
         signals=most(lambda batch: batch.context.lengths) + users * len(GLUE.summary_turn),
         contexts=users * (len(GLUE.generator_prefix) + cfg.data.summary_len),
         summaries=users * cfg.data.summary_len,
@@ -110,10 +113,10 @@ def warmup_batch(seed: int, rows: int = 8) -> WarmupBatch:
     return WarmupBatch(demonstrations(), demonstrations(), demonstrations())
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1) -> Mesh:
     """The first devices alone, as on a machine that has no more."""
-    devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    devices = jax.devices()[: data * fsdp * tensor * sequence]
+    return sharding.make_mesh(data, fsdp, tensor, sequence, devices)
 
 
 def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:

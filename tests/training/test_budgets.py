@@ -20,25 +20,32 @@ CFG = small.replace(small.make_config(), "batch", summary_fill=0.75)  # 8 users;
 @pytest.mark.parametrize(("shards", "microbatches", "users"), [(1, 1, 8), (2, 1, 4), (2, 2, 2), (8, 2, 1)])
 def test_of_the_users_that_a_shard_has_of_a_part(shards: int, microbatches: int, users: int) -> None:
     cfg = small.replace(CFG, "batch", microbatches=microbatches)
-    found = main_budgets(FILL, small.GLUE, shards, cfg=cfg)
+    found = main_budgets(FILL, small.GLUE, shards, 1, cfg=cfg)
     assert found == Budgets(
-        signals=users * (100 + 2), contexts=users * (3 + 4), summaries=users * 3, pairs=users * 30, answers=users * 20
+        shards=shards,
+        rollout_shards=1,
+        rollout_signals=8 // microbatches * (100 + 2),
+        signals=users * (100 + 2),
+        contexts=users * (3 + 4),
+        summaries=users * 3,
+        pairs=users * 30,
+        answers=users * 20,
     )
-    assert pair_budget(found, 5) == Budget(5 * users * (7 + 30), 5 * users * 20)
-    assert summary_budget(found, 5) == Budget(users * (102 + 15), users * 15)
+    assert pair_budget(found, 5) == Budget(5 * users * (7 + 30), 5 * users * 20, shards)
+    assert summary_budget(found, 5) == Budget(users * (102 + 15), users * 15, shards)
 
 
 def test_of_the_warmup() -> None:
     cfg = small.replace(CFG, "warmup", generator_users=6)
-    assert warmup_budgets(FILL, 2, cfg=cfg) == {"generator": Budget(3 * 40, 3 * 7)}
+    assert warmup_budgets(FILL, 2, cfg=cfg) == {"generator": Budget(3 * 40, 3 * 7, 2)}
 
 
 def test_more_spread_needs_more_room_and_many_shards_more_still() -> None:
-    even = main_budgets(FILL, small.GLUE, 1, cfg=CFG)
+    even = main_budgets(FILL, small.GLUE, 1, 1, cfg=CFG)
     uneven = FILL._replace(pairs=Spread(30.0, 5.0))
-    found = main_budgets(uneven, small.GLUE, 1, cfg=CFG)
+    found = main_budgets(uneven, small.GLUE, 1, 1, cfg=CFG)
     assert found.pairs > even.pairs and found._replace(pairs=0) == even._replace(pairs=0)
-    assert 4 * main_budgets(uneven, small.GLUE, 4, cfg=CFG).pairs > found.pairs
+    assert 4 * main_budgets(uneven, small.GLUE, 4, 1, cfg=CFG).pairs > found.pairs
 
 
 def test_without_budgets_there_are_none() -> None:

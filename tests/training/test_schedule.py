@@ -18,7 +18,7 @@ from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import TrainState
 from tests.oracles import losses as oracle
 from tests.oracles import plain
-from tests.oracles.plain import MODEL
+from tests.oracles.plain import MODEL, RULES
 from tests.training import small
 
 CFG = small.make_config()
@@ -70,7 +70,7 @@ def test_a_whole_schedule_is_one_compilation(on_one_device: Mesh, caplog: pytest
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for step, (inference, generator) in enumerate(TURNS):
             donated = state
-            batch = place_batch(small.user_batch(step), on_one_device)
+            batch = place_batch(small.user_batch(step), on_one_device, RULES)
             with jax.transfer_guard("disallow"):
                 state, metrics = program(state, frozen, batch)
             assert all(x.is_deleted() for x in jax.tree.leaves(donated.inference.params))
@@ -139,7 +139,7 @@ def two_updates(shape: tuple[int, int, int], *, unpadded: bool = False) -> Run:
         state = joint_start(state)
         seen = []
         for step in range(2):
-            state, metrics = program(state, frozen, place_batch(small.user_batch(step), mesh))
+            state, metrics = program(state, frozen, place_batch(small.user_batch(step), mesh, RULES))
             seen.append(values(metrics))
         return Run(small.copied(state), seen, program._cache_size())
 
@@ -251,7 +251,7 @@ def test_metrics_are_those_of_plain_sequences_and_the_models_before_the_update(
 def test_the_compiled_update_never_leaves_the_device(on_one_device: Mesh) -> None:
     parts = small.make_parts(CFG)
     state, frozen = small.make_state(parts, on_one_device)
-    batch = place_batch(small.user_batch(0), on_one_device)
+    batch = place_batch(small.user_batch(0), on_one_device, RULES)
     text = make_program(parts, state).lower(state, frozen, batch).compile().as_text()
     assert "while(" in text and "conditional(" in text
     assert not re.findall(r"infeed|outfeed|\w*callback\w*|\bsend\b|\brecv\b|MoveToHost", text)
