@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs.models import MODELS
-from configs.scales import ROLLOUT_RULES, RULES, SCALES, detect
+from configs.scales import ROLLOUT_RULES, RULES, SCALES, detect, row
 from configs.schedules import SCHEDULES
 
 
@@ -156,6 +156,7 @@ def base() -> ConfigDict:
     h.sequence = 1  # splits the tokens of a row, for long signals
     h.rules = RULES  # which mesh axes split which logical axis of arrays
     h.rollout_rules = ROLLOUT_RULES  # the same while summaries are sampled
+    h.topology = ""  # the TPU slice that it is for, like "v5p:4x4x4", what `make fit` compiles for; "" = this machine
     h.num_devices = 1  # devices simulated on a CPU; 0 = leave as they are
 
     c.evaluation = e = ConfigDict()
@@ -188,9 +189,10 @@ def parse_arg(arg: str) -> Arg:
             raise LookupError(f'unknown name "{name}", allowed are {", ".join(allowed)}.{_near(name, [*allowed])}')
         if name in chosen:
             raise LookupError(f'"{name}" is given twice')
-        if value and value not in allowed[name]:
+        if value and value not in allowed[name] and not (name == "scale" and row(value)):
             raise LookupError(
                 f'{name} = "{value}": must be one of {", ".join(allowed[name])}.{_near(value, allowed[name])}'
+                + (" Or name the topology of a TPU, e.g. v5p:4x4x4." if name == "scale" else "")
             )
         chosen[name] = value
     return Arg(**{name: value for name, value in chosen.items() if value})
@@ -201,7 +203,7 @@ def compose(arg: str) -> ConfigDict:
     chosen = parse_arg(arg)
     c = base().lock()
     c.update_from_flattened_dict(MODELS[chosen.model])
-    c.update_from_flattened_dict(SCALES[detect() if chosen.scale == "auto" else chosen.scale])
+    c.update_from_flattened_dict(row(detect() if chosen.scale == "auto" else chosen.scale))
     c.update_from_flattened_dict(SCHEDULES[chosen.schedule])
     if c.model.checkpoint:
         c.warmup.steps = 0

@@ -35,13 +35,28 @@ ROLLOUT_RULES = (
 FSDP_RULES = ("batch data fsdp tensor", "seq sequence", "embed fsdp tensor", "attention_heads sequence")
 
 
-def _slice(devices: int, users: int) -> dict[str, object]:
-    """Returns the row of a TPU slice whose devices all share the parameters (axis fsdp)."""
+# topology of the slices that the cloud offers, by the number in their names
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_TORUS = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
+_TOPOLOGY = re.compile(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})")
+
+
+def _slices(topology: str, count: int = 1) -> dict[str, object]:
+    """Returns the row of `count` TPU slices of a topology: replicas of both models across them, parts within each.
+
+    Up to 64 chips of a slice each train users of their own (FSDP_RULES); more share the users' rows along `tensor`.
+    """
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    tensor = min(chips, 4 if chips < 512 else 8)
+    apart = chips <= 64
+    users = count * (chips if apart else 2 * chips // tensor if chips >= 512 else chips // tensor)
     return {
         "mesh.num_devices": 0,
-        "mesh.data": 1,
-        "mesh.fsdp": devices,
-        "mesh.tensor": 1,
+        "mesh.topology": topology,
+        "mesh.data": count,
+        "mesh.fsdp": chips // tensor,
+        "mesh.tensor": tensor,
+        "mesh.rules": FSDP_RULES if apart else RULES,
         "model.dtype": "bfloat16",
         "batch.users": users,
         "warmup.generator_users": users,
@@ -54,18 +69,29 @@ def _slice(devices: int, users: int) -> dict[str, object]:
 SCALES: dict[str, dict[str, object]] = {
     # one process on a CPU, the defaults of base.py
     "laptop": {},
-    # all GPUs of one machine; the batch of a laptop, so that results compare
+    # all GPUs of one machine or job; the batch of a laptop, so that results compare
     "gpu": {"mesh.num_devices": 0},
     # all devices of a TPU slice that has no row of its own, up to 32
-    "tpu": {**_slice(-1, 32)},
-    "v5e-4": _slice(4, 16),
-    "v5e-8": _slice(8, 32),
-    "v5e-16": _slice(16, 32),
-    "v5e-64": _slice(64, 128),
-    "v5p-8": _slice(4, 16),
-    "v5p-64": _slice(32, 64),
-    "v5p-128": _slice(64, 128),
+    "tpu": {
+        "mesh.num_devices": 0,
+        "model.dtype": "bfloat16",
+        "batch.users": 32,
+        "warmup.generator_users": 32,
+        "warmup.summary_users": 32,
+        "warmup.reading_users": 32,
+        "evaluation.batch_users": 32,
+    },
+    **{f"v5e-{number}": _slices(f"v5e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v6e-{number}": _slices(f"v6e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v5p-{number}": _slices(f"v5p:{topology}") for number, topology in _TORUS.items()},
 }
+
+
+def row(name: str) -> dict[str, object] | None:
+    """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any other name."""
+    if found := _TOPOLOGY.fullmatch(name):
+        return _slices(f"{found[2]}:{found[3]}", int(found[1] or 1))
+    return SCALES.get(name)
 
 
 def detect() -> str:

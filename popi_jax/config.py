@@ -159,6 +159,7 @@ class MeshConfig:
     sequence: int
     rules: tuple[str, ...]
     rollout_rules: tuple[str, ...]
+    topology: str
     num_devices: int
 
 

@@ -78,6 +78,7 @@ def sample(
     steps = jnp.arange(sampling.max_len)
     own_positions = jnp.broadcast_to(start[:, None, None] + steps[None, None], (batch, group, sampling.max_len))
 
+    @jax.named_scope("decode")
     def body(loop: _Loop) -> _Loop:
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.t)))(keys)
         token, logp = draw(loop.logits, step_keys, sampling)

@@ -18,7 +18,7 @@ from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
 from popi_jax.models.attention import Level, Levels
 from popi_jax.models.dense import Budget, dense, take, to_slots
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
-from popi_jax.sharding import Axes, Rules, shards, spec
+from popi_jax.sharding import Axes, Rules, shards
 
 
 class Packed(NamedTuple):
@@ -171,18 +171,22 @@ def _with_head(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return score(head, states, ids, ())
-    rows = rules.batch if ids.shape[0] % shards(rules.batch) == 0 else ()
+    fits = ids.shape[0] % shards(rules.batch) == 0  # else every device scores all rows
+    rows, embed = (rules.batch, rules.embed) if fits else ((), ())
     count = ids.shape[1]
     pad = -count % shards(rules.seq)
     states = tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0))) for x in states)
-    by_token, of_head = P(rows, rules.seq), spec(("embed", "vocab"), rules)
+    by_token = P(rows, rules.seq)
 
+    @jax.named_scope("head")
     def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
-        if rules.embed:
-            head = jax.lax.all_gather(head, rules.embed, axis=0, tiled=True)
-        return score(head, states, ids, rules.vocab)
+        if embed:
+            head = jax.lax.all_gather(head, embed, axis=0, tiled=True)
+        # of different tokens on each device, so that its gradients are added up behind the chunks
+        others = tuple(axis for axis in (*rows, *rules.seq) if axis not in embed)
+        return score(jax.lax.pcast(head, others, to="varying"), states, ids, rules.vocab)
 
-    program = jax.shard_map(here, in_specs=(of_head, by_token, by_token), out_specs=by_token)
+    program = jax.shard_map(here, in_specs=(P(embed, rules.vocab), by_token, by_token), out_specs=by_token)
     found = program(head, states, jnp.pad(ids, ((0, 0), (0, pad))))
     return jax.tree.map(lambda x: x[:, :count], found)
 
