@@ -68,7 +68,7 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
     """
     m = config.model
     if m.checkpoint:
-        model = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
+        model = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat, attention=m.attention)
         if model.vocab_size < vocab_size:
             raise UserError(
                 f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but model.embed_tokens.weight has shape "

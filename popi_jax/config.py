@@ -47,6 +47,7 @@ class ModelConfig:
     tied_embeddings: bool
     dtype: str
     remat: str
+    attention: str
     summary_instruction: str
     answer_instruction: str
 

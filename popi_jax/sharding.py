@@ -44,6 +44,12 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform() -> str:
+    """Of the devices that a program is for: those of the mesh that is set, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def spec(names: tuple[str | None, ...]) -> P:
     """The PartitionSpec of logical axis names. Raises KeyError on a name that has no rule."""
     return P(*(AXIS_RULES[name] if name is not None else None for name in names))

@@ -48,6 +48,7 @@ class TransformerConfig:
     tied_embeddings: bool = True
     dtype: str = "float32"  # of compute; parameters are float32
     remat: str = "none"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # what computes it, one of attention.IMPLEMENTATIONS
     activation: str = "silu"  # of the gate, a key of ACTIVATIONS
     qkv_bias: bool = False  # biases on queries, keys and values
     qk_norm: bool = False  # RMS norm of each head of queries and keys before the rotary positions
@@ -193,6 +194,7 @@ class Attention(nn.Module):
                 window=window,
                 score_dim=c.score_dim,
                 softcap=c.attn_logit_softcap,
+                implementation=c.attention,
             )
             if now.at is not None:
                 y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
