@@ -3,6 +3,7 @@
 Splash runs as plain operations here, cuDNN's call by its XLA counterpart.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popi_jax.arrays import Tokens
+from popi_jax.flops import flops
 from popi_jax.models import attention, kernels
 from popi_jax.models.attention import Level, num_slots
+from popi_jax.models.scoring import answer_logps
+from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import make_mesh
 
 # a single text; a context and its replies; context, K prompts, 2K replies, of lengths that fill no block
@@ -103,8 +108,31 @@ def test_padding_is_finite() -> None:
     q, k, v, valid = inputs(GROUP, batch=2, heads=2, kv_heads=2)
     nothing = jnp.zeros_like(valid)
     for kernel in (SPLASH, cudnn):
-        y = kernel(q, k, v, nothing, levels=GROUP, softcap=None)
+        y = jax.jit(partial(kernel, levels=GROUP, softcap=None))(q, k, v, nothing)
         assert np.isfinite(y).all()
+
+
+def test_a_model_scores_with_splash_as_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs of replies and their gradient, through scanned and rematerialised layers on a mesh."""
+    monkeypatch.setattr(attention, "KERNEL_SLOTS", 1)
+    sizes = {"vocab_size": 64, "num_layers": 2, "embed_dim": 16, "mlp_dim": 24}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attn_logit_softcap": 5.0}
+    model = TransformerConfig(**sizes, **heads, remat="full", attention="splash")
+    rng = np.random.default_rng(0)
+
+    def tokens(*shape: int) -> Tokens:
+        ids, lengths = rng.integers(0, 64, shape), rng.integers(1, shape[-1] + 1, shape[:-1])
+        return Tokens(jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32))
+
+    tree = tokens(4, 12), tokens(4, 2, 5), tokens(4, 2, 2, 9)
+    params = unbox(init_boxed(jax.random.key(0), model))
+
+    def gradient(model: TransformerConfig) -> tuple[jax.Array, dict]:
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(answer_logps(p, *tree, model=model).sums())))(params)
+
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        found = gradient(model)
+    assert_same(found, gradient(dataclasses.replace(model, attention="chunked")))
 
 
 @pytest.mark.parametrize("levels", [*TREES.values(), (Level(1, 700), Level(3, 129), Level(6, 400))])
@@ -147,3 +175,30 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     of_nothing = jnp.zeros((1, 1, 1, 0, 8)), jnp.zeros((1, 1, 0), bool), jnp.zeros((1, 1, 0), jnp.int32)
     past = (attention.KeysValues(of_nothing[0], *of_nothing),)
     assert choice("tpu", past=past) == "chunked"
+
+
+def test_flops_of_the_kernels_are_counted() -> None:
+    """Of each block of scores that is computed two products forward and seven backward, of which two go over the scores
+    again; against the chunks, which compute six backward and hold their own tree's rectangles, not blocks."""
+    levels = Level(1, 1024), Level(2, 512), Level(4, 512)
+    args = inputs(levels, batch=2, heads=4, kv_heads=2, head_dim=128)
+    layout = kernels.lay_out(levels)
+    of_a_block = 2 * 2 * 4 * layout.block**2 * 128  # 2 M N K, rows, heads
+    once = kernels.blocks(layout).sum() * of_a_block
+
+    def total(fn: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(fn(q, k, v, args[3], levels=levels, softcap=None))
+
+    one = partial(total, SPLASH)
+    gradient = partial(jax.value_and_grad, argnums=(0, 1, 2))
+    forward, with_gradient = flops(one, *args[:3]), flops(gradient(one), *args[:3])
+    assert forward == 2 * once
+    # beside the kernels the backward pass has a product of each query's result with its gradient
+    assert with_gradient == pytest.approx(9 * once, rel=1e-3)
+    assert flops(gradient(jax.checkpoint(one)), *args[:3]) == pytest.approx(11 * once, rel=1e-3)
+    with jax.set_mesh(make_mesh(2, 1, 4)):  # heads that do not divide are on each device whole
+        assert flops(one, *args[:3]) == 4 * forward
+    # here nodes fill blocks: a block on the diagonal is computed as a whole, by the chunks in quarters
+    by_chunks = partial(total, chunked)
+    assert forward == pytest.approx(flops(by_chunks, *args[:3]), rel=0.25)
+    assert with_gradient == pytest.approx(flops(gradient(by_chunks), *args[:3]), rel=0.35)
