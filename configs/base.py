@@ -65,6 +65,7 @@ def base() -> ConfigDict:
     m.tied_embeddings = True
     m.dtype = "float32"  # of compute: float32 | bfloat16; parameters and losses are float32
     m.remat = "none"  # none | dots | full
+    m.attention = "auto"  # what computes it: splash (TPU) | cudnn (GPU) | chunked | auto, by the devices
     m.summary_instruction = "summary ?"  # text after the signals that asks the inference model for a summary
     m.answer_instruction = ""  # text before the summary in the generator's context
 

@@ -7,7 +7,9 @@ several of them by their number before it: "2xv5p:4x4x4". `mesh.fsdp = -1` takes
 
 import glob
 import importlib.util
+import math
 import os
+import re
 
 # How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is not named is whole.
 # Weights are split by all axes but `data`, and gathered layer by layer where they are used; users by `data` and `fsdp`.

@@ -69,7 +69,7 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
     m = config.model
     rules, rollout_rules = mesh_rules(config)
     if m.checkpoint:
-        read = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
+        read = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat, attention=m.attention)
         model = dataclasses.replace(read, rules=rules, rollout_rules=rollout_rules)
         if model.vocab_size < vocab_size:
             raise UserError(

@@ -50,6 +50,7 @@ class ModelConfig:
     tied_embeddings: bool
     dtype: str
     remat: str
+    attention: str
     summary_instruction: str
     answer_instruction: str
 

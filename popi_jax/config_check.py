@@ -28,6 +28,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "data.turns": ("first", "all"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "chunked", "splash", "cudnn"),
     "generator.objective": ("dpo", "robust", "ipo", "hinge", "kto", "slic", "cpo", "simpo", "orpo", "rrhf"),
     "generator.reference": ("prompt", "summary"),
     "inference.reward": ("log_sigmoid", "accuracy", "margin"),

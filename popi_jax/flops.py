@@ -5,6 +5,7 @@ depends on is not counted, as XLA removes it; what is computed again in the back
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,32 +13,42 @@ import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.interpreters import partial_eval
 
+# A function under jit of such a name holds kernels that skip steps of their grids: over m rows of blocks they run n.
+# A Pallas call says of none of its steps whether it runs, as a table among its inputs decides.
+RUNS = re.compile(r"_runs_(\d+)_of_(\d+)_rows$")
+
 
 def flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: Any) -> int:
     """2 M N K for each product of matrices in one call of `fn`; what goes element by element is not counted.
 
     Arguments may be arrays or shapes (`jax.ShapeDtypeStruct`). A `while_loop` is taken to run `while_trips` times: the
     jaxpr does not say how often. Of a `cond` the most expensive branch counts; under `shard_map` the products of all
-    devices of its mesh count. Kernels written by hand (Pallas) and convolutions are not counted.
+    devices of its mesh count. A kernel in Pallas counts each step of its grid or, where `RUNS` says so, each that runs.
+    Other kernels written by hand (cuDNN) and convolutions are not counted.
     """
     return of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, while_trips=while_trips)
 
 
 def of_jaxpr(jaxpr: Jaxpr, *, while_trips: int = 1) -> int:
     """The FLOPs of a jaxpr whose outputs are all needed."""
-    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(live, while_trips)
+    return _count(_live(jaxpr), while_trips)
 
 
-def _count(jaxpr: Jaxpr, while_trips: int) -> int:
-    return sum(_of_equation(eqn, while_trips) for eqn in jaxpr.eqns)
+def _live(jaxpr: Jaxpr) -> Jaxpr:
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
-def _of_equation(eqn: Any, while_trips: int) -> int:
+def _count(jaxpr: Jaxpr, while_trips: int, runs: tuple[int, int] | None = None) -> int:
+    return sum(_of_equation(eqn, while_trips, runs) for eqn in jaxpr.eqns)
+
+
+def _of_equation(eqn: Any, while_trips: int, runs: tuple[int, int] | None) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return _dot(eqn)
-    counts = [of_jaxpr(inner, while_trips=while_trips) for inner in jaxprs_in_params(params)]
+    if found := RUNS.search(str(params.get("name", ""))):
+        runs = int(found[1]), int(found[2])
+    counts = [_count(_live(inner), while_trips, runs) for inner in jaxprs_in_params(params)]
     if not counts:
         return 0
     if name == "cond":
@@ -46,8 +57,17 @@ def _of_equation(eqn: Any, while_trips: int) -> int:
         "scan": lambda: params["length"],
         "while": lambda: while_trips,
         "shard_map": lambda: math.prod(params["mesh"].shape.values()),
+        "pallas_call": lambda: _steps(params["grid_mapping"].grid, runs),
     }
     return times.get(name, lambda: 1)() * sum(counts)
+
+
+def _steps(grid: tuple[int, ...], runs: tuple[int, int] | None) -> int:
+    """Steps of a grid that run: its last axis goes along a row of blocks, another over the rows."""
+    if runs is None:
+        return math.prod(grid)
+    some, rows = runs
+    return math.prod(grid) // (rows * grid[-1]) * some
 
 
 def _dot(eqn: Any) -> int:

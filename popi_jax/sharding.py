@@ -39,6 +39,9 @@ class Rules(NamedTuple):
     rank: Axes = ()  # of adapters
 
 
+UNSPLIT = Rules()
+
+
 def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices, or of those given; the axis `data` goes across slices, where there are several.
 
@@ -62,6 +65,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Seq
     else:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(array), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def platform() -> str:
+    """Of the devices that a program is for: those of the mesh that is set, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def spec(names: Sequence[str | None], rules: Rules) -> P:

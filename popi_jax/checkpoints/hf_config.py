@@ -61,8 +61,10 @@ def read_base(folder: str | Path) -> Base:
     return Base(c["model_type"], c.get("max_position_embeddings"))
 
 
-def read_config(folder: str | Path, *, dtype: str = "float32", remat: str = "none") -> TransformerConfig:
-    """Returns the model that the config.json of a folder describes; `dtype` and `remat` are of our compute.
+def read_config(
+    folder: str | Path, *, dtype: str = "float32", remat: str = "none", attention: str = "auto"
+) -> TransformerConfig:
+    """Returns the model that the config.json of a folder describes; the other arguments are of our compute.
 
     Of a folder with a vision tower the text model alone is described.
     Raises: UserError if the file is absent or broken, or describes a model that transformer.py does not compute.
@@ -88,6 +90,7 @@ def read_config(folder: str | Path, *, dtype: str = "float32", remat: str = "non
             tied_embeddings=bool(c.get("tie_word_embeddings", False)),
             dtype=dtype,
             remat=remat,
+            attention=attention,
             activation=_ACTIVATIONS[_activation(c)],
             score_dim=c.get("query_pre_attn_scalar"),
             attn_logit_softcap=c.get("attn_logit_softcapping"),

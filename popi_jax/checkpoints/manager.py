@@ -41,6 +41,7 @@ _FREE = (
     "data.prepared",
     "data.download",
     "model.remat",
+    "model.attention",
     "batch.summary_fill",
     "schedule.log_every",
     "schedule.save_every",

@@ -3,6 +3,8 @@
 A row of tokens is a tree of levels: level i has `nodes` equal branches of `length` slots each, which divide evenly
 among the nodes of the level above. A token sees the earlier tokens of its own node, all of its ancestors, and what lies
 in `past` (a cache), nothing else. This file decides what is seen and what is computed; it knows nothing of prompts.
+`attend` is the one interface. Behind it are the chunks of this file, which compute everything everywhere, and the fused
+kernels of kernels.py, which compute some of it faster on the devices that they are made for.
 Letters as in transformer.py, and in chunks: n groups of queries that share keys, m queries of a group, s their keys.
 """
 
@@ -13,6 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from popi_jax.models import kernels
+from popi_jax.sharding import UNSPLIT, Rules, platform
+
+IMPLEMENTATIONS = ("auto", "chunked", "splash", "cudnn")
+BEST = {"tpu": "splash", "gpu": "cudnn"}  # platform -> what "auto" is there; elsewhere "chunked"
+KERNEL_SLOTS = 512  # of a row, from which on a kernel pays
 QUERY_CHUNK = 128  # queries of a row, at most, whose scores exist at a time ...
 MOST_CHUNKS = 16  # ... unless that made more chunks of a level than this
 
@@ -73,16 +81,42 @@ def attend(
     window: Int[Array, ""] | None = None,
     score_dim: int | None = None,
     softcap: float | None = None,
+    implementation: str = "auto",
+    rules: Rules = UNSPLIT,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of the new tokens, T = num_slots(levels), over their tree and the past.
 
-    valid: False for padding, which nothing sees. window: positions back that are seen, the token's own included; None
-    for all. Scores are divided by sqrt(score_dim), None for head_dim, and bounded to +-softcap. The backward pass
-    computes the scores of a chunk again.
+    valid: False for padding, which nothing sees; its own result means nothing, but is finite. window: positions back
+    that are seen, the token's own included; None for all. Scores are divided by sqrt(score_dim), None for head_dim, and
+    bounded to +-softcap. The backward pass computes scores again. implementation: one of IMPLEMENTATIONS; a kernel that
+    does not compute what is asked for, or gains nothing by it, leaves it to the chunks.
     """
+    q = q * (score_dim or q.shape[-1]) ** -0.5
+    tree = tuple(level for level in levels if level.nodes * level.length)
+    name = BEST.get(platform(), "chunked") if implementation == "auto" else implementation
+    if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
+        if name == "splash":
+            interpret = platform() != "tpu"
+            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=interpret)
+        if softcap is None and kernels.cudnn_takes(q):
+            return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
+    return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
+
+
+def _in_chunks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    valid: Bool[Array, "B T"],
+    positions: Int[Array, "B T"],
+    past: tuple[KeysValues, ...],
+    levels: Levels,
+    window: Int[Array, ""] | None,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
     batch, slots, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q = (q * (score_dim or head_dim) ** -0.5).reshape(batch, slots, kv_heads, heads // kv_heads, head_dim)
+    q = q.reshape(batch, slots, kv_heads, heads // kv_heads, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     above = [_Keys(*of_past) for of_past in past]
     outputs, start = [], 0

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
 from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
-from popi_jax.sharding import Rules, constrain, logical_names
+from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names
 
 Streams = tuple[Float[Array, "*rows D"], ...]
 REMAT_POLICIES = {
@@ -49,6 +49,7 @@ class TransformerConfig:
     tied_embeddings: bool = True
     dtype: str = "float32"  # of compute; parameters are float32
     remat: str = "none"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # what computes it, one of attention.IMPLEMENTATIONS
     activation: str = "silu"  # of the gate, a key of ACTIVATIONS
     qkv_bias: bool = False  # biases on queries, keys and values
     qk_norm: bool = False  # RMS norm of each head of queries and keys before the rotary positions
@@ -62,8 +63,8 @@ class TransformerConfig:
     sliding_window: int | None = None  # positions that a token of a local layer sees, its own included
     local_layers: tuple[bool, ...] = ()  # which layers are local; (): none
     local_rope_theta: float | None = None  # of local layers, then without scaling; None: as in the others
-    rules: Rules = Rules()  # the layout on a mesh
-    rollout_rules: Rules = Rules()  # the same while tokens are sampled
+    rules: Rules = UNSPLIT  # the layout on a mesh
+    rollout_rules: Rules = UNSPLIT  # the same while tokens are sampled
 
     def __post_init__(self) -> None:
         if self.local_layers and (len(self.local_layers) != self.num_layers or self.sliding_window is None):
@@ -199,6 +200,8 @@ class Attention(nn.Module):
                 window=window,
                 score_dim=c.score_dim,
                 softcap=c.attn_logit_softcap,
+                implementation=c.attention,
+                rules=c.rules,
             )
             if now.at is not None:
                 y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
