@@ -88,18 +88,27 @@ def attend(
 
     valid: False for padding, which nothing sees; its own result means nothing, but is finite. window: positions back
     that are seen, the token's own included; None for all. Scores are divided by sqrt(score_dim), None for head_dim, and
-    bounded to +-softcap. The backward pass computes scores again. implementation: one of IMPLEMENTATIONS; a kernel that
-    does not compute what is asked for, or gains nothing by it, leaves it to the chunks.
+    bounded to +-softcap. The backward pass computes scores again. implementation: one of IMPLEMENTATIONS; where the
+    kernel asked for does not compute this, or would gain nothing, the chunks do.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'implementation = "{implementation}": must be one of {", ".join(IMPLEMENTATIONS)}')
     q = q * (score_dim or q.shape[-1]) ** -0.5
     tree = tuple(level for level in levels if level.nodes * level.length)
-    name = BEST.get(platform(), "chunked") if implementation == "auto" else implementation
+    on = platform()
+    name = BEST.get(on, "chunked") if implementation == "auto" else implementation
     if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
         if name == "splash":
+<<<<<<< HEAD
             interpret = platform() != "tpu"
             return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=interpret)
         if softcap is None and kernels.cudnn_takes(q):
             return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
+=======
+            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, interpret=on != "tpu")
+        if on == "gpu" and softcap is None and kernels.cudnn_takes(q):
+            return kernels.cudnn(q, k, v, valid, levels=tree)
+>>>>>>> 77b1fb8a96f5191c438829fae3ff9a84ee4b5ee7
     return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
 
 

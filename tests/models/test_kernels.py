@@ -172,7 +172,9 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice("gpu", dtype="float32") == choice("gpu", softcap=2.0) == "chunked"
     assert choice("tpu", window=jnp.asarray(4)) == choice("gpu", window=jnp.asarray(4)) == "chunked"
     assert choice("cpu", "splash") == "splash"
-    assert choice("tpu", "chunked") == "chunked"
+    assert choice("tpu", "chunked") == choice("cpu", "cudnn") == "chunked"
+    with pytest.raises(ValueError, match="must be one of auto, chunked, splash, cudnn"):
+        choice("tpu", "flash")
     of_nothing = jnp.zeros((1, 1, 1, 0, 8)), jnp.zeros((1, 1, 0), bool), jnp.zeros((1, 1, 0), jnp.int32)
     past = (attention.KeysValues(of_nothing[0], *of_nothing),)
     assert choice("tpu", past=past) == "chunked"
