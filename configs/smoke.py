@@ -19,7 +19,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.num_heads = 2
     c.model.num_kv_heads = 2
     c.model.mlp_dim = 64
-    users = max(8, c.mesh.fsdp)
+    chips = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
+    if c.mesh.topology:  # heads and widths are too few for more
+        c.mesh.fsdp, c.mesh.tensor = min(8, chips), 1
+        c.mesh.data = chips // c.mesh.fsdp
+    users = max(8, chips)
     c.warmup.steps = 0 if c.model.checkpoint else 4
     c.warmup.generator_users = users
     c.warmup.summary_users = c.warmup.reading_users = users

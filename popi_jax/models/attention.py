@@ -99,16 +99,9 @@ def attend(
     name = BEST.get(on, "chunked") if implementation == "auto" else implementation
     if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
         if name == "splash":
-<<<<<<< HEAD
-            interpret = platform() != "tpu"
-            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=interpret)
-        if softcap is None and kernels.cudnn_takes(q):
-            return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
-=======
-            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, interpret=on != "tpu")
+            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=on != "tpu")
         if on == "gpu" and softcap is None and kernels.cudnn_takes(q):
-            return kernels.cudnn(q, k, v, valid, levels=tree)
->>>>>>> 77b1fb8a96f5191c438829fae3ff9a84ee4b5ee7
+            return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
     return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
 
 

@@ -332,9 +332,15 @@ def variables(params: dict) -> dict:
 
 def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
     """A parameter as it is multiplied with: in the compute type, and gathered along `embed`, in this order, so that
-    half the bytes move. Its gradient goes the way back."""
-    whole = tuple("embed_unsharded" if name == "embed" else name for name in names)
-    return constrain(constrain(x.astype(cfg.dtype), names, cfg.rules), whole, cfg.rules)
+    half the bytes move. Its gradient is added up where the parameter lies: no device holds all of it."""
+
+    @jax.custom_vjp
+    def gathered(x: Array) -> Array:
+        whole = tuple("embed_unsharded" if name == "embed" else name for name in names)
+        return constrain(constrain(x, names, cfg.rules), whole, cfg.rules)
+
+    gathered.defvjp(lambda x: (gathered(x), None), lambda _, g: (constrain(g, names, cfg.rules),))
+    return gathered(x.astype(cfg.dtype))
 
 
 def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
