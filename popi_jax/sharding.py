@@ -89,6 +89,22 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Ar
     return jax.lax.with_sharding_constraint(x, spec(names, rules))
 
 
+def relaid(x: jax.Array, names: Sequence[str | None], before: Rules, after: Rules) -> jax.Array:
+    """`x`, laid out by the rules `before`, laid out by those `after`.
+
+    In two steps, as the compiler, left alone, makes it whole on every device on the way: first what splits another axis
+    than before moves there, then what splits none is gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    wanted: list[Axes] = [() if name is None else getattr(after, name) for name in names]
+    taken = {axis for part in wanted for axis in part}
+    kept = [() if name is None else tuple(a for a in getattr(before, name) if a not in taken) for name in names]
+    between = P(*((*new, *old) or None for new, old in zip(wanted, kept, strict=True)))
+    return constrain(jax.lax.with_sharding_constraint(x, between), names, after)
+
+
 def shards(axes: Axes) -> int:
     """Parts that an axis is split in by these axes of the mesh that is set."""
     sizes = jax.sharding.get_abstract_mesh().shape

@@ -26,9 +26,7 @@ def test_resolved_defaults_equal_golden_file(name: str) -> None:
 
 
 ROWS = [f"model={m}" for m in MODELS] + [f"schedule={s}" for s in SCHEDULES]
-ROWS += [
-    f"scale={s}" + (",model=llama3-70b" if s == "v5p-1024" else "") for s in ("auto", *SCALES)
-]  # it has 8 KV heads
+ROWS += [f"scale={s}" + (",model=llama3-70b" if s == "v5p-1024" else "") for s in ("auto", *SCALES)]
 ROWS += ["model=llama3-8b,scale=2xv5p:4x4x4", "scale=v6e:2x2"]
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
 from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
-from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names
+from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names, relaid
 
 Streams = tuple[Float[Array, "*rows D"], ...]
 REMAT_POLICIES = {
@@ -360,8 +360,7 @@ def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
             at = at[key]
         if adapter:  # of a kernel [layers, inputs, outputs]: a is [layers, inputs, rank], b is [layers, rank, outputs]
             at = (*at[: x.ndim - 1], "rank") if adapter == "a" else (at[0], "rank", *at[len(at) - x.ndim + 2 :])
-        # the constraint before the last says: cast first, then move
-        return constrain(constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rollout_rules)
+        return relaid(constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rules, cfg.rollout_rules)
 
     return jax.tree_util.tree_map_with_path(laid_out, params)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, Params, UserBatch
@@ -27,7 +28,9 @@ from popi_jax.errors import UserError
 from popi_jax.evals import suites
 from popi_jax.losses.preference import PairLogps
 from popi_jax.metric_writer import MetricWriter
-from popi_jax.models.roles import empty_summary, pair_logps
+from popi_jax.models.roles import Glue, empty_summary, pair_logps
+from popi_jax.models.sampling import Sampling
+from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
 from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
@@ -131,15 +134,21 @@ def open_fill(built: Built) -> fills.Fill:
 
 def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Transforms]:
     """The static parts of the main stage, and the optimizers of the warm-up."""
-    cfg = program_config(built.config)
+    return static_parts(built.config, built.model, built.glue, built.sampling, fill)
+
+
+def static_parts(
+    config: Config, model: TransformerConfig, glue: Glue, sampling: Sampling, fill: fills.Fill | None
+) -> tuple[Parts, Transforms]:
+    """`make_parts` of a run that need not exist."""
+    cfg = program_config(config)
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
     main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
     warmup = optim.warmup_transform(cfg)
     budgets = None
     if fill is not None:
-        parts_of = shards(built.model.rules.batch), shards(built.model.rollout_rules.batch)
-        budgets = main_budgets(fill, built.glue, *parts_of, cfg=cfg)
-    parts = Parts(built.model, main, built.glue, built.sampling, cfg, cfg.warmup.steps, budgets)
+        budgets = main_budgets(fill, glue, shards(model.rules.batch), shards(model.rollout_rules.batch), cfg=cfg)
+    parts = Parts(model, main, glue, sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
 
 
@@ -173,7 +182,7 @@ def train(built: Built) -> Trained:
       NotFinite: when a metric is not finite.
       UserError: as the checkpoint manager does.
     """
-    cfg = built.config
+    cfg, num_users = built.config, len(built.dataset.splits["train"])
     fill = open_fill(built)
     parts, warmup_transforms = make_parts(built, fill)
     phases = parse_phases(cfg.schedule.phases)
@@ -216,9 +225,11 @@ def train(built: Built) -> Trained:
                 own = Frozen(**copies)  # laid out as a run that continues reads it, so that the program is the same
                 own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(own))(own)
                 frozen = _on_base(own, base)
-                pairs = reference_pairs(frozen.generator, built) if _stores_pairs(built) else None
+                pairs = reference_pairs(frozen.generator, built) if stores_pairs(cfg, num_users) else None
                 checkpoints.save_frozen(cfg.workdir, own._replace(pairs=pairs), built.config_json)
-                frozen = frozen._replace(pairs=pairs, generator=frozen.generator if _reads_generator(built) else {})
+                frozen = frozen._replace(
+                    pairs=pairs, generator=frozen.generator if reads_generator(cfg, num_users) else {}
+                )
                 del own, copies  # what training does not read is not kept in memory
                 restart = partial(restart_optimizers, transforms=parts.transforms, cfg=parts.cfg)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
@@ -228,7 +239,7 @@ def train(built: Built) -> Trained:
         finally:
             stop.close()
             checkpoints.close(manager)
-    if not _reads_generator(built):
+    if not reads_generator(cfg, num_users):
         frozen = _still_there(stored_frozen(built, abstract, base), cfg)
     return Trained(state, frozen)
 
@@ -264,19 +275,29 @@ def stored_frozen(built: Built, abstract: TrainState, base: Params, *, for_train
 
     Raises: UserError.
     """
-    shapes = {
-        role: {} if trains_adapters(built.config, role) else getattr(abstract, role).params
-        for role in checkpoints.ROLES
-    }
-    if for_training and not _reads_generator(built):
-        shapes["generator"] = {}
-    pairs = None
-    if for_training and _stores_pairs(built):
-        count = len(built.dataset.splits["train"]) * built.config.data.num_pairs
-        column = jax.ShapeDtypeStruct((count,), jnp.float32, sharding=replicated(built.mesh))
-        pairs = PairLogps(column, column)
-    own = checkpoints.restore_frozen(built.config.workdir, Frozen(**shapes, pairs=pairs))
+    if for_training:
+        shapes = abstract_frozen(built.config, abstract, built.mesh, len(built.dataset.splits["train"]))
+    else:
+        shapes = _own_params(built.config, abstract)
+    own = checkpoints.restore_frozen(built.config.workdir, shapes)
     return None if own is None else _on_base(own, base)
+
+
+def abstract_frozen(cfg: Config, abstract: TrainState, mesh: Mesh, num_users: int) -> Frozen:
+    """Shapes and shardings of what updates read of the reference policies, all but the base under adapters."""
+    own = _own_params(cfg, abstract)
+    if not reads_generator(cfg, num_users):
+        own = own._replace(generator={})
+    if not stores_pairs(cfg, num_users):
+        return own
+    column = jax.ShapeDtypeStruct((num_users * cfg.data.num_pairs,), jnp.float32, sharding=replicated(mesh))
+    return own._replace(pairs=PairLogps(column, column))
+
+
+def _own_params(cfg: Config, abstract: TrainState) -> Frozen:
+    """Of both roles, as a run stores them: of a role with adapters nothing."""
+    shapes = {r: {} if trains_adapters(cfg, r) else getattr(abstract, r).params for r in checkpoints.ROLES}
+    return Frozen(**shapes)
 
 
 def _on_base(own: Frozen, base: Params) -> Frozen:
@@ -292,20 +313,18 @@ def _still_there(frozen: Frozen | None, cfg: Config) -> Frozen:
     return frozen
 
 
-def _reads_generator(built: Built) -> bool:
+def reads_generator(cfg: Config, num_users: int) -> bool:
     """Whether updates read the reference generator's weights: not where they need nothing but its stored log-probs."""
-    cfg = built.config
-    scores = preference_objective(cfg).needs_reference and not _stores_pairs(built)
+    scores = preference_objective(cfg).needs_reference and not stores_pairs(cfg, num_users)
     return scores or trains_adapters(cfg, "generator") or cfg.inference.reward_generator == "frozen"
 
 
-def _stores_pairs(built: Built) -> bool:
+def stores_pairs(cfg: Config, num_users: int) -> bool:
     """Whether the reference's log-probs are computed beforehand: where they never change, and each is read at least
-    about once."""
-    cfg = built.config
+    about once. num_users: of the training split."""
     draws = cfg.batch.users * sum(phase.steps for phase in parse_phases(cfg.schedule.phases))
     fixed = preference_objective(cfg).needs_reference and cfg.generator.reference == "prompt"
-    return fixed and draws >= len(built.dataset.splits["train"])
+    return fixed and draws >= num_users
 
 
 def reference_pairs(params: Params, built: Built) -> PairLogps:

@@ -273,4 +273,4 @@ def test_training_holds_the_reference_generator_only_where_it_reads_it(
     built = tiny_run.shared_run(1).built
     cfg = small.replace(built.config, "schedule", phases=("joint 500",))
     built = built._replace(config=small.replace(cfg, section, **values))
-    assert loop._reads_generator(built) is reads
+    assert loop.reads_generator(built.config, len(built.dataset.splits["train"])) is reads
