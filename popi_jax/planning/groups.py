@@ -12,7 +12,8 @@ def groups_of(attributes: str, num_devices: int) -> Groups:
 
     Explicit lists "{{0,1},{2,3}}"; counted "[4,16]<=[16,4]T(1,0)": the positions 0, 1, ... as an array of the sizes on
     the right, axes permuted, cut into rows of the sizes on the left; and axes of a mesh of its own,
-    "mesh['a'=16,'b'=4], device_ids=([16,4]T(1,0)) {'a'}", where 'a':(2)4 is the part of 4 behind a part of 2 of an axis.
+    "mesh['a'=16,'b'=4], device_ids=([16,4]T(1,0)) {'a'}", where 'a':(2)4 is the part of 4 of an axis that lies behind a
+    part of 2.
 
     Raises ValueError on a syntax that is none of these.
     """
@@ -69,7 +70,7 @@ def ring_hops(n: int) -> float:
 
 def _coordinates(position: int, mesh_shape: Mapping[str, int]) -> dict[str, int]:
     left, found = position, {}
-    for axis, size in reversed(mesh_shape.items()):
+    for axis, size in reversed(list(mesh_shape.items())):
         left, found[axis] = divmod(left, size)
     if left:
         raise ValueError(f"device {position} lies outside of the mesh {dict(mesh_shape)}")

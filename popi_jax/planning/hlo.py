@@ -86,7 +86,8 @@ def parse(text: str) -> Module:
     lines = text.splitlines()
     made: dict[str, list[Instruction]] = {}
     body: list[Instruction] = []
-    entry, pending = "", []
+    entry = ""
+    pending: list[str] = []
 
     def finish() -> None:
         if pending:

@@ -12,7 +12,17 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # place of the update amon
 _RENAMES = {"bitcast", "reshape"}
 _NOTHING = {"parameter", "constant", "iota", "partition-id", "rng-get-and-update-state"}
 # a part of their result needs all of their operands; everything else goes element by element
-_WHOLE = {"convolution", "dot", "reduce", "reduce-window", "sort", "custom-call", "fft", "select-and-scatter", "scatter"}
+_WHOLE = {
+    "convolution",
+    "dot",
+    "reduce",
+    "reduce-window",
+    "sort",
+    "custom-call",
+    "fft",
+    "select-and-scatter",
+    "scatter",
+}
 _WHOLE |= {"all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "topk", "cholesky"}
 
 

@@ -143,9 +143,14 @@ def read(
     return Traffic(tuple(found.accesses), tuple(found.collectives), tuple(loops.values()), reader.buffers())
 
 
-def collectives_in_loops(traffic: Traffic, part: str) -> list[Collective]:
-    """Those that run in any loop whose path of names or whose source line holds `part`, such as "decode.py"."""
-    return [c for c in traffic.collectives if any(loop.says(part) for loop in c.loops)]
+def gathers_in_loops(traffic: Traffic, part: str, *, at_least: float = 0.0) -> list[Collective]:
+    """The collectives in any loop whose path of names or whose source line holds `part`, such as "decode.py".
+
+    at_least: bytes of one execution, so that what is small does not count. All kinds are listed: an all-gather may be
+    emitted as an all-reduce, or as a loop of collective-permutes each of which moves a part.
+    """
+    found = [c for c in traffic.collectives if any(loop.says(part) for loop in c.loops)]
+    return [c for c in found if c.bytes >= at_least]
 
 
 class _Reader:
@@ -204,9 +209,7 @@ class _Reader:
         for inside, c in self._collectives_of(computation, x):
             found.collectives.append(self._collective(inside, c, x, source, loops, times))
 
-    def _collectives_of(
-        self, computation: Computation, x: Instruction
-    ) -> Iterable[tuple[Computation, Instruction]]:
+    def _collectives_of(self, computation: Computation, x: Instruction) -> Iterable[tuple[Computation, Instruction]]:
         """The instruction itself, or those in the computation that it runs as one."""
         if x.opcode.removesuffix("-start") in COLLECTIVES or (x.opcode == "send" and _transfer(x)):
             yield computation, x
@@ -242,7 +245,7 @@ class _Reader:
         wire = payload * by_ring.get(kind, part)
         return Collective(kind, axes, n, payload, wire, times, *names)
 
-    def _cross_slice(self, c: Instruction, times: float, names: tuple) -> Collective:
+    def _cross_slice(self, c: Instruction, times: float, names: tuple[str, str, str, tuple[Loop, ...]]) -> Collective:
         """A transfer by the hosts' network: of the payload that a device hands to its host."""
         kind = _transfer(c).lower().replace("_", "-")
         slices = _listed(c.attributes)
@@ -257,7 +260,7 @@ class _Reader:
         part = (n - 1) / n if n else 1.0
         by_ring = {"all-reduce": 2 * part, "reduce-scatter": part, "all-to-all": part, "all-gather": n - 1.0}
         wire = payload * by_ring.get(kind, 1.0)
-        return Collective(f"cross-slice {kind}", tuple(axes), n, payload, wire, times, *names, cross_slice=True)
+        return Collective(f"cross-slice {kind}", tuple(axes), n, payload, wire, times, *names, True)
 
     def _source(self, x: Instruction) -> str:
         """The innermost line that is no library's."""

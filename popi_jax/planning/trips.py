@@ -10,7 +10,7 @@ from popi_jax.planning.hlo import Computation, Instruction, Module
 class _Element(NamedTuple):
     """An entry of the tuple that a loop carries."""
 
-    index: int
+    place: int
 
 
 class _Scope(NamedTuple):
@@ -106,7 +106,7 @@ def _start(module: Module, computation: Computation, loop: Instruction, element:
     carried = computation.instructions[loop.operands[0]]
     if carried.opcode != "tuple":
         return None
-    value = _value(module, _Scope(computation), carried.operands[element.index])
+    value = _value(module, _Scope(computation), carried.operands[element.place])
     return value if isinstance(value, int) else None
 
 
@@ -115,7 +115,7 @@ def _step(module: Module, loop: Instruction, element: _Element) -> int | None:
     body = module.computations[loop.attribute("body")]
     if body.root.opcode != "tuple":
         return None
-    return _added(module, _Scope(body), body.root.operands[element.index], element)
+    return _added(module, _Scope(body), body.root.operands[element.place], element)
 
 
 def _added(module: Module, scope: _Scope, name: str, element: _Element) -> int | None:
