@@ -181,8 +181,9 @@ def _frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
         elif section == "FileLocations" and (found := _LOCATION.match(line)):
             places[found[1]] = f"{files.get(found[2], '')}:{found[3]}"
         elif section == "StackFrames" and (found := _FRAME.match(line)):
-            # a frame without a caller names itself; callers come first
-            frames[found[1]] = (places.get(found[2], ""), *frames.get(found[3] or "", ()))
+            # the number of the caller is one less than the text says, 0 where there is none; callers come first
+            caller = str(int(found[3] or 1) - 1)
+            frames[found[1]] = (places.get(found[2], ""), *frames.get(caller, ()))
     return frames
 
 

@@ -22,6 +22,11 @@ _FREE |= {"add-dependency", "optimization-barrier", "get-dimension-size"}
 _GIB = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+def innermost(stack: tuple[str, ...]) -> str:
+    """The first line of a stack (file:line, callers behind) that is no library's, or ""."""
+    return next((line for line in stack if "site-packages" not in line), stack[0] if stack else "")
+
+
 class Loop(NamedTuple):
     name: str
     op_name: str
@@ -30,8 +35,8 @@ class Loop(NamedTuple):
     known: bool  # whether `trips` was read; else the text does not say and it is 1, or as the caller says
 
     def says(self, part: str) -> bool:
-        """Whether the path of names or a source line holds `part`."""
-        return part in self.op_name or any(part in line for line in self.stack)
+        """Whether the path of names or the innermost line that is no library's holds `part`."""
+        return part in self.op_name or part in innermost(self.stack)
 
 
 class Collective(NamedTuple):
@@ -45,7 +50,7 @@ class Collective(NamedTuple):
     executions: float
     name: str
     op_name: str
-    source: str
+    stack: tuple[str, ...]  # file:line of the traced program, the innermost first
     loops: tuple[Loop, ...]  # that it runs in, the outermost first
     cross_slice: bool = False
 
@@ -59,7 +64,7 @@ class Access(NamedTuple):
     bytes: float
     executions: float
     op_name: str
-    source: str
+    stack: tuple[str, ...]
     loops: tuple[Loop, ...]
 
     @property
@@ -71,7 +76,7 @@ class Buffer(NamedTuple):
     bytes: int
     shape: str
     op_name: str
-    source: str
+    stack: tuple[str, ...]
 
 
 class Traffic(NamedTuple):
@@ -144,7 +149,9 @@ def read(
 
 
 def gathers_in_loops(traffic: Traffic, part: str, *, at_least: float = 0.0) -> list[Collective]:
-    """The collectives in any loop whose path of names or whose source line holds `part`, such as "decode.py".
+    """The collectives in any loop whose path of names or whose own source line holds `part`, as "decode.py".
+
+    Loops within such a loop count as well; those of functions that decode.py only calls before its loop do not.
 
     at_least: bytes of one execution, so that what is small does not count. All kinds are listed: an all-gather may be
     emitted as an all-reduce, or as a loop of collective-permutes each of which moves a part.
@@ -202,12 +209,12 @@ class _Reader:
         self, computation: Computation, x: Instruction, loops: tuple[Loop, ...], times: float, found: _Found
     ) -> None:
         moved = accessed(self.module, computation, x)
-        source = self._source(x)
+        stack = self.module.stack(x)
         if moved:
             shape = ", ".join(map(str, x.arrays[:3]))
-            found.accesses.append(Access(x.name, x.opcode, shape, moved, times, x.op_name, source, loops))
+            found.accesses.append(Access(x.name, x.opcode, shape, moved, times, x.op_name, stack, loops))
         for inside, c in self._collectives_of(computation, x):
-            found.collectives.append(self._collective(inside, c, x, source, loops, times))
+            found.collectives.append(self._collective(inside, c, x, stack, loops, times))
 
     def _collectives_of(self, computation: Computation, x: Instruction) -> Iterable[tuple[Computation, Instruction]]:
         """The instruction itself, or those in the computation that it runs as one."""
@@ -223,13 +230,13 @@ class _Reader:
         computation: Computation,
         c: Instruction,
         outer: Instruction,
-        source: str,
+        stack: tuple[str, ...],
         loops: tuple[Loop, ...],
         times: float,
     ) -> Collective:
         kind = c.opcode.removesuffix("-start")
         operand = sum(array.bytes for name in c.operands for array in computation.instructions[name].arrays)
-        names = outer.name, c.op_name or outer.op_name, source, loops
+        names = outer.name, c.op_name or outer.op_name, stack, loops
         if kind == "send":
             return self._cross_slice(c, times, names)
         if kind == "collective-permute":
@@ -245,7 +252,9 @@ class _Reader:
         wire = payload * by_ring.get(kind, part)
         return Collective(kind, axes, n, payload, wire, times, *names)
 
-    def _cross_slice(self, c: Instruction, times: float, names: tuple[str, str, str, tuple[Loop, ...]]) -> Collective:
+    def _cross_slice(
+        self, c: Instruction, times: float, names: tuple[str, str, tuple[str, ...], tuple[Loop, ...]]
+    ) -> Collective:
         """A transfer by the hosts' network: of the payload that a device hands to its host."""
         kind = _transfer(c).lower().replace("_", "-")
         slices = _listed(c.attributes)
@@ -261,11 +270,6 @@ class _Reader:
         by_ring = {"all-reduce": 2 * part, "reduce-scatter": part, "all-to-all": part, "all-gather": n - 1.0}
         wire = payload * by_ring.get(kind, 1.0)
         return Collective(f"cross-slice {kind}", tuple(axes), n, payload, wire, times, *names, True)
-
-    def _source(self, x: Instruction) -> str:
-        """The innermost line that is no library's."""
-        stack = self.module.stack(x)
-        return next((line for line in stack if "site-packages" not in line), stack[0] if stack else "")
 
     def buffers(self) -> tuple[Buffer, ...]:
         """Results of all computations that are run, arguments of the program included; in-place updates are none."""
@@ -293,7 +297,7 @@ class _Reader:
                     continue
                 for array in _results(x):
                     if array.space == 0 and array.bytes:
-                        buffer = Buffer(array.bytes, str(array), x.op_name, self._source(x))
+                        buffer = Buffer(array.bytes, str(array), x.op_name, self.module.stack(x))
                         made.setdefault((buffer.shape, buffer.op_name), buffer)
         return tuple(sorted(made.values(), key=lambda buffer: -buffer.bytes))
 

@@ -9,6 +9,7 @@ SCAN = """HloModule jit_step, is_scheduled=true, num_partitions=4
 FileNames
 1 "/home/me/layers.py"
 2 "/home/me/loop.py"
+3 "/home/me/run.py"
 
 FunctionNames
 1 "step"
@@ -16,10 +17,12 @@ FunctionNames
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=10 end_line=10 column=8 end_column=8}
 2 {file_name_id=2 function_name_id=1 line=13 end_line=13 column=8 end_column=8}
+3 {file_name_id=3 function_name_id=1 line=30 end_line=30 column=8 end_column=8}
 
 StackFrames
-1 {file_location_id=2 parent_frame_id=1}
-2 {file_location_id=1 parent_frame_id=1}
+1 {file_location_id=3 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=1 parent_frame_id=3}
 
 %add (x: bf16[], y: bf16[]) -> bf16[] {
   %x = bf16[]{:T(256)} parameter(0)
@@ -79,12 +82,12 @@ bf16[6,256,1024], f32[6,2048,512]) {
   %get-tuple-element.177 = bf16[6,256,1024]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carried), index=2
   %get-tuple-element.185 = f32[6,2048,512]{2,1,0:T(8,128)} get-tuple-element(%carried), index=3
   %slice_fusion.4 = bf16[1,2048,512]{2,1,0:T(8,128)(2,1)} fusion(%get-tuple-element.185, %copy.6), kind=kLoop, \
-calls=%sliced, metadata={op_name="step/scan/while/body/convert_element_type" stack_frame_id=2}
+calls=%sliced, metadata={op_name="step/scan/while/body/convert_element_type" stack_frame_id=3}
   %update_fusion.6 = bf16[6,256,1024]{2,1,0:T(8,128)(2,1)} fusion(%get-tuple-element.177, %copy.6, \
 %get-tuple-element.176), kind=kLoop, calls=%kept, metadata={op_name="step/scan/while/body/dynamic_update_slice"}
   %all-gather.18 = bf16[1,2048,1024]{2,1,0:T(8,128)(2,1)} all-gather(%slice_fusion.4), channel_id=15, \
 replica_groups=[2,2]<=[2,2]T(1,0), dimensions={2}, use_global_device_ids=true, \
-metadata={op_name="step/scan/while/body/dot_general" stack_frame_id=2}
+metadata={op_name="step/scan/while/body/dot_general" stack_frame_id=3}
   %hidden = bf16[256,2048]{1,0:T(8,128)(2,1)S(1)} broadcast(%copy.6), dimensions={}
   %fusion.86 = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%all-gather.18, %hidden), kind=kOutput, calls=%product
   %all-reduce.12 = bf16[256,1024]{1,0:T(8,128)(2,1)} all-reduce(%fusion.86), channel_id=4, \
@@ -112,7 +115,7 @@ ENTRY %main.5_spmd (param.6: f32[6,2048,512], param.5: bf16[256,1024], param.7: 
 /*index=3*/f32[6,2048,512]{2,1,0:T(8,128)}) tuple(%constant.77, %param.5, %custom-call, %param.6)
   %while.25 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[6,256,1024]{2,1,0:T(8,128)(2,1)}, \
 /*index=3*/f32[6,2048,512]{2,1,0:T(8,128)}) while(%tuple.32), condition=%condition, body=%body, \
-metadata={op_name="step/scan/while" stack_frame_id=1}
+metadata={op_name="step/scan/while" stack_frame_id=2}
   %get-tuple-element.95 = bf16[256,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%while.25), index=1
   %get-tuple-element.96 = bf16[6,256,1024]{2,1,0:T(8,128)(2,1)} get-tuple-element(%while.25), index=2
   %fusion.101 = bf16[512,2048]{1,0:T(8,128)(2,1)} fusion(%param.7), kind=kCustom, calls=%scattered, \

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from popi_jax.planning.groups import axes_of_groups, groups_of, pairs_of, ring_hops
 from popi_jax.planning.hlo import arrays_of
-from popi_jax.planning.program import Exhausted, Traffic, gathers_in_loops, parse_exhausted, read
+from popi_jax.planning.program import Exhausted, Traffic, gathers_in_loops, innermost, parse_exhausted, read
 from tests.planning.snippets import KERNEL, SCAN, SLICES
 
 MESH = {"fsdp": 2, "tensor": 2}
@@ -88,13 +89,15 @@ def test_collectives_of_a_loop() -> None:
     assert {c.kind for c in gathers_in_loops(scan(), "loop.py")} == {"all-gather", "all-reduce"}
     assert {c.kind for c in gathers_in_loops(scan(), "scan", at_least=MIB)} == {"all-gather"}
     assert gathers_in_loops(scan(), "layers.py") == []  # lines inside of the loop do not name it
+    assert gathers_in_loops(scan(), "run.py") == []  # nor do its callers
 
 
 def test_where_the_bytes_come_from() -> None:
     first = scan().top(1)[0]
-    assert (first.name, first.executions, first.source) == ("slice_fusion.4", 6, "/home/me/layers.py:10")
+    assert (first.name, first.executions) == ("slice_fusion.4", 6)
+    assert first.stack == ("/home/me/layers.py:10", "/home/me/loop.py:13", "/home/me/run.py:30")  # and what called it
     assert [loop.op_name for loop in first.loops] == ["step/scan/while"]
-    assert scan().buffers[0] == (4 * 6 * 2048 * 512, "f32[6,2048,512]", "weights", "")
+    assert scan().buffers[0] == (4 * 6 * 2048 * 512, "f32[6,2048,512]", "weights", ())
     assert len([buffer for buffer in scan().buffers if buffer.shape == "bf16[6,256,1024]"]) == 1  # not the update
 
 
@@ -237,6 +240,69 @@ def test_loops_that_may_end_early_and_branches() -> None:
     both = read(text, {"x": 1}, branches=lambda name, count: [0.5, 0.5]).hbm_bytes
     assert traffic.hbm_bytes == max(either) > min(either)
     assert both == pytest.approx(sum(either) / 2)
+
+
+def test_loops_that_count_otherwise() -> None:
+    def up(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 4, s[1] * 2.0), (jnp.int32(0), x))[1]
+
+    def down(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda s: 4 < s[0], lambda s: (s[0] - 5, s[1] * 2.0), (jnp.int32(20), x))[1]
+
+    shape = jax.ShapeDtypeStruct((64, 64), "float32")
+    for function, trips in ((up, 6), (down, 4)):  # 0, 4, ... 20; 20, 15, 10, 5
+        text = re.sub(
+            r'"known_trip_count":\{.*?\}', "", compiled(function, shape).as_text()
+        )  # programs for TPUs lack it
+        assert [loop.trips for loop in read(text, {"x": 1}).loops] == [trips]
+
+
+COUNTING = """HloModule jit_f, num_partitions=1
+
+%body (s: (s32[])) -> (s32[]) {{
+  %s = (s32[]) parameter(0)
+  %before = s32[] get-tuple-element(%s), index=0
+  %by = s32[] constant(3)
+  %after = s32[] {change}
+  ROOT %next = (s32[]) tuple(%after)
+}}
+
+%condition (s.1: (s32[])) -> pred[] {{
+  %s.1 = (s32[]) parameter(0)
+  %counter = s32[] get-tuple-element(%s.1), index=0
+  %bound = s32[] constant(2)
+  ROOT %on = pred[] compare({sides}), direction={direction}
+}}
+
+ENTRY %main () -> (s32[]) {{
+  %start = s32[] constant({start})
+  %carried = (s32[]) tuple(%start)
+  ROOT %loop = (s32[]) while(%carried), condition=%condition, body=%body
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "change", "sides", "direction", "trips"),
+    (
+        (11, "subtract(%before, %by)", "%counter, %bound", "GE", 4),  # 11, 8, 5, 2
+        (11, "subtract(%before, %by)", "%bound, %counter", "LT", 3),
+        (-7, "add(%by, %before)", "%bound, %counter", "GT", 3),  # -7, -4, -1
+        (-7, "add(%before, %by)", "%counter, %bound", "NE", 3),
+        (5, "add(%before, %by)", "%counter, %bound", "LT", 0),
+        (1, "multiply(%before, %by)", "%counter, %bound", "LT", None),
+        (1, "subtract(%by, %before)", "%counter, %bound", "LT", None),
+    ),
+)
+def test_ways_to_count(start: int, change: str, sides: str, direction: str, trips: int | None) -> None:
+    text = COUNTING.format(start=start, change=change, sides=sides, direction=direction)
+    (loop,) = read(text, {"x": 1}).loops
+    assert (loop.trips, loop.known) == (1 if trips is None else trips, trips is not None)
+
+
+def test_lines_of_libraries() -> None:
+    assert innermost(("/site-packages/flax/core.py:3", "/me/model.py:7", "/me/run.py:1")) == "/me/model.py:7"
+    assert (innermost(("/site-packages/flax/core.py:3",)), innermost(())) == ("/site-packages/flax/core.py:3", "")
 
 
 def test_a_loop_whose_end_depends_on_data() -> None:
