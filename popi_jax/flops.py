@@ -23,7 +23,7 @@ def flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: An
 
     Arguments may be arrays or shapes (`jax.ShapeDtypeStruct`). A `while_loop` is taken to run `while_trips` times: the
     jaxpr does not say how often. Of a `cond` the most expensive branch counts; under `shard_map` the products of all
-    devices of its mesh count. A kernel in Pallas counts each step of its grid or, where `RUNS` says so, each that runs.
+    devices along its axes count. A kernel in Pallas counts each step of its grid or, where `RUNS` says so, each that runs.
     Other kernels written by hand (cuDNN) and convolutions are not counted.
     """
     return of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, while_trips=while_trips)
@@ -56,7 +56,8 @@ def _of_equation(eqn: Any, while_trips: int, runs: tuple[int, int] | None) -> in
     times = {
         "scan": lambda: params["length"],
         "while": lambda: while_trips,
-        "shard_map": lambda: math.prod(params["mesh"].shape.values()),
+        # shapes inside are of one device along the axes that are mapped here, of all along the others
+        "shard_map": lambda: math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]),
         "pallas_call": lambda: _steps(params["grid_mapping"].grid, runs),
     }
     return times.get(name, lambda: 1)() * sum(counts)

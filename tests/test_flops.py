@@ -1,10 +1,22 @@
 """The count of FLOPs against counts by hand, and against XLA's on a program without loops."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from popi_jax.flops import flops
+from popi_jax.arrays import Tokens, UserBatch
+from popi_jax.config_check import parse_phases
+from popi_jax.flops import flops, of_jaxpr
+from popi_jax.models.presets import PRESETS
+from popi_jax.models.roles import Glue
+from popi_jax.models.sampling import Sampling
+from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.training.schedule import Parts, popi_update
+from popi_jax.training.state import Frozen, new_state
+from tests.training.small import make_config, make_parts, replace
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 ONE = 2 * 4 * 8 * 8  # X @ W
@@ -87,6 +99,13 @@ def test_all_devices_of_a_mesh_count() -> None:
     assert flops(spread, X, W) == ONE
 
 
+def test_axes_that_are_not_mapped_are_not_counted_again() -> None:
+    mesh = jax.make_mesh((4, 2), ("rows", "rest"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    spread = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"rows"})
+    assert flops(spread, X, W) == ONE
+
+
 def test_agrees_with_xla_where_nothing_loops() -> None:
     def network(x: jax.Array, w: jax.Array) -> jax.Array:
         for _ in range(3):
@@ -97,3 +116,109 @@ def test_agrees_with_xla_where_nothing_loops() -> None:
     program = jax.jit(jax.value_and_grad(network, argnums=(0, 1)))
     counted = program.lower(x, w).compile().cost_analysis()["flops"]
     assert flops(program, x, w) == pytest.approx(counted, rel=0.02)
+
+
+# The update of a released model by hand. Letters as in models/transformer.py; C, T, A, Z: slots of a context, a turn,
+# an answer, a summary.
+LLAMA = dataclasses.replace(PRESETS["llama-3.1-8b"], dtype="bfloat16", remat="full")
+L, D, N, KV, H, F, V = 32, 4096, 32, 8, 128, 14336, 128256
+USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 2048, 256, 512, 128, 8, 16
+MATRICES = D * (N + 2 * KV) * H + N * H * D + 3 * D * F  # weights of a layer that a token meets
+OF_HEAD = 2 * D * V  # for the logits of one token
+
+
+def seen(levels: list[tuple[int, int, int]]) -> int:
+    """Pairs of a query and a key whose score is computed. levels: (nodes, slots of each, slots above each).
+
+    Of its own node a chunk of queries scores the slots up to its own end: of a node up to 128 slots long all of them,
+    of a longer one those before the end of each part of 128 queries, or of 1/16 of the level where that is more.
+    """
+    total = 0
+    for nodes, length, above in levels:
+        part = max(128, -(-nodes * length // 16))
+        parts = -(-length // part)
+        size = -(-length // parts)
+        ends = [min(size * (i + 1), length) for i in range(parts)]
+        own = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+        total += nodes * (own + length * above)
+    return total
+
+
+def tree(context: int, turns: int, turn: int, answers: int, answer: int) -> tuple[int, int]:
+    """(tokens, pairs that see each other) of answers to turns behind one context; the last token is not read."""
+    read, below = answer - 1, turns * answers
+    levels = [(1, context, 0), (turns, turn, context), (below, read, context + turn)]
+    return context + turns * turn + below * read, seen(levels)
+
+
+def forward(tokens: int, pairs: int) -> int:
+    """Of all layers: 2 for each weight and token; scores and values, 2 N H each, for each pair."""
+    return L * (2 * tokens * MATRICES + 4 * N * H * pairs)
+
+
+def backward(tokens: int, pairs: int) -> int:
+    """Two products for each of the forward pass; before that all of the forward pass again but the last product, whose
+    result no gradient needs, and within it attention once more, as the scores of a chunk are not kept either."""
+    return L * (2 * tokens * (3 * MATRICES - D * F) + 4 * 4 * N * H * pairs)
+
+
+def pairs_of_users(context: int, *, trained: bool) -> int:
+    """Log-probs of the replies behind one context per user; with a gradient the head computes its logits twice."""
+    packed, logits = tree(context, PAIRS, T, 2, A), PAIRS * 2 * A * OF_HEAD
+    return USERS * (forward(*packed) + logits + (backward(*packed) + 3 * logits if trained else 0))
+
+
+def drawn(group: int) -> int:
+    """Summaries of full length: one pass over the signals, then a token of every sample at a time."""
+    step = L * (2 * MATRICES + 4 * N * H * (C + INSTRUCTION + Z + 1)) + OF_HEAD
+    prefill = forward(C + INSTRUCTION, seen([(1, C, 0), (1, INSTRUCTION, C)])) + OF_HEAD
+    return USERS * (prefill + group * Z * step)
+
+
+def summaries_trained() -> int:
+    packed, logits = tree(C, 1, INSTRUCTION, GROUP, Z), GROUP * Z * OF_HEAD
+    return USERS * (2 * forward(*packed) + backward(*packed) + (1 + 4) * logits)
+
+
+def traced(phases: str) -> jax.extend.core.Jaxpr:
+    """The update of Llama 3.1 8B, from shapes alone."""
+    cfg = replace(replace(make_config(), "batch", users=USERS, pairs=PAIRS), "data", summary_len=Z)
+    cfg = replace(cfg, "inference", group_size=GROUP)
+    glue = Glue(tuple(range(PREFIX)), tuple(range(INSTRUCTION)))
+    parts: Parts = make_parts(cfg)._replace(model=LLAMA, glue=glue, sampling=Sampling(1.0, Z, 10))
+
+    def shape(*dims: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    def tokens(length: int, *rows: int) -> Tokens:
+        return Tokens(shape(*rows, length), shape(*rows))
+
+    both = USERS, PAIRS
+    replies = tokens(A, *both), tokens(A, *both), shape(*both, dtype="bool"), shape(*both)
+    users = UserBatch(shape(USERS), tokens(C, USERS), tokens(T, *both), *replies)
+    params = unbox(jax.eval_shape(functools.partial(init_boxed, cfg=LLAMA), jax.random.key(0)))
+    start = functools.partial(new_state, transforms=parts.transforms, cfg=cfg)
+    state = jax.eval_shape(start, params, params, jax.random.key(0))
+    update = functools.partial(popi_update, parts=parts, phases=parse_phases((phases,)))
+    return jax.make_jaxpr(update)(state, Frozen(params, params), users).jaxpr
+
+
+def test_the_generators_turn_by_hand() -> None:
+    """A summary of each user, the reference behind no summary, and the preference step."""
+    expected = drawn(1) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
+    assert of_jaxpr(traced("generator 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_joint_turn_by_hand() -> None:
+    """G summaries, the reference once, both steps, and the rewards of all summaries but the first."""
+    rewards = (GROUP - 1) * pairs_of_users(PREFIX + Z, trained=False)
+    expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
+    expected += rewards + summaries_trained()
+    assert of_jaxpr(traced("joint 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
+
+
+def test_of_both_turns_the_dearer_counts() -> None:
+    """That of the inference model: behind each summary the generator scores the replies without a gradient."""
+    rewards = GROUP * pairs_of_users(PREFIX + Z, trained=False)
+    expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + rewards + summaries_trained()
+    assert of_jaxpr(traced("alternate 1:1 2"), while_trips=Z) == pytest.approx(expected, rel=0.01)

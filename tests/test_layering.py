@@ -15,6 +15,7 @@ ENTRY_POINTS = ("train", "evaluate", "summarize", "generate", "export", "prepare
 ALLOWED = {
     "errors": set(),
     "flops": set(),
+    "planning": {"flops"},
     "arrays": set(),
     "config": set(),
     "config_check": {"config", "errors"},

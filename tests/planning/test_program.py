@@ -1,0 +1,315 @@
+"""The reader of compiled programs against counts by hand, on texts for TPUs and on programs compiled here."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from popi_jax.planning.groups import axes_of_groups, groups_of, pairs_of, ring_hops
+from popi_jax.planning.hlo import arrays_of
+from popi_jax.planning.program import Exhausted, Traffic, gathers_in_loops, innermost, parse_exhausted, read
+from tests.planning.snippets import KERNEL, SCAN, SLICES
+
+MESH = {"fsdp": 2, "tensor": 2}
+KIB, MIB = 2**10, 2**20
+
+
+@functools.cache
+def scan() -> Traffic:
+    return read(SCAN, MESH)
+
+
+def per_trip(traffic: Traffic) -> dict[str, float]:
+    return {access.name: access.bytes for access in traffic.accesses}
+
+
+def test_a_loop_counts_as_often_as_it_runs() -> None:
+    (loop,) = scan().loops
+    assert (loop.trips, loop.known) == (6, True)
+    assert {a.executions for a in scan().accesses if a.name == "fusion.86"} == {6}
+    (longer,) = read(SCAN, MESH, trips=lambda name, seen: 10 if "scan" in name else seen).loops
+    assert longer.trips == 10
+
+
+def test_of_stacked_layers_one_is_read_and_one_is_written() -> None:
+    bytes_of = per_trip(scan())
+    layer = 2048 * 512
+    assert bytes_of["slice_fusion.4"] == 4 * layer + 2 * layer  # float32 in, bfloat16 out
+    assert bytes_of["update_fusion.6"] == 2 * (2 * 256 * 1024)  # one layer's states, read and written
+
+
+def test_what_lies_on_the_chip_is_free() -> None:
+    bytes_of = per_trip(scan())
+    assert bytes_of["fusion.86"] == 2 * 2048 * 1024 + 2 * 256 * 1024  # the hidden states are in its memory
+    assert bytes_of["copy.6"] == 4  # the counter is read, and copied to the chip
+    assert not {"hidden", "custom-call"} & set(bytes_of)
+    # a: from the main memory to the chip's; b: read; the sum: written
+    kernel = per_trip(read(KERNEL, {"x": 4}))
+    scalars = 2 * 4 * 3  # as an operand and as a result
+    assert sum(kernel.values()) == pytest.approx(3 * 128 * KIB, abs=scalars)
+
+
+def test_the_total_by_hand() -> None:
+    layer, states = 2048 * 512, 256 * 1024
+    gathered = 2 * layer + 2 * 2 * layer  # its operand and its result, twice as large
+    body = 6 * layer + 4 * states + gathered + 4 * layer + 2 * states + 4 * states
+    scattered = 2 * 1024 * 2048 + 2 * 512 * 2048
+    assert scan().hbm_bytes == pytest.approx(6 * body + scattered, rel=1e-5)
+
+
+def test_collectives_their_axes_and_bytes() -> None:
+    kinds = scan().by_kind_and_axes()
+    gathered, summed, gradient = 2 * 2048 * 1024, 2 * 256 * 1024, 2 * 1024 * 2048
+    assert kinds["all-gather", ("fsdp",)] == (6, 6 * gathered, 3 * gathered)
+    assert kinds["all-reduce", ("tensor",)] == (6, 6 * summed, 6 * summed)
+    assert kinds["reduce-scatter", ("fsdp",)] == (1, gradient, gradient / 2)  # written as an all-reduce in a fusion
+    assert len(kinds) == 3
+    assert scan().wire_bytes() == 3 * gathered + 6 * summed + gradient / 2
+
+
+def test_what_follows_a_kernel_is_read() -> None:
+    assert [(c.kind, c.axes, c.bytes) for c in read(KERNEL, {"x": 4}).collectives] == [("all-reduce", ("x",), 4)]
+
+
+def test_between_slices() -> None:
+    traffic = read(SLICES, {"data": 2, **MESH})
+    (sent,) = traffic.collectives
+    assert (sent.kind, sent.axes, sent.group) == ("cross-slice all-reduce", ("data",), 2)
+    assert sent.wire_bytes == sent.bytes == 2 * MIB
+    assert (traffic.wire_bytes(), traffic.wire_bytes(cross_slice=True)) == (0, 2 * MIB)
+
+
+def test_collectives_of_a_loop() -> None:
+    assert {c.kind for c in gathers_in_loops(scan(), "step/scan")} == {"all-gather", "all-reduce"}
+    assert {c.kind for c in gathers_in_loops(scan(), "loop.py")} == {"all-gather", "all-reduce"}
+    assert {c.kind for c in gathers_in_loops(scan(), "scan", at_least=MIB)} == {"all-gather"}
+    assert gathers_in_loops(scan(), "layers.py") == []  # lines inside of the loop do not name it
+    assert gathers_in_loops(scan(), "run.py") == []  # nor do its callers
+
+
+def test_where_the_bytes_come_from() -> None:
+    first = scan().top(1)[0]
+    assert (first.name, first.executions) == ("slice_fusion.4", 6)
+    assert first.stack == ("/home/me/layers.py:10", "/home/me/loop.py:13", "/home/me/run.py:30")  # and what called it
+    assert [loop.op_name for loop in first.loops] == ["step/scan/while"]
+    assert scan().buffers[0] == (4 * 6 * 2048 * 512, "f32[6,2048,512]", "weights", ())
+    assert len([buffer for buffer in scan().buffers if buffer.shape == "bf16[6,256,1024]"]) == 1  # not the update
+
+
+def test_groups_in_all_their_forms() -> None:
+    mesh = {"data": 1, "fsdp": 16, "tensor": 4}
+    along_fsdp = [tuple(range(start, 64, 4)) for start in range(4)]
+    listed = "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in along_fsdp) + "}"
+    for text in (
+        listed,
+        "[4,16]<=[16,4]T(1,0)",
+        "mesh['axis_0'=16,'axis_1'=1,'axis_2'=4] {'axis_0'}",
+        "mesh['axis_0'=4,'axis_1'=1,'axis_2'=16], device_ids=([16,4]T(1,0)) {'axis_2'}",
+    ):
+        groups = groups_of(f"replica_groups={text}, dimensions={{0}}", 64)
+        assert sorted(groups) == along_fsdp, text
+        assert axes_of_groups(groups, mesh) == ("fsdp",)
+    whole = groups_of("channel_id=1, replica_groups={}, to_apply=%add", 64)
+    assert axes_of_groups(whole, mesh) == ("fsdp", "tensor")
+    assert groups_of("replica_groups=[4,2]<=[2,2,2]T(2,1,0), ", 8) == [(0, 4), (2, 6), (1, 5), (3, 7)]
+    halves = groups_of("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}, ", 8)
+    assert halves == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    quarters = groups_of("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}, ", 8)
+    assert quarters == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    with pytest.raises(ValueError, match="outside of the mesh"):
+        axes_of_groups([(0, 64)], mesh)
+    with pytest.raises(ValueError, match="unknown form"):
+        groups_of("replica_groups=@somewhere, ", 64)
+
+
+def test_pairs() -> None:
+    mesh = {"fsdp": 4, "tensor": 2}
+    assert pairs_of("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", mesh) == (("fsdp",), 1.0)  # 6 to 0 closes the ring
+    assert pairs_of("source_target_pairs={{0,4},{1,0}}", mesh) == (("fsdp", "tensor"), 1.5)
+
+
+def test_hops_of_an_all_to_all() -> None:
+    for n in (2, 3, 4, 8):
+        assert ring_hops(n) == pytest.approx(sum(min(d, n - d) for d in range(n)) / n)
+
+
+def test_arrays_and_their_layouts() -> None:
+    tiled, scalar, nibbles = arrays_of("(bf16[3,100]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[]{:T(512)}, s4[6]{0})")
+    assert (str(tiled), tiled.bytes, tiled.space) == ("bf16[3,100]", 8 * 128 * 2, 1)
+    assert (scalar.bytes, scalar.dims, nibbles.bytes) == (1, (), 3)
+    (turned,) = arrays_of("f32[100,8]{0,1:T(8,128)}")
+    assert turned.bytes == 8 * 128 * 4  # the first axis is the minor one
+
+
+def test_no_program() -> None:
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read("module @jit_f {", MESH)
+
+
+def test_messages_of_programs_that_do_not_fit() -> None:
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (70.87G) "
+        "exceeds available HBM (15.75G)."
+    )
+    assert parse_exhausted(short) == Exhausted(round(70.87 * 2**30), round(15.75 * 2**30), ())
+    long = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.48G hbm. Exceeded by 5.02G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(step)/mul" source_file="step.py" source_line=3
+     Shape: bf16[32,32768,2048]{2,1,0:T(8,128)(2,1)}
+     Unpadded size: 4.00G
+     ==========================
+
+  2. Size: 512.0M
+     Shape: f32[128,1024,1024]{2,1,0:T(8,128)}
+     ==========================
+"""
+    found = parse_exhausted(long)
+    assert found is not None and found.needed == 20.5 * 2**30
+    first, second = found.allocations
+    assert first == (4 * 2**30, "bf16[32,32768,2048]", "jit(step)/mul")
+    assert second == (2**29, "f32[128,1024,1024]", "")
+    assert parse_exhausted("INVALID_ARGUMENT: donated twice") is None
+
+
+# Programs compiled for the 8 simulated devices
+
+
+def compiled(function, *shapes, mesh=None) -> jax.stages.Compiled:
+    with jax.set_mesh(mesh or jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))):
+        return jax.jit(function).lower(*shapes).compile()
+
+
+def test_layers_of_sharded_weights_are_gathered_once_each() -> None:
+    """6 layers of two weights [64 128], over 4 devices; their products are summed over 2."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def shape(dims: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, "float32", sharding=NamedSharding(mesh, P(*axes)))
+
+    def layers(weights: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+        with jax.named_scope("layers"):
+            return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, weights)[0]
+
+    weights = shape((6, 64, 128), None, "fsdp", "tensor"), shape((6, 128, 64), None, "tensor", "fsdp")
+    program = compiled(layers, weights, shape((16, 64), "fsdp"), mesh=mesh)
+    traffic = read(program.as_text(), mesh.shape)
+    assert [loop.trips for loop in traffic.loops] == [6]
+    kinds = traffic.by_kind_and_axes()
+    gathered = 4 * 64 * 128 // 2  # a weight without what lies on the other device of `tensor`
+    assert kinds["all-gather", ("fsdp",)] == (12, 12 * gathered, 12 * gathered * 3 / 4)
+    assert kinds["all-reduce", ("tensor",)][0] == 6
+    found = gathers_in_loops(traffic, "layers", at_least=gathered)
+    assert [c.executions for c in found] == [6, 6]
+
+
+def test_agrees_with_xla_where_nothing_loops() -> None:
+    """XLA counts the same bytes, here where all memory is the main memory."""
+
+    def network(x: jax.Array, stacked: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for i in range(3):
+            x = jnp.tanh(x @ stacked[2 * i])
+        return jnp.sum(x, axis=0), jax.lax.dynamic_update_slice(cache, x[None], (2, 0, 0))
+
+    shapes = (jax.ShapeDtypeStruct(dims, "float32") for dims in ((256, 512), (6, 512, 512), (4, 256, 512)))
+    program = compiled(network, *shapes)
+    expected = program.cost_analysis()["bytes accessed"]
+    assert read(program.as_text(), {"x": 1}).hbm_bytes == pytest.approx(expected, rel=0.03)
+
+
+def test_loops_that_may_end_early_and_branches() -> None:
+    def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        step, x = state
+        return step + 2, jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x * 2.0, x)
+
+    def function(x: jax.Array) -> jax.Array:
+        start = jnp.int32(3), x
+        return jax.lax.while_loop(lambda s: (s[0] <= 20) & ~jnp.all(s[1] > 0), body, start)[1]
+
+    text = compiled(function, jax.ShapeDtypeStruct((64, 64), "float32")).as_text()
+    traffic = read(text, {"x": 1})
+    assert [loop.trips for loop in traffic.loops] == [9]  # 3, 5, ... 19
+    either = [read(text, {"x": 1}, branches=lambda name, count, w=w: w).hbm_bytes for w in ([1.0, 0.0], [0.0, 1.0])]
+    both = read(text, {"x": 1}, branches=lambda name, count: [0.5, 0.5]).hbm_bytes
+    assert traffic.hbm_bytes == max(either) > min(either)
+    assert both == pytest.approx(sum(either) / 2)
+
+
+def test_loops_that_count_otherwise() -> None:
+    def up(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 4, s[1] * 2.0), (jnp.int32(0), x))[1]
+
+    def down(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda s: 4 < s[0], lambda s: (s[0] - 5, s[1] * 2.0), (jnp.int32(20), x))[1]
+
+    shape = jax.ShapeDtypeStruct((64, 64), "float32")
+    for function, trips in ((up, 6), (down, 4)):  # 0, 4, ... 20; 20, 15, 10, 5
+        text = re.sub(
+            r'"known_trip_count":\{.*?\}', "", compiled(function, shape).as_text()
+        )  # programs for TPUs lack it
+        assert [loop.trips for loop in read(text, {"x": 1}).loops] == [trips]
+
+
+COUNTING = """HloModule jit_f, num_partitions=1
+
+%body (s: (s32[])) -> (s32[]) {{
+  %s = (s32[]) parameter(0)
+  %before = s32[] get-tuple-element(%s), index=0
+  %by = s32[] constant(3)
+  %after = s32[] {change}
+  ROOT %next = (s32[]) tuple(%after)
+}}
+
+%condition (s.1: (s32[])) -> pred[] {{
+  %s.1 = (s32[]) parameter(0)
+  %counter = s32[] get-tuple-element(%s.1), index=0
+  %bound = s32[] constant(2)
+  ROOT %on = pred[] compare({sides}), direction={direction}
+}}
+
+ENTRY %main () -> (s32[]) {{
+  %start = s32[] constant({start})
+  %carried = (s32[]) tuple(%start)
+  ROOT %loop = (s32[]) while(%carried), condition=%condition, body=%body
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "change", "sides", "direction", "trips"),
+    (
+        (11, "subtract(%before, %by)", "%counter, %bound", "GE", 4),  # 11, 8, 5, 2
+        (11, "subtract(%before, %by)", "%bound, %counter", "LT", 3),
+        (-7, "add(%by, %before)", "%bound, %counter", "GT", 3),  # -7, -4, -1
+        (-7, "add(%before, %by)", "%counter, %bound", "NE", 3),
+        (5, "add(%before, %by)", "%counter, %bound", "LT", 0),
+        (1, "multiply(%before, %by)", "%counter, %bound", "LT", None),
+        (1, "subtract(%by, %before)", "%counter, %bound", "LT", None),
+    ),
+)
+def test_ways_to_count(start: int, change: str, sides: str, direction: str, trips: int | None) -> None:
+    text = COUNTING.format(start=start, change=change, sides=sides, direction=direction)
+    (loop,) = read(text, {"x": 1}).loops
+    assert (loop.trips, loop.known) == (1 if trips is None else trips, trips is not None)
+
+
+def test_lines_of_libraries() -> None:
+    assert innermost(("/site-packages/flax/core.py:3", "/me/model.py:7", "/me/run.py:1")) == "/me/model.py:7"
+    assert (innermost(("/site-packages/flax/core.py:3",)), innermost(())) == ("/site-packages/flax/core.py:3", "")
+
+
+def test_a_loop_whose_end_depends_on_data() -> None:
+    def function(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: x * 2.0, x)
+
+    text = compiled(function, jax.ShapeDtypeStruct((64, 64), "float32")).as_text()
+    (loop,) = read(text, {"x": 1}).loops
+    assert (loop.trips, loop.known) == (1, False)
+    assert math.isclose(read(text, {"x": 1}, trips=lambda *_: 7).loops[0].trips, 7)
