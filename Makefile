@@ -27,6 +27,9 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(ACCEL)
 RUN := $(VENV)/bin/python -m
 
+# the compiler for TPUs, where there are no TPUs: in a folder of its own, as JAX would take its presence for that of one
+LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.libtpu/.installed)
+
 empty :=
 space := $(empty) $(empty)
 comma := ,
@@ -34,7 +37,7 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval summarize generate export print-config lint test test-slow golden bench bench-compare \
+.PHONY: help setup data train eval summarize generate export fit print-config lint test test-slow golden bench bench-compare \
   bench-padding bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
@@ -73,6 +76,9 @@ generate: $(STAMP) ## answer prompts given a summary
 export: $(STAMP) ## write the trained models as Hugging Face folders
 	$(RUN) popi_jax.export $(FLAGS)
 
+fit: $(STAMP) $(LIBTPU) ## compile the update of CONFIG for a TPU slice that need not be there (SCALE=v5p:4x4x4), or for this machine
+	$(RUN) popi_jax.fit $(FLAGS)
+
 print-config: $(STAMP) ## print the resolved configuration
 	$(RUN) popi_jax.train $(FLAGS) --print_config
 
@@ -109,6 +115,11 @@ bench-restart: $(STAMP) ## seconds to the first step, cold and with compiled pro
 profile: $(STAMP) ## trace PROGRAM, and show where its time goes
 	$(RUN) benchmarks.profile --program='$(PROGRAM)' $(ARGS)
 
+.libtpu/.installed: requirements-fit.txt | $(STAMP)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
 bench-peers-setup: .venv-peers/trl/.installed .venv-peers/tunix/.installed ## install TRL and Tunix, each on its own
 
 .venv-peers/%/.installed: benchmarks/peers/requirements-%.txt | $(STAMP)
@@ -120,8 +131,8 @@ bench-peers-setup: .venv-peers/trl/.installed .venv-peers/tunix/.installed ## in
 bench-peers: $(STAMP) ## time popi_jax against TRL and Tunix
 	$(RUN) benchmarks.peers.run $(ARGS)
 
-clean: ## remove .venv, .venv-peers and caches; work/ and data/ stay
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-peers, .libtpu and caches; work/ and data/ stay
+	rm -rf $(VENV) .venv-peers .libtpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks configs popi_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): requirements.lock

@@ -23,8 +23,8 @@ def flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: An
 
     Arguments may be arrays or shapes (`jax.ShapeDtypeStruct`). A `while_loop` is taken to run `while_trips` times: the
     jaxpr does not say how often. Of a `cond` the most expensive branch counts; under `shard_map` the products of all
-    devices along its axes count. A kernel in Pallas counts each step of its grid or, where `RUNS` says so, each that runs.
-    Other kernels written by hand (cuDNN) and convolutions are not counted.
+    devices along its axes count. A kernel in Pallas counts each step of its grid or, where `RUNS` says so, each that
+    runs. Other kernels written by hand (cuDNN) and convolutions are not counted.
     """
     return of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, while_trips=while_trips)
 

@@ -24,7 +24,11 @@ def _over_chunks(
     head: Float[Array, "embed vocab"],
     ids: Int[Array, "*rows"],
 ) -> Any:
-    """score(states, targets, head) -> numbers per token, a chunk at a time, and again in the backward pass."""
+    """score(states, targets, head) -> numbers per token, a chunk at a time, and again in the backward pass.
+
+    The gradient of the head is added up over the chunks in float32; neither a copy of the head nor what a chunk
+    computes on the way is kept.
+    """
     shape, dim = ids.shape, hidden.shape[-1]
     hidden, flat = hidden.reshape(-1, dim), ids.reshape(-1)
     num = flat.shape[0]
@@ -34,15 +38,26 @@ def _over_chunks(
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(chunks, size, dim)
     flat = jnp.pad(flat, (0, pad)).reshape(chunks, size)
 
-    # float32 from here: the gradient of the head is a sum over the chunks
-    head32 = head.astype(jnp.float32)
+    @jax.custom_vjp
+    def scored(hidden: Array, head: Array) -> Any:
+        return jax.lax.map(lambda chunk: score(*chunk, head), (hidden, flat))
 
-    @jax.checkpoint
-    def of_chunk(args: tuple[Array, Array]) -> Any:
-        return score(*args, head32.astype(head.dtype))
+    def backward(kept: tuple[Array, Array], grads: Any) -> tuple[Array, Array]:
+        hidden, head = kept
 
-    found = of_chunk((hidden[0], flat[0])) if chunks == 1 else jax.lax.map(of_chunk, (hidden, flat))
-    return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), found)
+        def add(total: Array, chunk: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+            states, targets, grad = chunk
+            _, pull = jax.vjp(lambda states, head: score(states, targets, head), states, head)
+            of_states, of_head = pull(grad)
+            return total + of_head.astype(jnp.float32), of_states
+
+        # zeros that differ along the mesh axes that the head differs along, as jax.shard_map asks
+        start = jnp.zeros(head.shape, jnp.float32) + 0.0 * head[:1, :1].astype(jnp.float32)
+        of_head, of_hidden = jax.lax.scan(add, start, (hidden, flat, grads))
+        return of_hidden, of_head.astype(head.dtype)
+
+    scored.defvjp(lambda hidden, head: (scored(hidden, head), (hidden, head)), backward)
+    return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), scored(hidden, head))
 
 
 def token_logps(

@@ -66,7 +66,7 @@ def planned_model(config: Config) -> TransformerConfig:
             f"model that is known here ({', '.join(PRESETS)}).{hint}"
         )
     rules, rollout_rules = mesh_rules(config)
-    ours = {"dtype": m.dtype, "remat": m.remat, "attention": m.attention}
+    ours: dict[str, Any] = {"dtype": m.dtype, "remat": m.remat, "attention": m.attention}
     return dataclasses.replace(preset, **ours, rules=rules, rollout_rules=rollout_rules)
 
 

@@ -1,0 +1,73 @@
+"""Compiles the update that `make train` would run for a TPU slice that need not be there, or for this machine.
+
+Prints the memory of a device, the work of an update and the time it takes at the rates of the chip, and checks the
+layout. What does not fit is an error with the change that would make it fit.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from popi_jax import cli
+from popi_jax.config import Config
+
+SUGGEST = flags.DEFINE_bool("suggest", False, "when it does not fit, compile changes until one does")
+THOROUGH = flags.DEFINE_bool("thorough", False, "compile as for a run: three times as long, and times nearer to it")
+REPORT = flags.DEFINE_string("report", "", "also write the numbers to this file, as JSON")
+
+
+def main(config: Config) -> None:
+    from popi_jax.planning import target as targets
+
+    if config.mesh.topology:
+        targets.set_environment(os.environ, fast=not THOROUGH.value)
+    from popi_jax.build import start_devices
+
+    if not config.mesh.topology:
+        start_devices(config)
+    from popi_jax.planning import report
+    from popi_jax.planning.fits import DoesNotFit, fit
+    from popi_jax.planning.plan import make_plan
+
+    target = targets.open_target(config)
+    plan = make_plan(config, target)
+    print(f"compiling for {target.name} ...", file=sys.stderr, flush=True)
+    try:
+        found = fit(plan, target)
+    except DoesNotFit as failure:
+        print(report.render_misfit(plan, target.name, failure))
+        print(_suggestion(config, target, failure.available))
+        sys.exit(1)
+    print(report.render(plan, found))
+    if REPORT.value:
+        Path(REPORT.value).write_text(json.dumps(report.to_json(plan, found), indent=2) + "\n")
+    if not all(check.holds for check in found.checks):
+        sys.exit(1)
+
+
+def _suggestion(config: Config, target: Any, available: float) -> str:
+    from popi_jax.planning.fits import GIB, DoesNotFit, fit
+    from popi_jax.planning.suggest import first_that_may_fit
+
+    for change, plan, expected in first_that_may_fit(config, target, available):
+        if not SUGGEST.value:
+            return (
+                f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}\n"
+                "--suggest compiles such changes and prints the first that does fit"
+            )
+        print(f"trying {change.flags()}", file=sys.stderr, flush=True)
+        try:
+            found = fit(plan, target)
+        except DoesNotFit as failure:
+            print(f"  {failure}", file=sys.stderr)
+            continue
+        return f"fits, with {found.memory.total / GIB:.1f} GiB per device: {change.flags()}"
+    return "no other microbatches, rematerialisation, mesh or users fit: take more chips (SCALE) or MODEL=lora"
+
+
+if __name__ == "__main__":
+    cli.run(main, description=__doc__)

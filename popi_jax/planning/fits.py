@@ -1,0 +1,172 @@
+"""Compiles a plan and reads from the program what a device needs: memory, time at the rates of its chip, structure."""
+
+import resource
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from popi_jax.config import Mode, Phase
+from popi_jax.errors import UserError
+from popi_jax.flops import flops
+from popi_jax.planning.plan import Kind, Plan, bytes_per_device, cache_bytes, state_bytes, update_of
+from popi_jax.planning.program import Traffic, parse_exhausted, read
+from popi_jax.planning.roofline import CHIPS, Chip, Seconds, estimate
+from popi_jax.planning.target import Target
+
+NAMES: dict[Kind, Mode] = {(True, False): "inference", (False, True): "generator", (True, True): "joint"}
+GIB = 2**30
+
+
+class DoesNotFit(Exception):
+    """The program needs more memory than a device has. Bytes; `needed` is 0 where the compiler does not say."""
+
+    def __init__(self, needed: float, available: float, state: dict[str, int]) -> None:
+        super().__init__(f"{needed / GIB:.1f} of {available / GIB:.1f} GiB")
+        self.needed, self.available, self.state = needed, available, state
+
+
+class Memory(NamedTuple):
+    """Bytes per device. The total is what the program holds at its fullest."""
+
+    state: dict[str, int]  # of the arguments, by what they are
+    arguments: int
+    temporaries: int
+    results: int  # that are not written over arguments
+    cache: int  # of the temporaries: keys and values while sampling
+    available: float  # 0: not known
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.results
+
+
+class Turn(NamedTuple):
+    """One update of a kind."""
+
+    name: str
+    flops: float  # of products, per device
+    traffic: Traffic
+    seconds: Seconds | None  # None: the rates of the device are not known
+
+
+class Check(NamedTuple):
+    holds: bool
+    text: str
+
+
+class Fit(NamedTuple):
+    target: str
+    num_devices: int
+    memory: Memory
+    turns: list[Turn]
+    checks: list[Check]
+    compile_seconds: float  # wall time
+    cpu_seconds: float  # of this process until the program was compiled
+    peak_rss: int  # bytes of this process
+
+
+def fit(plan: Plan, target: Target) -> Fit:
+    """Raises:
+    DoesNotFit: when the compiler finds that memory does not suffice, or the arguments alone are too many.
+    """
+    chip = CHIPS.get(target.chip)
+    state, available = state_bytes(plan), _available(target, chip)
+    if available and sum(state.values()) > available:
+        raise DoesNotFit(sum(state.values()), available, state)
+    began = time.monotonic()
+    program = update_of(plan, plan.phases).lower(plan.state, plan.frozen, plan.users)
+    try:
+        compiled = program.compile()
+    except Exception as e:  # of a type that differs by platform
+        found = parse_exhausted(str(e))
+        if found is None:
+            raise UserError(f"the program does not compile: {' '.join(str(e).split())[:400]}") from e
+        raise DoesNotFit(found.needed, found.available, state) from None
+    seconds, cpu = time.monotonic() - began, time.process_time()
+    found = compiled.memory_analysis()
+    memory = Memory(
+        state,
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        cache_bytes(plan),
+        available,
+    )
+    if available and memory.total > available:
+        raise DoesNotFit(memory.total, available, state)
+    text = compiled.as_text()
+    turns = [_turn(plan, kind, text, target, chip) for kind in plan.kinds]
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Fit(target.name, len(target.devices), memory, turns, checks(plan, turns), seconds, cpu, rss)
+
+
+def _available(target: Target, chip: Chip | None) -> float:
+    if chip is not None:
+        return chip.usable_bytes
+    stats = target.devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0)
+
+
+def _turn(plan: Plan, kind: Kind, text: str, target: Target, chip: Chip | None) -> Turn:
+    number, kinds = plan.kinds.index(kind), plan.kinds
+
+    def branches(op_name: str, count: int) -> list[float] | None:
+        del op_name
+        return [float(i == number) for i in range(count)] if count == len(kinds) > 1 else None
+
+    sizes = dict(plan.mesh.shape)
+    traffic = read(text, sizes, branches=branches)
+    counted = flops_of(plan, kind) / len(target.devices)
+    seconds = None if chip is None else estimate(counted, traffic, chip)
+    return Turn(NAMES[kind], counted, traffic, seconds)
+
+
+def flops_of(plan: Plan, kind: Kind) -> int:
+    """Of one update of a kind over all devices, with all summaries of full length."""
+    phase = Phase(NAMES[kind], int(kind[0]), int(kind[1]), 1)
+    update: Any = update_of(plan, (phase,)).__wrapped__
+    return flops(update, plan.state, plan.frozen, plan.users, while_trips=plan.config.data.summary_len)
+
+
+def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
+    """What the layout promises, looked for in the compiled program."""
+    model, found = plan.parts.model, []
+    matrices = [x for path, x in jax.tree.leaves_with_path(plan.state.inference.params) if x.ndim > 2]
+    if len(plan.mesh.devices.flat) > 1:
+        moved = [
+            c
+            for turn in turns
+            for c in turn.traffic.collectives
+            if any(loop.says("decode") for loop in c.loops) and c.kind != "all-reduce"
+        ]
+        number = 2 if model.dtype == "bfloat16" else 4
+        kv = (
+            model.embed_dim * model.num_kv_heads * model.head_dim * number // _split(plan, model.rollout_rules.kv_heads)
+        )
+        weights = [c for c in moved if c.bytes >= kv]
+        text = f"collectives of weights in a step of sampling: {len(weights)}"
+        found.append(Check(not weights, text))
+        heads = [
+            c for turn in turns for c in turn.traffic.collectives if "/head/" in c.op_name and "gather" in c.op_name
+        ]
+        inside = [c for c in heads if any(loop.says("/head/") for loop in c.loops)]
+        text = f"gathers of the LM head: {len(heads)}, each before a pass over tokens; inside of one: {len(inside)}"
+        found.append(Check(not inside, text))
+    largest = max((bytes_per_device(x), x) for x in matrices) if matrices else None
+    if largest is not None and _splits(plan):
+        whole = [x for x in matrices if bytes_per_device(x) == x.size * x.dtype.itemsize]
+        found.append(Check(not whole, f"matrices that are whole on every device: {len(whole)}"))
+    return found
+
+
+def _split(plan: Plan, axes: tuple[str, ...]) -> int:
+    count = 1
+    for axis in axes:
+        count *= plan.mesh.shape[axis]
+    return count
+
+
+def _splits(plan: Plan) -> bool:
+    rules = plan.parts.model.rules
+    return any(_split(plan, getattr(rules, name)) > 1 for name in ("embed", "heads", "mlp", "vocab"))

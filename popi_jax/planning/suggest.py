@@ -1,0 +1,110 @@
+"""The cheapest change of a configuration that does not fit: changes in the order of what they cost, first estimated,
+then compiled."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from popi_jax.config import Config
+from popi_jax.errors import UserError
+from popi_jax.planning.plan import Plan, bytes_per_device, cache_bytes, make_plan, state_bytes
+from popi_jax.planning.target import Target
+
+
+class Change(NamedTuple):
+    fields: dict[str, Any]  # field of the configuration -> value
+
+    def flags(self) -> str:
+        return " ".join(f"--config.{name}={_shown(value)}" for name, value in self.fields.items())
+
+    def applied(self, config: Config) -> Config:
+        for name, value in self.fields.items():
+            section, _, field = name.partition(".")
+            part = dataclasses.replace(getattr(config, section), **{field: value})
+            config = dataclasses.replace(config, **{section: part})
+        return config
+
+
+def changes(config: Config, num_devices: int) -> Iterator[Change]:
+    """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little arithmetic, other
+    sizes of the mesh communication, fewer users throughput."""
+    b, mesh = config.batch, config.mesh
+    splits = [n for n in range(b.microbatches + 1, b.users + 1) if b.users % n == 0]
+    yield from (Change({"batch.microbatches": n}) for n in splits)
+    if config.model.remat != "full":
+        yield Change({"model.remat": "full"})
+        yield from (Change({"model.remat": "full", "batch.microbatches": n}) for n in splits)
+    data = max(mesh.data, 1)
+    plain = _rules()
+    for tensor in (2, 4, 8, 16):
+        if num_devices % (data * tensor) == 0:
+            shape: dict[str, Any] = {
+                "mesh.fsdp": num_devices // data // tensor,
+                "mesh.tensor": tensor,
+                "mesh.rules": plain,
+            }
+            shape |= {"model.remat": "full"}
+            for n in (b.microbatches, *splits):
+                yield Change({**shape, "batch.microbatches": n})
+    for users in sorted((n for n in range(1, b.users) if b.users % n == 0), reverse=True):
+        yield Change({"batch.users": users, "batch.microbatches": 1, "model.remat": "full"})
+
+
+def first_that_may_fit(config: Config, target: Target, available: float) -> Iterator[tuple[Change, Plan, float]]:
+    """The changes that are estimated to fit, with their bytes per device."""
+    for change in changes(config, len(target.devices)):
+        try:
+            plan = make_plan(change.applied(config), target)
+        except UserError:  # does not divide
+            continue
+        expected = estimated_bytes(plan)
+        if expected < available:
+            yield change, plan, expected
+
+
+def estimated_bytes(plan: Plan) -> float:
+    """Bytes per device of an update without compiling it: arguments exactly, and the largest of what its parts hold at
+    a time. Within a third of what compilers need for models of billions of parameters."""
+    return sum(state_bytes(plan).values()) + max(temporaries(plan).values())
+
+
+def temporaries(plan: Plan) -> dict[str, float]:
+    """Bytes per device that sampling, rewards and each gradient step hold beside the arguments."""
+    model, c, rules = plan.parts.model, plan.config, plan.parts.model.rules
+    number = 2 if model.dtype == "bfloat16" else 4
+
+    def split(axes: tuple[str, ...]) -> int:
+        return math.prod(plan.mesh.shape[axis] for axis in axes)
+
+    users = c.batch.users / c.batch.microbatches / split(rules.batch)
+    behind = c.data.summary_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
+    tokens = {
+        "rewards": users * (c.inference.group_size - 1) * behind,
+        "generator step": users * behind,
+        "inference step": users * (c.data.context_len + c.inference.group_size * c.data.summary_len),
+    }
+    tokens = {name: count / split(rules.seq) for name, count in tokens.items()}
+    wide = 4 * model.mlp_dim / split(rules.mlp) + 8 * model.embed_dim
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.state.inference.params))
+    head = model.embed_dim * model.vocab_size / split(rules.vocab) * (number + 4)
+    rollout = params * number / split(plan.parts.model.rollout_rules.mlp)
+    found = {"sampling": rollout + cache_bytes(plan), "rewards": tokens["rewards"] * wide * number + head}
+    gradients = 3 * bytes_per_device(plan.state.inference.params)
+    layers = model.num_layers if c.model.remat == "full" else 8 * model.num_layers
+    for name in ("generator step", "inference step"):
+        saved = layers * tokens[name] * model.embed_dim * number
+        found[name] = saved + tokens[name] * wide * number + 2 * head + gradients
+    return found
+
+
+def _rules() -> tuple[str, ...]:
+    from configs.scales import RULES
+
+    return RULES
+
+
+def _shown(value: Any) -> str:
+    return "'" + ",".join(value) + "'" if isinstance(value, tuple) else str(value)
