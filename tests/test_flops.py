@@ -209,14 +209,6 @@ def test_the_generators_turn_by_hand() -> None:
     assert of_jaxpr(traced("generator 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
 
 
-def test_the_joint_turn_by_hand() -> None:
-    """G summaries, the reference once, both steps, and the rewards of all summaries but the first."""
-    rewards = (GROUP - 1) * pairs_of_users(PREFIX + Z, trained=False)
-    expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
-    expected += rewards + summaries_trained()
-    assert of_jaxpr(traced("joint 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
-
-
 def test_of_both_turns_the_dearer_counts() -> None:
     """That of the inference model: behind each summary the generator scores the replies without a gradient."""
     rewards = GROUP * pairs_of_users(PREFIX + Z, trained=False)

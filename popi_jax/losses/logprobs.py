@@ -40,7 +40,7 @@ def _over_chunks(
 
     @jax.custom_vjp
     def scored(hidden: Array, head: Array) -> Any:
-        return jax.lax.map(lambda chunk: score(*chunk, head), (hidden, flat))
+        return jax.lax.map(lambda chunk: score(chunk[0], chunk[1], head), (hidden, flat))
 
     def backward(kept: tuple[Array, Array], grads: Any) -> tuple[Array, Array]:
         hidden, head = kept

@@ -38,75 +38,72 @@ def accessed(module: Module, computation: Computation, x: Instruction) -> float:
         written = x.arrays[len(operands) : 2 * len(operands)]
         return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
     read = 0.0
-    for operand, needed in zip(operands, _needs(module, computation, x), strict=True):
+    for operand, needed in zip(operands, _needs(module, x, operands), strict=True):
         read += _bytes(operand.arrays) * min(needed / max(operand.elements, 1), 1.0)
-    return read + _written(module, computation, x)
+    return read + _written(module, x, operands)
 
 
-def in_place_update(module: Module, computation: Computation, x: Instruction) -> int | None:
+def in_place_update(module: Module, x: Instruction, operands: list[Instruction]) -> int | None:
     """The elements that `x` changes of an array that it takes and gives back; None if it makes its result anew."""
+    if x.opcode in _UPDATES:  # what must not be changed was copied before
+        return operands[_UPDATES[x.opcode]].elements
     if x.opcode == "fusion":
         inner = module.computations[x.attribute("calls")]
         return _update(module, inner, inner.root)
-    return _update(module, computation, x) if x.opcode in _UPDATES else None
+    return None
 
 
-def _update(module: Module, computation: Computation, x: Instruction) -> int | None:
-    """The same of a value inside of a fusion, where a change of shape moves nothing."""
+def _update(module: Module, fused: Computation, x: Instruction) -> int | None:
+    """The same of a value inside of a fusion: it must lie where an operand of the fusion does."""
+    operands = [fused.instructions[name] for name in x.operands]
     if x.opcode in _RENAMES:
-        return _update(module, computation, computation.instructions[x.operands[0]])
-    if x.opcode in _UPDATES and _is_handed_in(module, computation, computation.instructions[x.operands[0]]):
-        return computation.instructions[x.operands[_UPDATES[x.opcode]]].elements
-    return in_place_update(module, computation, x) if x.opcode == "fusion" else None
+        return _update(module, fused, operands[0])
+    if x.opcode in _UPDATES and not _is_handed_in(module, fused, operands[0]):
+        return None
+    return in_place_update(module, x, operands)
 
 
-def _is_handed_in(module: Module, computation: Computation, x: Instruction) -> bool:
-    """Whether it is an operand of the fusion, or at the top level whatever was made before."""
+def _is_handed_in(module: Module, fused: Computation, x: Instruction) -> bool:
+    """Whether it is an operand of the fusion, perhaps in another shape."""
     if x.opcode in _RENAMES:
-        return _is_handed_in(module, computation, computation.instructions[x.operands[0]])
+        return _is_handed_in(module, fused, fused.instructions[x.operands[0]])
     if x.opcode == "fusion":
         inner = module.computations[x.attribute("calls")]
-        if not _is_handed_in(module, inner, inner.root):
-            return False
-        return all(_is_handed_in(module, computation, computation.instructions[name]) for name in x.operands[:1])
-    return x.opcode in ("parameter", "get-tuple-element") or computation.name == module.entry
+        return _is_handed_in(module, inner, inner.root) and _is_handed_in(
+            module, fused, fused.instructions[x.operands[0]]
+        )
+    return x.opcode == "parameter"
 
 
-def _written(module: Module, computation: Computation, x: Instruction) -> float:
-    results = [(computation, x)]
+def _written(module: Module, x: Instruction, operands: list[Instruction]) -> float:
+    """Of a fusion with several results each may be an update."""
     if x.opcode == "fusion":
         inner = module.computations[x.attribute("calls")]
-        if inner.root.opcode == "tuple":
-            results = [(inner, inner.instructions[name]) for name in inner.root.operands]
-        else:
-            results = [(inner, inner.root)]
-    if len(results) == 1:
-        results = [(computation, x)]
-    elif len(results) != len(x.arrays):
-        return _bytes(x.arrays)
-    total, place = 0.0, 0
-    for owner, result in results:
-        arrays = x.arrays if len(results) == 1 else x.arrays[place : place + 1]
-        place += 1
-        update = _update(module, owner, result) if owner is not computation else in_place_update(module, owner, result)
-        part = 1.0 if update is None else min(update / max(result.elements, 1), 1.0)
-        total += _bytes(arrays) * part
-    return total
+        if inner.root.opcode == "tuple" and len(inner.root.operands) == len(x.arrays):
+            results = [inner.instructions[name] for name in inner.root.operands]
+            updates = [_update(module, inner, result) for result in results]
+            return sum(_part(array, update) for array, update in zip(x.arrays, updates, strict=True))
+    update = in_place_update(module, x, operands)
+    return sum(_part(array, update) for array in x.arrays)
 
 
-def _needs(module: Module, computation: Computation, x: Instruction) -> list[float]:
+def _part(array: Array, update: int | None) -> float:
+    whole = _bytes((array,))
+    return whole if update is None else whole * min(update / max(array.elements, 1), 1.0)
+
+
+def _needs(module: Module, x: Instruction, operands: list[Instruction]) -> list[float]:
     """Elements of each operand that all of `x`'s result needs."""
-    operands = [computation.instructions[name] for name in x.operands]
     if x.opcode == "fusion":
         return _of_fusion(module, x, float(x.elements), in_place=True)
-    in_place = in_place_update(module, computation, x) is not None
-    return _of_operands(x, operands, float(x.elements), in_place=in_place)
+    return _of_operands(x, operands, float(x.elements), in_place=x.opcode in _UPDATES)
 
 
 def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool) -> list[float]:
     """From the result backwards: how many elements of each value inside are needed, as a sum over its uses.
 
-    in_place: whether the result may be written where an operand lies, so that what it does not change is not read."""
+    in_place: whether the result may be written where an operand lies, so that what it does not change is not read.
+    """
     inner = module.computations[x.attribute("calls")]
     share = min(needed / max(x.elements, 1), 1.0)
     wanted = {inner.root.name: inner.root.elements * share}
@@ -123,7 +120,7 @@ def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool)
             parts = _of_fusion(module, y, amount, in_place=y.name in updating)
         else:
             last = y.name in updating
-            changes = last and y.opcode in _UPDATES and in_place_update(module, inner, y) is not None
+            changes = last and y.opcode in _UPDATES and _update(module, inner, y) is not None
             parts = _of_operands(y, operands, amount, in_place=changes)
             if last and y.opcode in _RENAMES:
                 updating.add(operands[0].name)

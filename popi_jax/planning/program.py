@@ -293,7 +293,8 @@ class _Reader:
                 is_argument = x.opcode == "parameter" and computation.name == self.module.entry
                 if (x.opcode in _FREE and not is_argument) or x.opcode in ("while", "conditional", "call"):
                     continue
-                if x.opcode.endswith("-done") or in_place_update(self.module, computation, x) is not None:
+                operands = [computation.instructions[name] for name in x.operands]
+                if x.opcode.endswith("-done") or in_place_update(self.module, x, operands) is not None:
                     continue
                 for array in _results(x):
                     if array.space == 0 and array.bytes:

@@ -43,6 +43,42 @@ def test_of_stacked_layers_one_is_read_and_one_is_written() -> None:
     assert bytes_of["update_fusion.6"] == 2 * (2 * 256 * 1024)  # one layer's states, read and written
 
 
+UPDATES = """HloModule jit_f, num_partitions=1
+
+%inner (a: f32[8,100], b: f32[1,100], at: s32[]) -> {result} {{
+  %a = f32[8,100] parameter(0)
+  %b = f32[1,100] parameter(1)
+  %at = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %zeros = f32[8,100] broadcast(%none), dimensions={{}}
+  %old = f32[8,100] dynamic-update-slice(%a, %b, %at, %none)
+  %new = f32[8,100] dynamic-update-slice(%zeros, %b, %at, %none)
+  ROOT %root = {result} {root}
+}}
+
+ENTRY %main (x: f32[8,100], y: f32[1,100], i: s32[]) -> {result} {{
+  %x = f32[8,100] parameter(0)
+  %y = f32[1,100] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %fusion = {result} fusion(%x, %y, %i), kind=kLoop, calls=%inner
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("result", "root", "moved"),
+    (
+        ("f32[800]", "bitcast(%old)", 2),  # a row read, a row written in the place of `a`
+        ("f32[800]", "bitcast(%new)", 1 + 8),  # made anew
+        ("f32[8,100]", "negate(%old)", 8 + 1 + 8),  # all of `a` is needed
+        ("(f32[8,100], f32[8,100])", "tuple(%old, %new)", 1 + 1 + 8),
+    ),
+)
+def test_updates_in_fusions(result: str, root: str, moved: int) -> None:
+    text = UPDATES.format(result=result, root=root)
+    assert read(text, {"x": 1}).hbm_bytes == 4 * 100 * moved + 4  # and the index
+
+
 def test_what_lies_on_the_chip_is_free() -> None:
     bytes_of = per_trip(scan())
     assert bytes_of["fusion.86"] == 2 * 2048 * 1024 + 2 * 256 * 1024  # the hidden states are in its memory
