@@ -17,6 +17,7 @@ RULES = (
     "batch data fsdp",
     "seq sequence",
     "vocab tensor",
+    "vocab_embed fsdp",
     "embed fsdp",
     "heads tensor",
     "kv_heads tensor",
@@ -34,7 +35,14 @@ ROLLOUT_RULES = (
 )
 # Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own while training, and
 # share the weights while sampling (ROLLOUT_RULES). No activation crosses devices; weights are gathered once per layer.
-FSDP_RULES = ("batch data fsdp tensor", "seq sequence", "embed fsdp tensor", "attention_heads sequence")
+FSDP_RULES = (
+    "batch data fsdp tensor",
+    "seq sequence",
+    "vocab tensor",
+    "vocab_embed fsdp",
+    "embed fsdp tensor",
+    "attention_heads sequence",
+)
 
 
 # topology of the slices that the cloud offers, by the number in their names

@@ -7,7 +7,17 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-LOGICAL_AXES = ("batch", "seq", "vocab", "embed", "heads", "kv_heads", "mlp", "attention_heads")  # that rules may split
+LOGICAL_AXES = (
+    "batch",
+    "seq",
+    "vocab",
+    "vocab_embed",
+    "embed",
+    "heads",
+    "kv_heads",
+    "mlp",
+    "attention_heads",
+)  # that rules may split
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,8 @@ def _suggestion(config: Config, target: Any, available: float) -> str:
     from popi_jax.planning.fits import GIB, DoesNotFit, fit
     from popi_jax.planning.suggest import first_that_may_fit
 
-    for change, plan, expected in first_that_may_fit(config, target, available):
+    rules = cli.load_config("prism:scale=laptop").mesh.rules
+    for change, plan, expected in first_that_may_fit(config, target, available, rules):
         if not SUGGEST.value:
             return (
                 f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}\n"

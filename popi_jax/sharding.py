@@ -28,7 +28,8 @@ class Rules(NamedTuple):
     batch: Axes = ()  # users, pairs, rows
     seq: Axes = ()  # tokens of a row, outside of attention
     vocab: Axes = ()
-    embed: Axes = ()  # of parameters
+    vocab_embed: Axes = ()  # the width of the embedding and of the LM head
+    embed: Axes = ()  # that of other parameters
     heads: Axes = ()
     kv_heads: Axes = ()
     mlp: Axes = ()
@@ -123,7 +124,9 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
       UserError: an axis of a parameter does not divide over the devices that split it, a mesh axis would split two axes
         of one parameter, or a matrix would be whole on every device although the rules split others.
     """
-    used = {axis for name in ("vocab", "embed", "heads", "kv_heads", "mlp") for axis in getattr(rules, name)}
+    used = {
+        axis for name in ("vocab", "vocab_embed", "embed", "heads", "kv_heads", "mlp") for axis in getattr(rules, name)
+    }
     splits_parameters = any(mesh.shape[axis] > 1 for axis in used)
 
     def layout(path: tuple[Any, ...], x: Any, names: tuple[str | None, ...]) -> NamedSharding:
@@ -152,6 +155,17 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 
     plain = nn.meta.unbox(boxed)
     return jax.tree_util.tree_map_with_path(layout, plain, logical_names(boxed))
+
+
+def check_heads(num_kv_heads: int, mesh: Mesh, rules: Rules) -> None:
+    """Raises: UserError when the heads of attention do not divide over the devices that are to share them."""
+    count = math.prod(mesh.shape[axis] for axis in rules.attention_heads)
+    if num_kv_heads % count:
+        axes = " x ".join(f"mesh.{axis}" for axis in rules.attention_heads)
+        raise UserError(
+            f"config.{axes} = {count}: the {num_kv_heads} KV heads of the model do not divide over so many devices; at "
+            f"most {math.gcd(num_kv_heads, count)} can share them"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

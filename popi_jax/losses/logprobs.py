@@ -39,11 +39,11 @@ def _over_chunks(
     flat = jnp.pad(flat, (0, pad)).reshape(chunks, size)
 
     @jax.custom_vjp
-    def scored(hidden: Array, head: Array) -> Any:
+    def scored(hidden: Array, head: Array, flat: Array) -> Any:
         return jax.lax.map(lambda chunk: score(chunk[0], chunk[1], head), (hidden, flat))
 
-    def backward(kept: tuple[Array, Array], grads: Any) -> tuple[Array, Array]:
-        hidden, head = kept
+    def backward(kept: tuple[Array, Array, Array], grads: Any) -> tuple[Array, Array, None]:
+        hidden, head, flat = kept
 
         def add(total: Array, chunk: tuple[Array, Array, Any]) -> tuple[Array, Array]:
             states, targets, grad = chunk
@@ -54,10 +54,10 @@ def _over_chunks(
         # zeros that differ along the mesh axes that the head differs along, as jax.shard_map asks
         start = jnp.zeros(head.shape, jnp.float32) + 0.0 * head[:1, :1].astype(jnp.float32)
         of_head, of_hidden = jax.lax.scan(add, start, (hidden, flat, grads))
-        return of_hidden, of_head.astype(head.dtype)
+        return of_hidden, of_head.astype(head.dtype), None
 
-    scored.defvjp(lambda hidden, head: (scored(hidden, head), (hidden, head)), backward)
-    return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), scored(hidden, head))
+    scored.defvjp(lambda *args: (scored(*args), args), backward)
+    return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), scored(hidden, head, flat))
 
 
 def token_logps(

@@ -5,12 +5,10 @@ its own node and all of its ancestors, at the positions that a separate sequence
 of scoring each (context, turn, answer) alone.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, Tokens
@@ -18,7 +16,8 @@ from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
 from popi_jax.models.attention import Level, Levels
 from popi_jax.models.dense import Budget, dense, take, to_slots
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
-from popi_jax.sharding import Axes, Rules, shards
+from popi_jax.models.vocabulary import with_head
+from popi_jax.sharding import Axes
 
 
 class Packed(NamedTuple):
@@ -147,48 +146,12 @@ def _scored(
             return [token_logps_and_entropy(states[0], head, ids, **more), *found]
         return [(token_logps(states[0], head, ids, **more),), *found]
 
-    found = _with_head(score, head(params, model), states, ids, model.rules)
+    found = with_head(score, head(params, model), states, ids, model.rules)
 
     def to_answers(x: Array) -> Array:
         return (x if scored is None else to_slots(x, scored)).reshape(mask.shape)
 
     return [AnswerLogps(to_answers(x[0]), mask, *map(to_answers, x[1:])) for x in found]
-
-
-def _with_head(
-    score: Callable[[Array, tuple[Array, ...], Array, Axes], Any],
-    head: Float[Array, "embed vocab"],
-    states: tuple[Float[Array, "rows n embed"], ...],
-    ids: Int[Array, "rows n"],
-    rules: Rules,
-) -> Any:
-    """score(head, states, ids, ()) -> a tree of [rows n]; on a mesh each device does so with its own tokens.
-
-    The head is gathered along `embed` once, before the chunks that `score` goes through, and its gradient is summed
-    over the devices once, behind them; the compiler, left alone, does both in each chunk. Where the vocabulary is
-    split, it stays so: `score` is told by which mesh axes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return score(head, states, ids, ())
-    fits = ids.shape[0] % shards(rules.batch) == 0  # else every device scores all rows
-    rows, embed = (rules.batch, rules.embed) if fits else ((), ())
-    count = ids.shape[1]
-    pad = -count % shards(rules.seq)
-    states = tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0))) for x in states)
-    by_token = P(rows, rules.seq)
-
-    @jax.named_scope("head")
-    def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
-        if embed:
-            head = jax.lax.all_gather(head, embed, axis=0, tiled=True)
-        # of different tokens on each device, so that its gradients are added up behind the chunks
-        others = tuple(axis for axis in (*rows, *rules.seq) if axis not in embed)
-        return score(jax.lax.pcast(head, others, to="varying"), states, ids, rules.vocab)
-
-    program = jax.shard_map(here, in_specs=(P(embed, rules.vocab), by_token, by_token), out_specs=by_token)
-    found = program(head, states, jnp.pad(ids, ((0, 0), (0, pad))))
-    return jax.tree.map(lambda x: x[:, :count], found)
 
 
 def _predictors(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
 from popi_jax.models.dense import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
+from popi_jax.models.vocabulary import lookup
 from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names, relaid
 
 Streams = tuple[Float[Array, "*rows D"], ...]
@@ -277,9 +278,9 @@ class Transformer(nn.Module):
         c = self.cfg
         if at is not None:
             ids = take(ids.reshape(at.valid.shape), at.slot_of)
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "vocab_embed"))
         embedding = Embedding(c, init, name="embed")()
-        x = in_use(embedding, ("vocab", "embed"), c)[ids]
+        x = lookup(embedding, ids, c.rules, c.dtype)
         if c.embed_scale:
             x = x * jnp.asarray(c.embed_dim**0.5, c.dtype)
         block = Block
@@ -321,7 +322,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "D V"]:
-        init = nn.with_logical_partitioning(kernel_init(1), ("embed", "vocab"))
+        init = nn.with_logical_partitioning(kernel_init(1), ("vocab_embed", "vocab"))
         return self.param("kernel", init, (self.cfg.embed_dim, self.cfg.vocab_size), jnp.float32)
 
 

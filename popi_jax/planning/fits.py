@@ -5,6 +5,8 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from popi_jax.config import Mode, Phase
 from popi_jax.errors import UserError
@@ -118,8 +120,18 @@ def _turn(plan: Plan, kind: Kind, text: str, target: Target, chip: Chip | None) 
     sizes = dict(plan.mesh.shape)
     traffic = read(text, sizes, branches=branches)
     counted = flops_of(plan, kind) / len(target.devices)
-    seconds = None if chip is None else estimate(counted, traffic, chip)
+    seconds = None if chip is None else estimate(counted, traffic, chip, torus_axes=torus_axes(plan.mesh))
     return Turn(NAMES[kind], counted, traffic, seconds)
+
+
+def torus_axes(mesh: Mesh) -> dict[str, int]:
+    """Over how many axes of the torus of chips each axis of the mesh lies."""
+
+    def lies_over(number: int) -> int:
+        line = np.moveaxis(mesh.devices, number, 0).reshape(mesh.devices.shape[number], -1)[:, 0]
+        return sum(len(set(places)) > 1 for places in zip(*(device.coords for device in line), strict=True))
+
+    return {axis: max(lies_over(number), 1) for number, axis in enumerate(mesh.axis_names)}
 
 
 def flops_of(plan: Plan, kind: Kind) -> int:

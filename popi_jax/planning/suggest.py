@@ -28,9 +28,9 @@ class Change(NamedTuple):
         return config
 
 
-def changes(config: Config, num_devices: int) -> Iterator[Change]:
+def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterator[Change]:
     """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little arithmetic, other
-    sizes of the mesh communication, fewer users throughput."""
+    sizes of the mesh, with the layout `rules`, communication, fewer users throughput."""
     b, mesh = config.batch, config.mesh
     splits = [n for n in range(b.microbatches + 1, b.users + 1) if b.users % n == 0]
     yield from (Change({"batch.microbatches": n}) for n in splits)
@@ -38,13 +38,12 @@ def changes(config: Config, num_devices: int) -> Iterator[Change]:
         yield Change({"model.remat": "full"})
         yield from (Change({"model.remat": "full", "batch.microbatches": n}) for n in splits)
     data = max(mesh.data, 1)
-    plain = _rules()
     for tensor in (2, 4, 8, 16):
         if num_devices % (data * tensor) == 0:
             shape: dict[str, Any] = {
                 "mesh.fsdp": num_devices // data // tensor,
                 "mesh.tensor": tensor,
-                "mesh.rules": plain,
+                "mesh.rules": rules,
             }
             shape |= {"model.remat": "full"}
             for n in (b.microbatches, *splits):
@@ -53,9 +52,11 @@ def changes(config: Config, num_devices: int) -> Iterator[Change]:
         yield Change({"batch.users": users, "batch.microbatches": 1, "model.remat": "full"})
 
 
-def first_that_may_fit(config: Config, target: Target, available: float) -> Iterator[tuple[Change, Plan, float]]:
+def first_that_may_fit(
+    config: Config, target: Target, available: float, rules: tuple[str, ...]
+) -> Iterator[tuple[Change, Plan, float]]:
     """The changes that are estimated to fit, with their bytes per device."""
-    for change in changes(config, len(target.devices)):
+    for change in changes(config, len(target.devices), rules):
         try:
             plan = make_plan(change.applied(config), target)
         except UserError:  # does not divide
@@ -98,12 +99,6 @@ def temporaries(plan: Plan) -> dict[str, float]:
         saved = layers * tokens[name] * model.embed_dim * number
         found[name] = saved + tokens[name] * wide * number + 2 * head + gradients
     return found
-
-
-def _rules() -> tuple[str, ...]:
-    from configs.scales import RULES
-
-    return RULES
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from popi_jax.config import Config, GeneratorConfig, InferenceConfig
 from popi_jax.losses.preference import PairLogps
 from popi_jax.models.lora import init_lora_boxed, join
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
-from popi_jax.sharding import match_shardings, param_shardings, replicated
+from popi_jax.sharding import check_heads, match_shardings, param_shardings, replicated
 
 
 class RoleState(NamedTuple):
@@ -92,6 +92,8 @@ def restart_optimizers(state: TrainState, *, transforms: Transforms, cfg: Config
 
 def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh, *, cfg: Config) -> TrainState:
     """Shapes, types and shardings of the whole state, without any array."""
+    for rules in (model.rules, model.rollout_rules):
+        check_heads(model.num_kv_heads, mesh, rules)
     key = jax.eval_shape(jax.random.key, 0)
     boxed = jax.eval_shape(partial(_boxed, model=model, cfg=cfg), key)
     shapes = jax.eval_shape(partial(new_state, transforms=transforms, cfg=cfg), unbox(boxed[0]), unbox(boxed[1]), key)

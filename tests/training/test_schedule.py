@@ -149,11 +149,6 @@ def one_device() -> Run:
     return two_updates((1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_the_mesh_does_not_matter(shape: tuple[int, int, int], one_device: Run, capfd: pytest.CaptureFixture) -> None:
-    check_same_run(two_updates(shape), one_device, capfd)
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_rows_without_padding_give_the_same(
     shape: tuple[int, int, int], one_device: Run, capfd: pytest.CaptureFixture

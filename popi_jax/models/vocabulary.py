@@ -1,0 +1,101 @@
+"""Both ends of a model on a mesh: the lookup of embeddings and the LM head, where the vocabulary may be split.
+
+Written for each device, since the compiler, left alone, gathers the LM head and adds up its gradient in each chunk of
+tokens. Devices that hold users of their own and parts of the vocabulary at once exchange tokens, which are fewer bytes
+than the vocabulary: each computes its part for the tokens of all.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from popi_jax.sharding import Axes, Rules, shards
+
+
+def _alone() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def _layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
+    """Mesh axes of (rows, width of the table or head, devices that share a vocabulary but no rows)."""
+    if rows % shards(rules.batch):  # every device computes all rows
+        return (), (), ()
+    return rules.batch, rules.vocab_embed, tuple(axis for axis in rules.vocab if axis in rules.batch)
+
+
+def lookup(
+    table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"], rules: Rules, dtype: str
+) -> Float[Array, "rows n embed"]:
+    """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in float32."""
+    if _alone():
+        return table[ids].astype(dtype)
+    rows, embed, shared = _layout(ids.shape[0], rules)
+    pad = -ids.shape[1] % shards(rules.seq)
+
+    @jax.named_scope("embedding")
+    def here(table: Array, ids: Array) -> Array:
+        if embed:
+            table = jax.lax.all_gather(table, embed, axis=1, tiled=True)
+        if shared:
+            ids = jax.lax.all_gather(ids, shared, axis=0, tiled=True)
+        others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
+        table = jax.lax.pcast(table, others, to="varying").astype(jnp.float32)
+        if not rules.vocab:
+            return table[ids].astype(dtype)
+        own = ids - jax.lax.axis_index(rules.vocab) * table.shape[0]
+        inside = (own >= 0) & (own < table.shape[0])
+        x = jnp.where(inside[..., None], table[jnp.clip(own, 0, table.shape[0] - 1)], 0.0).astype(dtype)
+        if shared:
+            x = jax.lax.psum_scatter(x, shared, scatter_dimension=0, tiled=True)
+        alone = tuple(axis for axis in rules.vocab if axis not in shared)
+        return jax.lax.psum(x, alone) if alone else x
+
+    by_token = P(rows, rules.seq)
+    program = jax.shard_map(here, in_specs=(P(rules.vocab, embed), by_token), out_specs=by_token)
+    return program(table.astype(dtype), jnp.pad(ids, ((0, 0), (0, pad))))[:, : ids.shape[1]]
+
+
+def with_head(
+    score: Callable[[Array, tuple[Array, ...], Array, Axes], Any],
+    head: Float[Array, "embed vocab"],
+    states: tuple[Float[Array, "rows n embed"], ...],
+    ids: Int[Array, "rows n"],
+    rules: Rules,
+) -> Any:
+    """score(head, states, ids, vocab_axes) -> a tree of [rows n]; on a mesh each device does so with its tokens.
+
+    The head is gathered along its width once, before the chunks that `score` goes through, and its gradient is summed
+    over the devices once, behind them. `vocab_axes` are the mesh axes that split the vocabulary.
+    """
+    if _alone():
+        return score(head, states, ids, ())
+    rows, embed, shared = _layout(ids.shape[0], rules)
+    count = ids.shape[1]
+    pad = -count % shards(rules.seq)
+    states = tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0))) for x in states)
+
+    @jax.named_scope("head")
+    def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
+        if embed:
+            head = jax.lax.all_gather(head, embed, axis=0, tiled=True)
+        of_all = partial(jax.lax.all_gather, axis_name=shared, axis=0, tiled=True) if shared else lambda x: x
+        own = ids.shape[0]
+        states, ids = jax.tree.map(of_all, (states, ids))
+        # of different tokens on each device, so that its gradients are added up behind the chunks
+        others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
+        found = score(jax.lax.pcast(head, others, to="varying"), states, ids, rules.vocab)
+        if not shared:
+            return found
+        first = jax.lax.axis_index(shared) * own
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own, axis=0), found)
+
+    by_token = P(rows, rules.seq)
+    program = jax.shard_map(here, in_specs=(P(embed, rules.vocab), by_token, by_token), out_specs=by_token)
+    found = program(head, states, jnp.pad(ids, ((0, 0), (0, pad))))
+    return jax.tree.map(lambda x: x[:, :count], found)
