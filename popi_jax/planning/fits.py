@@ -165,8 +165,7 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
         inside = [c for c in heads if any(loop.says("/head/") for loop in c.loops)]
         text = f"gathers of the LM head: {len(heads)}, each before a pass over tokens; inside of one: {len(inside)}"
         found.append(Check(not inside, text))
-    largest = max((bytes_per_device(x), x) for x in matrices) if matrices else None
-    if largest is not None and _splits(plan):
+    if _splits(plan):
         whole = [x for x in matrices if bytes_per_device(x) == x.size * x.dtype.itemsize]
         found.append(Check(not whole, f"matrices that are whole on every device: {len(whole)}"))
     return found
