@@ -90,8 +90,14 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
         made = tokenizer.load(config.model.checkpoint)
     else:
         made = tokenizer.train(templates.training_texts(dataset.splits["train"], config), config.model.vocab_size)
-    if jax.process_index() == 0:
+    if distributed.is_main_process():
         made.save(folder)
+    distributed.wait_for_all("the tokenizer that process 0 writes")
+    if not folder.is_dir():
+        raise UserError(
+            f'config.workdir: process {jax.process_index()} does not see "{folder}", which process 0 wrote; '
+            "give a WORKDIR that all hosts share"
+        )
     return made
 
 
@@ -102,7 +108,7 @@ def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool)
         known = json.loads(path.read_text())
         return dataclasses.replace(config.data, **known["lengths"]), Truncations(*known["truncations"])
     data, cut = fitted_lengths(dataset.splits["train"], words, config)
-    if jax.process_index() == 0:
+    if distributed.is_main_process():
         lengths = {name: getattr(data, name) for name in ("context_len", "turn_len", "answer_len")}
         path.write_text(json.dumps({"lengths": lengths, "truncations": list(cut)}))
     return data, cut

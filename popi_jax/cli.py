@@ -66,9 +66,10 @@ def run(main: Callable[[Config], None], *, description: str, example: str = "") 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1, "")
     except Exception as e:
-        if not disk_is_full(e):
-            raise
-        _exit(1, f"error: no space left on the disk: {' '.join(str(e).split())[:300]}")
+        if disk_is_full(e):
+            _exit(1, f"error: no space left on the disk: {' '.join(str(e).split())[:300]}")
+        traceback.print_exc()
+        _exit(1, "")
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -304,4 +305,6 @@ def _columns(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
 def _exit(status: int, message: str) -> None:
     if message:
         print(message, file=sys.stderr)
+    if distributed := sys.modules.get("popi_jax.distributed"):  # else jax was not needed yet
+        distributed.leave(status)
     sys.exit(status)
