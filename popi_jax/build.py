@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from popi_jax import distributed
@@ -51,7 +52,8 @@ def start_devices(config: Config) -> Mesh:
     """
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
-    jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     distributed.start()
@@ -83,7 +85,7 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     """The run's own tokenizer, else the checkpoint's, else one trained on the training split and kept with the run."""
-    folder = Path(config.workdir) / "tokenizer"
+    folder = epath.Path(config.workdir) / "tokenizer"
     if stored_config(config.workdir):  # without a checkpoint it may be of an attempt with other settings
         return tokenizer.load(folder)
     if config.model.checkpoint:
@@ -103,7 +105,7 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
 
 def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> tuple[DataConfig, Truncations]:
     """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its users again."""
-    path = Path(config.workdir) / "tokenizer" / "lengths.json"
+    path = epath.Path(config.workdir) / "tokenizer" / "lengths.json"
     if begun and path.exists():
         known = json.loads(path.read_text())
         return dataclasses.replace(config.data, **known["lengths"]), Truncations(*known["truncations"])

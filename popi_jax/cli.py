@@ -5,6 +5,7 @@ absl flags at the top of that module. Imports no jax and no numpy: `--help` and 
 """
 
 import ast
+import importlib.util
 import logging
 import os
 import pathlib
@@ -269,6 +270,8 @@ def _bad_value(message: str, overrides: Sequence[str], leaves: Mapping[str, Any]
 
 
 def _check_workdir(workdir: str) -> None:
+    if workdir.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f'config.workdir = "{workdir}": buckets need gcsfs: .venv/bin/python -m pip install gcsfs')
     path = pathlib.Path(workdir)
     for folder in () if "://" in workdir else (path, *path.parents):
         if folder.exists() and not folder.is_dir():

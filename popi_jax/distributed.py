@@ -66,7 +66,7 @@ def joining(env: Mapping[str, str]) -> Joining | None:
 
     Raises: UserError when a number is none.
     """
-    local = None if _several_on_this_host(env) else []
+    local: list[int] | None = None if _several_on_this_host(env) else []
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, number = (_whole(env, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         return Joining(env["JAX_COORDINATOR_ADDRESS"], count, number, local)
