@@ -86,7 +86,7 @@ def test_a_process_waits_for_missing_ones_only_so_long() -> None:
     env = environment(1) | MINE | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     code = "from popi_jax import distributed; distributed.start()"
     env |= {"JAX_PROCESS_ID": "1", "POPI_JAX_JOIN_S": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=40)
     assert done.returncode == -signal.SIGABRT
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: process 1 did not meet the others at {env['JAX_COORDINATOR_ADDRESS']} within 1 s")
@@ -118,7 +118,11 @@ def test_barrier_says_what_it_waited_for_and_a_failure_ends_all() -> None:
         )
         for i in range(2)
     ]
-    told = [process.communicate(timeout=60)[1] for process in both]
+    try:
+        told = [process.communicate(timeout=60)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert both[1].returncode == 2
     assert "error: not all processes came within 1 s to: the tea" in told[1]
     assert both[0].returncode == -signal.SIGABRT  # not after its 30 s of sleep
