@@ -5,6 +5,7 @@ the folder of compiled programs is deleted.
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -41,7 +42,9 @@ def begin(name: str, folder: Path) -> None:
     """Trains until the first checkpoint is there, then stops the run as a user would. Raises: StartError."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, "-m", "popi_jax.train", *flags_of(name, folder), "--config.schedule.save_every=1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_own_cache()
+    )
     checkpoints = folder / "run" / "checkpoints"
     while process.poll() is None and not (checkpoints / "1").exists():
         time.sleep(0.1)
@@ -54,10 +57,15 @@ def begin(name: str, folder: Path) -> None:
 def start(name: str, folder: Path) -> dict[str, Any]:
     """One start of the run in a process of its own. Raises: StartError."""
     command = [sys.executable, "-m", "benchmarks.start", repr(time.time()), *flags_of(name, folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=_own_cache(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise StartError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _own_cache() -> dict[str, str]:
+    """The environment, without a cache that earlier runs may have filled."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
 
 
 def restart(names: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:

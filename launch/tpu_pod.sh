@@ -6,7 +6,7 @@
 #
 # The project must lie in the same folder on every host (REPO, default popi_jax in the home folder), and WORKDIR must be
 # one that all hosts see. PROJECT names the cloud project where it is not the default. These variables are passed on when
-# set: XLA_FLAGS, LIBTPU_INIT_ARGS, JAX_COMPILATION_CACHE_DIR.
+# set: XLA_FLAGS, LIBTPU_INIT_ARGS, JAX_COMPILATION_CACHE_DIR, POPI_JAX_JOIN_S, POPI_JAX_LOST_S.
 set -euo pipefail
 
 dry_run=false
@@ -23,7 +23,7 @@ zone=$2
 shift 2
 
 remote="cd $(printf '%q' "${REPO:-popi_jax}") &&"
-for variable in XLA_FLAGS LIBTPU_INIT_ARGS JAX_COMPILATION_CACHE_DIR; do
+for variable in XLA_FLAGS LIBTPU_INIT_ARGS JAX_COMPILATION_CACHE_DIR POPI_JAX_JOIN_S POPI_JAX_LOST_S; do
   if [[ -n ${!variable:-} ]]; then
     remote+=" $variable=$(printf '%q' "${!variable}")"
   fi

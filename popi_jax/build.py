@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
 from popi_jax import distributed
@@ -51,7 +52,8 @@ def start_devices(config: Config) -> Mesh:
     """
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
-    jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     distributed.start()
@@ -93,26 +95,32 @@ def mesh_rules(config: Config) -> tuple[Rules, Rules]:
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     """The run's own tokenizer, else the checkpoint's, else one trained on the training split and kept with the run."""
-    folder = Path(config.workdir) / "tokenizer"
+    folder = epath.Path(config.workdir) / "tokenizer"
     if stored_config(config.workdir):  # without a checkpoint it may be of an attempt with other settings
         return tokenizer.load(folder)
     if config.model.checkpoint:
         made = tokenizer.load(config.model.checkpoint)
     else:
         made = tokenizer.train(templates.training_texts(dataset.splits["train"], config), config.model.vocab_size)
-    if jax.process_index() == 0:
+    if distributed.is_main_process():
         made.save(folder)
+    distributed.wait_for_all("the tokenizer that process 0 writes")
+    if not folder.is_dir():
+        raise UserError(
+            f'config.workdir: process {jax.process_index()} does not see "{folder}", which process 0 wrote; '
+            "give a WORKDIR that all hosts share"
+        )
     return made
 
 
 def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> tuple[DataConfig, Truncations]:
     """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its users again."""
-    path = Path(config.workdir) / "tokenizer" / "lengths.json"
+    path = epath.Path(config.workdir) / "tokenizer" / "lengths.json"
     if begun and path.exists():
         known = json.loads(path.read_text())
         return dataclasses.replace(config.data, **known["lengths"]), Truncations(*known["truncations"])
     data, cut = fitted_lengths(dataset.splits["train"], words, config)
-    if jax.process_index() == 0:
+    if distributed.is_main_process():
         lengths = {name: getattr(data, name) for name in ("context_len", "turn_len", "answer_len")}
         path.write_text(json.dumps({"lengths": lengths, "truncations": list(cut)}))
     return data, cut

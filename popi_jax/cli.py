@@ -5,6 +5,7 @@ absl flags at the top of that module. Imports no jax and no numpy: `--help` and 
 """
 
 import ast
+import importlib.util
 import logging
 import os
 import pathlib
@@ -66,9 +67,10 @@ def run(main: Callable[[Config], None], *, description: str, example: str = "") 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1, "")
     except Exception as e:
-        if not disk_is_full(e):
-            raise
-        _exit(1, f"error: no space left on the disk: {' '.join(str(e).split())[:300]}")
+        if disk_is_full(e):
+            _exit(1, f"error: no space left on the disk: {' '.join(str(e).split())[:300]}")
+        traceback.print_exc()
+        _exit(1, "")
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -268,6 +270,8 @@ def _bad_value(message: str, overrides: Sequence[str], leaves: Mapping[str, Any]
 
 
 def _check_workdir(workdir: str) -> None:
+    if workdir.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f'config.workdir = "{workdir}": buckets need gcsfs: .venv/bin/python -m pip install gcsfs')
     path = pathlib.Path(workdir)
     for folder in () if "://" in workdir else (path, *path.parents):
         if folder.exists() and not folder.is_dir():
@@ -304,4 +308,6 @@ def _columns(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
 def _exit(status: int, message: str) -> None:
     if message:
         print(message, file=sys.stderr)
+    if distributed := sys.modules.get("popi_jax.distributed"):  # else jax was not needed yet
+        distributed.leave(status)
     sys.exit(status)

@@ -21,34 +21,37 @@ def main(config: Config) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # copying files needs no accelerator, and one may be busy with training
     from popi_jax.checkpoints.manager import ROLES, full_disk_told
 
-    workdir = Path(config.workdir)
-    out = Path(_OUT.value) if _OUT.value else workdir / "export"
+    if "://" in config.workdir and not _OUT.value:
+        raise UserError(f'--out: the run is in "{config.workdir}"; name a folder on the disk for the exports')
+    out = Path(_OUT.value or Path(config.workdir) / "export")
     roles = ROLES if _ROLE.value == "both" else (_ROLE.value,)
     with full_disk_told(out):
         for role in roles:
-            export_role(workdir, role, out / role)
+            export_role(config.workdir, role, out / role)
 
 
-def export_role(workdir: Path, role: str, target: Path) -> None:
+def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> None:
     """Writes config.json, weights, tokenizer and model card of one role; an earlier export in `target` is replaced.
 
     Of a run that trains adapters the weights are merged, and <target>-adapter holds the adapters alone, for `peft`.
     Everything but the place comes from the run itself, so the flags of the training need not be repeated.
     Raises: UserError if the folder holds no run, or a file of it is missing or broken.
     """
+    from etils import epath
     from jax import tree
 
     from popi_jax.checkpoints import adapter, hf_config, hf_io, manager, model_card
     from popi_jax.data import tokenizer as tokenizers
     from popi_jax.models.lora import merge
 
-    step, params = manager.restore_params(str(workdir), role)
-    run, data = stored_run(workdir)
-    if not (workdir / "tokenizer").is_dir():
+    run_folder = epath.Path(workdir)
+    step, params = manager.restore_params(str(run_folder), role)
+    run, data = stored_run(run_folder)
+    if not (run_folder / "tokenizer").is_dir():
         raise UserError(
-            f"{workdir / 'tokenizer'}: not found; give the --config.workdir of a run, which stores it there"
+            f"{run_folder / 'tokenizer'}: not found; give the --config.workdir of a run, which stores it there"
         )
-    tokenizer = tokenizers.load(workdir / "tokenizer")
+    tokenizer = tokenizers.load(run_folder / "tokenizer")
     lora, adapters = getattr(run, role).lora, None
     if lora.rank:
         cfg, adapters = model_config(run, vocab_size=0), params
@@ -70,7 +73,7 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
         architecture=hf_config.FAMILIES[hf_config.family_of(cfg, base.model_type)].architecture,
         dtype=run.model.dtype,
         data=data,
-        results=read_results(workdir / "results.json"),
+        results=read_results(run_folder / "results.json"),
     )
     with hf_io.new_export(target) as folder:
         hf_io.write_model(
@@ -103,7 +106,7 @@ def export_role(workdir: Path, role: str, target: Path) -> None:
     print(f"{target}: {role} model of step {step}, {num_params:,} parameters as {run.model.dtype}")
 
 
-def stored_run(workdir: Path) -> tuple[Config, str]:
+def stored_run(workdir: str | os.PathLike[str]) -> tuple[Config, str]:
     """Returns the configuration that the newest checkpoint was trained with, and the kind of its data ("" unknown)."""
     from popi_jax.checkpoints import manager
 
@@ -129,7 +132,7 @@ def model_config(run: Config, vocab_size: int) -> Any:
     return TransformerConfig(**shape | {"vocab_size": vocab_size})
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Any) -> list[dict[str, Any]]:
     """Returns the rows of an evaluation, [] if there was none. Raises: UserError if the file is broken."""
     if not path.exists():
         return []

@@ -1,15 +1,19 @@
 """Writes the metrics of a run to `metrics.jsonl` and to TensorBoard files. Only process 0 writes.
 
 After a resume the file must equal that of a run that never stopped: `resume` drops what came after the checkpoint.
+Files in a bucket cannot be appended to, so those of a bucket are written on the disk and copied there by `flush`.
 """
 
 import json
 import math
 import os
 import pathlib
+import tempfile
 import types
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 
 class MetricWriter:
@@ -19,7 +23,10 @@ class MetricWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, enabled: bool = True) -> None:
-        self._folder = pathlib.Path(folder)
+        in_bucket = "://" in os.fspath(folder)
+        self._bucket = epath.Path(folder) if in_bucket else None
+        self._disk = tempfile.TemporaryDirectory() if in_bucket and enabled else None
+        self._folder = pathlib.Path(self._disk.name if self._disk else folder)
         self._path = self._folder / "metrics.jsonl"
         self._enabled = enabled
         self._purge_step: int | None = None
@@ -32,6 +39,8 @@ class MetricWriter:
         if not self._enabled:
             return
         self._purge_step = step + 1
+        if self._bucket is not None and (self._bucket / self._path.name).exists():
+            self._path.write_bytes((self._bucket / self._path.name).read_bytes())
         if not self._path.exists():
             return
         kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
@@ -53,10 +62,24 @@ class MetricWriter:
             if value is not None:
                 self._tensorboard().add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Copies what was written to the bucket, if the folder is in one."""
+        if self._board is not None:
+            self._board.flush()
+        if self._bucket is None or not self._enabled:
+            return
+        for file in (path for path in self._folder.rglob("*") if path.is_file()):
+            copy = self._bucket / file.relative_to(self._folder).as_posix()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+
     def close(self) -> None:
+        self.flush()
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._disk is not None:
+            self._disk.cleanup()
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -19,12 +19,14 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the 
 
 
 def main(config: Config) -> None:
+    from etils import epath
+
     from popi_jax.data.jsonl import read_users
 
     users = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
     stem = Path(_USERS.value).stem if _USERS.value else "test"
-    out = Path(_OUT.value or Path(config.workdir) / f"summaries_{stem}.jsonl")
-    if _USERS.value and out.exists() and out.samefile(_USERS.value):
+    out = epath.Path(_OUT.value or epath.Path(config.workdir) / f"summaries_{stem}.jsonl")
+    if _USERS.value and out.exists() and out.resolve() == epath.Path(_USERS.value).resolve():
         raise UserError(f"--out={out} is the file of --users; give another name")
 
     import jax

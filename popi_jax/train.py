@@ -14,6 +14,7 @@ def main(config: Config) -> None:
     import jax
     from absl import logging
 
+    from popi_jax import distributed
     from popi_jax.build import build
     from popi_jax.config_check import to_json
     from popi_jax.evals.report import evaluate_run
@@ -25,7 +26,8 @@ def main(config: Config) -> None:
     try:
         trained = train(built)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if distributed.is_main_process():
+            print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)

@@ -12,10 +12,21 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
+import fsspec
+import pytest
 from absl import flags
+from fsspec.implementations.memory import MemoryFileSystem
 from jaxtyping import install_import_hook
 
 flags.FLAGS.mark_as_parsed()  # the worker processes of grain ask
 
 # every function of the package checks the types and shapes of its signature; an int passes for a float
 install_import_hook("popi_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture
+def bucket() -> str:
+    """The address of an empty bucket in memory; arrays of Orbax cannot go there."""
+    fsspec.register_implementation("gcs", MemoryFileSystem, clobber=True)
+    MemoryFileSystem.store.clear()
+    return "gs://bucket"

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from popi_jax import build
 from popi_jax.config_check import from_config_dict
 from popi_jax.errors import UserError
-from tests.tiny_run import shared_run
+from tests.tiny_run import config_of, on_devices, shared_run
 
 
 def test_never_drawn_are_control_tokens_and_the_padding_of_the_vocabulary() -> None:
@@ -31,3 +32,17 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path: Path) -> N
     assert build.model_config(config, 300).vocab_size == 300
     with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"):
         build.model_config(config, 301)
+
+
+def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    with on_devices(1):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        build.start_devices(config)
+        assert jax.config.jax_compilation_cache_dir == str(build.compiled_folder(config))
+        jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")  # as JAX reads it from the environment
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
+        build.start_devices(config)
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"

@@ -215,3 +215,9 @@ def test_help_of_every_command(name: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"usage: python -m popi_jax.{name}" in done.stdout
     assert done.stderr.split() == ["False", "False"]
+
+
+def test_a_bucket_needs_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gcsfs"):
+        cli._check_workdir("gs://bucket/run")

@@ -26,7 +26,7 @@ ALLOWED = {
     "metric_writer": set(),
     "programs": set(),
     "progress": set(),
-    "distributed": set(),
+    "distributed": {"errors"},
     "build": {
         *("arrays", "checkpoints", "config", "config_check", "data", "distributed", "errors", "models", "sharding"),
         "training",

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import pytest
+from etils import epath
 
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.progress import Progress, format_number
@@ -92,3 +93,18 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 
 def test_format_number() -> None:
     assert [format_number(x) for x in (0.0, -1234.0, 2.5e6, 0.00012)] == ["0", "-1.23k", "2.5M", "0.00012"]
+
+
+def test_a_bucket_gets_copies_and_a_resumed_run_continues_them(bucket: str) -> None:
+    with MetricWriter(f"{bucket}/run") as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.flush()
+        at_the_flush = epath.Path(f"{bucket}/run/metrics.jsonl").read_text()
+        writer.write(2, {"loss": 2.0})
+    with MetricWriter(f"{bucket}/run") as writer:
+        writer.resume(1)
+        writer.write(2, {"loss": 3.0})
+    assert at_the_flush == '{"step": 1, "loss": 1.0}\n'
+    whole = epath.Path(f"{bucket}/run/metrics.jsonl").read_text()
+    assert whole == at_the_flush + '{"step": 2, "loss": 3.0}\n'
+    assert list(epath.Path(f"{bucket}/run/tensorboard").iterdir())

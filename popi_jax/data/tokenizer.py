@@ -5,7 +5,7 @@ Refuses to let text of the data become a control token. Needs neither jax nor to
 
 import datetime
 import json
-import pathlib
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn, SupportsIndex
@@ -14,6 +14,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from popi_jax.data.records import Messages
@@ -99,7 +100,7 @@ class Tokenizer:
             raise UserError(f"stored tokenizer: not readable ({type(e).__name__}: {e}); start the run anew") from None
         return _rebuild(*state)
 
-    def save(self, folder: str | pathlib.Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the same ids from them."""
         names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
         names = {key: name for key, name in names.items() if name}
@@ -112,7 +113,7 @@ class Tokenizer:
             **({"add_prefix_space": True} if self.source == _TRAINED else {}),
             "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
         }
-        out = pathlib.Path(folder)
+        out = epath.Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         (out / "tokenizer.json").write_text(self._state[0], encoding="utf-8")
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
@@ -220,12 +221,12 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source=_TRAINED)
 
 
-def load(folder: str | pathlib.Path) -> Tokenizer:
+def load(folder: str | os.PathLike[str]) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the chat template.
 
     Raises: UserError when a file is missing or broken, or no chat template is found.
     """
-    root = pathlib.Path(folder)
+    root = epath.Path(folder)
     if not root.is_dir():
         raise UserError(f"model.checkpoint: {root} is not a folder; give a Hugging Face folder with tokenizer.json")
     if not (root / "tokenizer.json").is_file():
@@ -283,7 +284,7 @@ def _compile(chat_template: str, source: str) -> jinja2.Template:
         raise UserError(f"{source}: chat template, line {e.lineno}: {e.message}") from None
 
 
-def _chat_template(root: pathlib.Path, config: dict[str, Any]) -> str:
+def _chat_template(root: epath.Path, config: dict[str, Any]) -> str:
     if (root / "chat_template.jinja").is_file():
         return _read_text(root / "chat_template.jinja")
     template = config.get("chat_template")
@@ -305,7 +306,7 @@ def _token_name(value: Any) -> str:
     return str(value["content"] if isinstance(value, dict) else value or "")
 
 
-def _eos_from_model(root: pathlib.Path, backend: tokenizers.Tokenizer) -> str:
+def _eos_from_model(root: epath.Path, backend: tokenizers.Tokenizer) -> str:
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
         if ids is not None:
@@ -313,14 +314,14 @@ def _eos_from_model(root: pathlib.Path, backend: tokenizers.Tokenizer) -> str:
     return ""
 
 
-def _read_text(path: pathlib.Path) -> str:
+def _read_text(path: epath.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not readable: {e}") from None
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
     except ValueError as e:

@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from popi_jax.arrays import Params
 from popi_jax.build import Built
@@ -77,7 +77,7 @@ def evaluate_run(
     }
     if is_main:
         suffix = "" if split == "test" else f"_{split}"
-        folder = Path(config.workdir)
+        folder = epath.Path(config.workdir)
         text = render(results)
         write_jsonl(folder / f"summaries{suffix}.jsonl", summaries)
         write_text(folder / f"results{suffix}.md", text)
@@ -118,15 +118,16 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(cells.format(*line) for line in (rows[0], rule, *rows[1:]))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file that is either the old one or the whole new one, whenever the program is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    file = epath.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part.replace(file)
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -399,6 +399,7 @@ def _run(
             if saving or number:
                 _write(pending, writer)
                 pending = []
+                writer.flush()
                 save(step, state)
                 if number:
                     raise Stopped(number, step)

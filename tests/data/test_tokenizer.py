@@ -134,6 +134,12 @@ def test_save_then_load_gives_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, t
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 0)
 
 
+def test_a_tokenizer_in_a_bucket(tokenizer: tokenizer_lib.Tokenizer, bucket: str) -> None:
+    tokenizer.save(f"{bucket}/run/tokenizer")
+    loaded = tokenizer_lib.load(f"{bucket}/run/tokenizer")
+    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and loaded.eos_id == tokenizer.eos_id
+
+
 def test_transformers_reads_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from popi_jax.evals import report
 from popi_jax.evals.suites import Row
@@ -68,6 +69,13 @@ def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         report.write_text(path, "new")
     assert path.read_text(encoding="utf-8") == '{"a": "é"}\n{"a": 2}\n'
+
+
+def test_files_in_a_bucket(bucket: str) -> None:
+    report.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": "é"}])
+    report.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": 2}])
+    (file,) = epath.Path(f"{bucket}/run").iterdir()
+    assert (file.name, file.read_text()) == ("rows.jsonl", '{"a": 2}\n')
 
 
 def test_an_unknown_error_is_null_in_json():
