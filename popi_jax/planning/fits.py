@@ -159,12 +159,15 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
         weights = [c for c in moved if c.bytes >= kv]
         text = f"collectives of weights in a step of sampling: {len(weights)}"
         found.append(Check(not weights, text))
-        heads = [
-            c for turn in turns for c in turn.traffic.collectives if "/head/" in c.op_name and "gather" in c.op_name
-        ]
-        inside = [c for c in heads if any(loop.says("/head/") for loop in c.loops)]
-        text = f"gathers of the LM head: {len(heads)}, each before a pass over tokens; inside of one: {len(inside)}"
-        found.append(Check(not inside, text))
+        head = model.embed_dim * model.vocab_size * number // _split(plan, model.rules.vocab)
+        for turn in turns if _split(plan, model.rules.vocab_embed) > 1 else []:
+            heads = [c for c in turn.traffic.collectives if "/head/all_gather" in c.op_name and c.bytes >= head]
+            inside = sum(any(loop.says("/head/") for loop in c.loops) for c in heads)
+            times = sum(c.executions for c in heads) / plan.config.batch.microbatches
+            text = (
+                f"gathers of the LM head for a microbatch, {turn.name} turn: {times:.0f}, each before a pass over its "
+            )
+            found.append(Check(not inside, f"{text}tokens; inside of one: {inside}"))
     if _splits(plan):
         whole = [x for x in matrices if bytes_per_device(x) == x.size * x.dtype.itemsize]
         found.append(Check(not whole, f"matrices that are whole on every device: {len(whole)}"))
