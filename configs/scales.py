@@ -59,7 +59,8 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     tensor = min(chips, 4 if chips < 512 else 8)
     apart = chips <= 64
-    users = count * (chips if apart else 2 * chips // tensor if chips >= 512 else chips // tensor)
+    parts = 2 if chips >= 512 else 1  # users of a device, one after the other
+    users = count * (chips if apart else parts * chips // tensor)
     return {
         "mesh.num_devices": 0,
         "mesh.topology": topology,
@@ -69,6 +70,7 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
         "mesh.rules": FSDP_RULES if apart else RULES,
         "model.dtype": "bfloat16",
         "batch.users": users,
+        "batch.microbatches": parts,
         "warmup.generator_users": users,
         "warmup.summary_users": users,
         "warmup.reading_users": users,

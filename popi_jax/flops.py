@@ -6,7 +6,8 @@ depends on is not counted, as XLA removes it; what is computed again in the back
 
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,30 +30,48 @@ def flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: An
     return of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, while_trips=while_trips)
 
 
+def flops_by_scope(
+    fn: Callable[..., Any], *args: Any, scopes: Sequence[str], while_trips: int = 1, **kwargs: Any
+) -> dict[str, int]:
+    """The same for each `jax.named_scope` of these names, the outermost where they lie in one another; "": the rest."""
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    return dict(_count(_live(jaxpr), while_trips, None, tuple(scopes), ""))
+
+
 def of_jaxpr(jaxpr: Jaxpr, *, while_trips: int = 1) -> int:
     """The FLOPs of a jaxpr whose outputs are all needed."""
-    return _count(_live(jaxpr), while_trips)
+    return sum(_count(_live(jaxpr), while_trips, None, (), "").values())
 
 
 def _live(jaxpr: Jaxpr) -> Jaxpr:
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
-def _count(jaxpr: Jaxpr, while_trips: int, runs: tuple[int, int] | None = None) -> int:
-    return sum(_of_equation(eqn, while_trips, runs) for eqn in jaxpr.eqns)
+def _count(
+    jaxpr: Jaxpr, while_trips: int, runs: tuple[int, int] | None, scopes: tuple[str, ...], scope: str
+) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for eqn in jaxpr.eqns:
+        total.update(_of_equation(eqn, while_trips, runs, scopes, scope))
+    return total
 
 
-def _of_equation(eqn: Any, while_trips: int, runs: tuple[int, int] | None) -> int:
+def _of_equation(
+    eqn: Any, while_trips: int, runs: tuple[int, int] | None, scopes: tuple[str, ...], scope: str
+) -> Counter[str]:
     name, params = eqn.primitive.name, eqn.params
+    if not scope and scopes:
+        inside = str(eqn.source_info.name_stack).split("/")
+        scope = next((part for part in inside if part in scopes), "")
     if name == "dot_general":
-        return _dot(eqn)
+        return Counter({scope: _dot(eqn)})
     if found := RUNS.search(str(params.get("name", ""))):
         runs = int(found[1]), int(found[2])
-    counts = [_count(_live(inner), while_trips, runs) for inner in jaxprs_in_params(params)]
+    counts = [_count(_live(inner), while_trips, runs, scopes, scope) for inner in jaxprs_in_params(params)]
     if not counts:
-        return 0
+        return Counter()
     if name == "cond":
-        return max(counts)
+        return max(counts, key=lambda count: sum(count.values()))
     times = {
         "scan": lambda: params["length"],
         "while": lambda: while_trips,
@@ -60,7 +79,11 @@ def _of_equation(eqn: Any, while_trips: int, runs: tuple[int, int] | None) -> in
         "shard_map": lambda: math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]),
         "pallas_call": lambda: _steps(params["grid_mapping"].grid, runs),
     }
-    return times.get(name, lambda: 1)() * sum(counts)
+    number = times.get(name, lambda: 1)()
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update({part: number * value for part, value in count.items()})
+    return total
 
 
 def _steps(grid: tuple[int, ...], runs: tuple[int, int] | None) -> int:

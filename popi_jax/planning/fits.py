@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from popi_jax.config import Mode, Phase
 from popi_jax.errors import UserError
-from popi_jax.flops import flops
+from popi_jax.flops import flops_by_scope
 from popi_jax.planning.plan import Kind, Plan, bytes_per_device, cache_bytes, state_bytes, update_of
-from popi_jax.planning.program import Traffic, parse_exhausted, read
+from popi_jax.planning.program import Access, Collective, Traffic, parse_exhausted, read
 from popi_jax.planning.roofline import CHIPS, Chip, Seconds, estimate
 from popi_jax.planning.target import Target
 
 NAMES: dict[Kind, Mode] = {(True, False): "inference", (False, True): "generator", (True, True): "joint"}
+SCOPES = ("sampling", "rewards", "reference", "generator_step", "inference_step")  # of schedule.popi_update
 GIB = 2**30
 
 
@@ -50,6 +51,7 @@ class Turn(NamedTuple):
     flops: float  # of products, per device
     traffic: Traffic
     seconds: Seconds | None  # None: the rates of the device are not known
+    parts: dict[str, Seconds]  # of SCOPES, and of the rest ("")
 
 
 class Check(NamedTuple):
@@ -119,9 +121,30 @@ def _turn(plan: Plan, kind: Kind, text: str, target: Target, chip: Chip | None) 
 
     sizes = dict(plan.mesh.shape)
     traffic = read(text, sizes, branches=branches)
-    counted = flops_of(plan, kind) / len(target.devices)
-    seconds = None if chip is None else estimate(counted, traffic, chip, torus_axes=torus_axes(plan.mesh))
-    return Turn(NAMES[kind], counted, traffic, seconds)
+    counted = {part: count / len(target.devices) for part, count in flops_of(plan, kind).items()}
+    total = sum(counted.values())
+    if chip is None:
+        return Turn(NAMES[kind], total, traffic, None, {})
+    rates: Any = {"chip": chip, "torus_axes": torus_axes(plan.mesh)}
+    parts = {
+        part: estimate(counted.get(part, 0), of_part, **rates)
+        for part in (*SCOPES, "")
+        if (of_part := _of_part(traffic, part)).accesses
+    }
+    return Turn(NAMES[kind], total, traffic, estimate(total, traffic, **rates), parts)
+
+
+def _of_part(traffic: Traffic, part: str) -> Traffic:
+    """What runs in a scope, by its own name or that of a loop around it."""
+
+    def scope(found: Access | Collective) -> str:
+        names = (word for name in (found.op_name, *(loop.op_name for loop in found.loops)) for word in name.split("/"))
+        return next((word for word in names if word in SCOPES), "")
+
+    return traffic._replace(
+        accesses=tuple(x for x in traffic.accesses if scope(x) == part),
+        collectives=tuple(x for x in traffic.collectives if scope(x) == part),
+    )
 
 
 def torus_axes(mesh: Mesh) -> dict[str, int]:
@@ -134,11 +157,12 @@ def torus_axes(mesh: Mesh) -> dict[str, int]:
     return {axis: max(lies_over(number), 1) for number, axis in enumerate(mesh.axis_names)}
 
 
-def flops_of(plan: Plan, kind: Kind) -> int:
-    """Of one update of a kind over all devices, with all summaries of full length."""
+def flops_of(plan: Plan, kind: Kind) -> dict[str, int]:
+    """Of the parts of one update of a kind over all devices, with all summaries of full length."""
     phase = Phase(NAMES[kind], int(kind[0]), int(kind[1]), 1)
     update: Any = update_of(plan, (phase,)).__wrapped__
-    return flops(update, plan.state, plan.frozen, plan.users, while_trips=plan.config.data.summary_len)
+    trips = plan.config.data.summary_len
+    return flops_by_scope(update, plan.state, plan.frozen, plan.users, scopes=SCOPES, while_trips=trips)
 
 
 def checks(plan: Plan, turns: list[Turn]) -> list[Check]:

@@ -68,6 +68,10 @@ def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
             f"{s.cross_slice:.2f}; serial {s.serial:.2f}, overlapped {s.best:.2f}; bound by {s.bound}",
             f"  share of the peak FLOP/s, serial: {s.serial_fraction:.2f}",
         ]
+        lines += [f"  {'seconds of its parts':<24}{'compute':>9}{'HBM':>9}{'links':>9}{'slices':>9}{'share':>9}"]
+        for name, part in turn.parts.items():
+            numbers = "".join(f"{value:>9.3f}" for value in part)
+            lines += [f"    {name.replace('_', ' ') or 'the rest':<22}{numbers}{part.serial_fraction:>9.2f}"]
         users, tokens = plan.config.batch.users, tokens_of(plan)
         per_day = [86400 / seconds for seconds in (s.serial, s.best)]
         lines += [
@@ -126,6 +130,7 @@ def to_json(plan: Plan, fit: Fit) -> dict[str, Any]:
                 "sent_bytes": turn.traffic.wire_bytes(),
                 "cross_slice_bytes": turn.traffic.wire_bytes(cross_slice=True),
                 "seconds": None if turn.seconds is None else turn.seconds._asdict(),
+                "parts": {name: part._asdict() for name, part in turn.parts.items()},
                 "serial_fraction": None if turn.seconds is None else turn.seconds.serial_fraction,
             }
             for turn in fit.turns

@@ -79,6 +79,7 @@ def popi_update(
     # policy and reference of adapters behind the same summaries are scored in one pass
     in_one_pass = objective.needs_reference and sees_summary and cfg.generator.lora.rank > 0
 
+    @jax.named_scope("sampling")
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
         """Summaries and the contexts that they make; a sample does not depend on how many there are."""
         weights = for_rollout(writer, model)  # once for all parts
@@ -96,6 +97,7 @@ def popi_update(
 
         return by_parts(of_part, (contexts, users), cfg.batch.microbatches)
 
+    @jax.named_scope("reference")
     def reference_of(contexts: Tokens) -> PairLogps | None:
         if not objective.needs_reference:
             return None
@@ -105,6 +107,7 @@ def popi_update(
             return jax.tree.map(lambda x: x[users.pair_number][:, None], frozen.pairs)
         return logps(frozen.generator, nothing)
 
+    @jax.named_scope("generator_step")
     def of_generator(
         contexts: Tokens, reference: PairLogps | None
     ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
@@ -125,6 +128,7 @@ def popi_update(
         judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(cfg.inference.reward_generator)
         judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
 
+        @jax.named_scope("rewards")
         def margins_behind(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
             if reference is None and in_one_pass and judged_by is not None:
                 own, reference = logps(judge, contexts, pair_logps_of_both)
@@ -141,19 +145,9 @@ def popi_update(
             rest = jax.tree.map(lambda x: x[:, 1:] if x.shape[1] > 1 else x, (contexts, reference))
             margins = jnp.concatenate([known, margins_behind(*rest)], axis=1)
         tx, glue = parts.transforms.inference, parts.glue
-        return inference_step(
-            state.inference,
-            frozen.inference,
-            margins,
-            without,
-            rollouts,
-            users,
-            model=model,
-            tx=tx,
-            glue=glue,
-            cfg=cfg,
-            budgets=budgets,
-        )
+        step = partial(inference_step, model=model, tx=tx, glue=glue, cfg=cfg, budgets=budgets)
+        with jax.named_scope("inference_step"):
+            return step(state.inference, frozen.inference, margins, without, rollouts, users)
 
     def inference_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
