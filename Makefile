@@ -37,7 +37,7 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval summarize generate export fit print-config lint test test-slow golden bench bench-compare \
+.PHONY: help setup data train eval summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
   bench-padding bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
@@ -79,6 +79,9 @@ export: $(STAMP) ## write the trained models as Hugging Face folders
 fit: $(STAMP) $(LIBTPU) ## compile the update of CONFIG for a TPU slice that need not be there (SCALE=v5p:4x4x4), or for this machine
 	$(RUN) popi_jax.fit $(FLAGS)
 
+fit-table: $(STAMP) $(LIBTPU) ## compile for many TPU slices, and write the table of docs/tpu.md
+	$(RUN) benchmarks.tpu_table $(ARGS)
+
 print-config: $(STAMP) ## print the resolved configuration
 	$(RUN) popi_jax.train $(FLAGS) --print_config
 
@@ -87,7 +90,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(RUN) ruff format --check
 	$(RUN) mypy popi_jax configs benchmarks
 
-test: $(STAMP) ## the quick tests
+test: $(STAMP) $(LIBTPU) ## the quick tests
 	$(RUN) pytest -q -n 2 $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes or the network

@@ -2,7 +2,7 @@
 
 Every host starts the same command; which of how many it is stands in its environment. A process that is lost is noticed
 by JAX's coordination service, whose heartbeats go on while Python or a collective blocks; it then ends the others from
-C++, past any handler of Python. So the last line that such a process shall say is kept by a child, `_Herald`.
+C++, past any handler of Python. So the last line that such a process shall say is kept by a child, `Herald`.
 """
 
 import atexit
@@ -42,7 +42,7 @@ class Joining(NamedTuple):
     local_device_ids: list[int] | None = None  # []: all devices of this host
 
 
-class _Herald:
+class Herald:
     """A child that says the last message it was given when this process ends without having withdrawn it."""
 
     _SCRIPT = 'while read -r line; do last=$line; done; [ -z "$last" ] || echo "$last" >&2'
@@ -91,7 +91,7 @@ def start() -> None:
     if how is None:
         return
     join_s, lost_s = (_whole(os.environ, f"POPI_JAX_{name}_S") or s for name, s in (("JOIN", JOIN_S), ("LOST", LOST_S)))
-    herald = _Herald()
+    herald = Herald()
     where = how.coordinator_address or "the address of process 0"
     number = "this process" if how.process_id is None else f"process {how.process_id}"
     count = "all" if how.num_processes is None else f"all {how.num_processes}"
@@ -176,7 +176,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _part(herald: _Herald) -> None:
+def _part(herald: Herald) -> None:
     jax.distributed.shutdown()  # waits for the others
     herald.withdraw()
 

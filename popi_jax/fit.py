@@ -29,16 +29,25 @@ def main(config: Config) -> None:
 
     if not config.mesh.topology:
         start_devices(config)
+    import jax
+
+    from popi_jax.distributed import Herald
     from popi_jax.planning import report
     from popi_jax.planning.fits import DoesNotFit, fit
     from popi_jax.planning.plan import make_plan
 
     target = targets.open_target(config)
     plan = make_plan(config, target)
+    # programs of JAX's cache may have lost the names that say which part of an update an instruction belongs to
+    jax.config.update("jax_enable_compilation_cache", False)
     print(f"compiling for {target.name} ...", file=sys.stderr, flush=True)
+    herald = Herald()
+    herald.keep("error: the compiler crashed, as told above; with --thorough it takes other ways")
     try:
         found = fit(plan, target)
+        herald.withdraw()
     except DoesNotFit as failure:
+        herald.withdraw()
         print(report.render_misfit(plan, target.name, failure))
         print(_suggestion(config, target, failure.available))
         sys.exit(1)

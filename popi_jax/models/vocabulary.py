@@ -34,7 +34,7 @@ def lookup(
 ) -> Float[Array, "rows n embed"]:
     """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in float32."""
     if _alone():
-        return table[ids].astype(dtype)
+        return _rows(table, ids).astype(dtype)
     rows, embed, shared = _layout(ids.shape[0], rules)
     pad = -ids.shape[1] % shards(rules.seq)
 
@@ -45,12 +45,12 @@ def lookup(
         if shared:
             ids = jax.lax.all_gather(ids, shared, axis=0, tiled=True)
         others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
-        table = jax.lax.pcast(table, others, to="varying").astype(jnp.float32)
+        table = jax.lax.pcast(table, others, to="varying")
         if not rules.vocab:
-            return table[ids].astype(dtype)
+            return _rows(table, ids)
         own = ids - jax.lax.axis_index(rules.vocab) * table.shape[0]
         inside = (own >= 0) & (own < table.shape[0])
-        x = jnp.where(inside[..., None], table[jnp.clip(own, 0, table.shape[0] - 1)], 0.0).astype(dtype)
+        x = jnp.where(inside[..., None], _rows(table, jnp.clip(own, 0, table.shape[0] - 1)), 0)
         if shared:
             x = jax.lax.psum_scatter(x, shared, scatter_dimension=0, tiled=True)
         alone = tuple(axis for axis in rules.vocab if axis not in shared)
@@ -59,6 +59,21 @@ def lookup(
     by_token = P(rows, rules.seq)
     program = jax.shard_map(here, in_specs=(P(rules.vocab, embed), by_token), out_specs=by_token)
     return program(table.astype(dtype), jnp.pad(ids, ((0, 0), (0, pad))))[:, : ids.shape[1]]
+
+
+@jax.custom_vjp
+def _rows(table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"]) -> Float[Array, "rows n embed"]:
+    return table[ids]
+
+
+def _rows_backward(kept: tuple[Array, Array], grads: Array) -> tuple[Array, None]:
+    table, ids = kept
+    # zeros that differ along the mesh axes that the table differs along, as jax.shard_map asks
+    start = jnp.zeros(table.shape, jnp.float32) + 0.0 * table[:1, :1].astype(jnp.float32)
+    return start.at[ids].add(grads.astype(jnp.float32)).astype(table.dtype), None
+
+
+_rows.defvjp(lambda table, ids: (table[ids], (table, ids)), _rows_backward)
 
 
 def with_head(

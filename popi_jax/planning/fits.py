@@ -180,7 +180,9 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
         kv = (
             model.embed_dim * model.num_kv_heads * model.head_dim * number // _split(plan, model.rollout_rules.kv_heads)
         )
-        weights = [c for c in moved if c.bytes >= kv]
+        users = plan.config.batch.users // _split(plan, model.rollout_rules.batch)
+        states = users * plan.config.inference.group_size * model.embed_dim * number  # that a step works on
+        weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
         text = f"collectives of weights in a step of sampling: {len(weights)}"
         found.append(Check(not weights, text))
         head = model.embed_dim * model.vocab_size * number // _split(plan, model.rules.vocab)

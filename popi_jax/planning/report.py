@@ -69,7 +69,7 @@ def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
             f"  share of the peak FLOP/s, serial: {s.serial_fraction:.2f}",
         ]
         lines += [f"  {'seconds of its parts':<24}{'compute':>9}{'HBM':>9}{'links':>9}{'slices':>9}{'share':>9}"]
-        for name, part in turn.parts.items():
+        for name, part in ((name, part) for name, part in turn.parts.items() if part.serial > 0.0005):
             numbers = "".join(f"{value:>9.3f}" for value in part)
             lines += [f"    {name.replace('_', ' ') or 'the rest':<22}{numbers}{part.serial_fraction:>9.2f}"]
         users, tokens = plan.config.batch.users, tokens_of(plan)
