@@ -349,7 +349,7 @@ def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
 
     Cast and moved once, before the loop, so that no step of it gathers weights.
     """
-    names = logical_names(jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0)))
+    names = logical_names(jax.eval_shape(partial(init_boxed, cfg=cfg), jax.eval_shape(jax.random.key, 0)))
 
     def laid_out(path: tuple[Any, ...], x: Array) -> Array:
         if path[-1].key == "scale":

@@ -112,7 +112,7 @@ def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh,
 
 def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
     """Shapes and shardings of a whole model whose parameters are stored as `dtype`."""
-    boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.random.key(0))
+    boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.eval_shape(jax.random.key, 0))
     layout = param_shardings(boxed, mesh, model.rules)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
 
