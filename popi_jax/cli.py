@@ -115,6 +115,12 @@ def load_config(spec: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
     return from_config_dict(values.config)
 
 
+def scales_of(chip: str) -> list[str]:
+    """Returns the rows of configs/scales.py for slices of a chip, e.g. v5e, the smallest first."""
+    scales = runpy.run_path(str(CONFIGS / "scales.py"))["SCALES"]
+    return [name for name, row in scales.items() if row.get("mesh.topology", "").startswith(f"{chip}:")]
+
+
 def base_fields() -> list[Field]:
     """Returns the fields of configs/base.py in order, read from its source."""
     source = (CONFIGS / "base.py").read_text(encoding="utf-8")

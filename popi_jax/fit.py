@@ -65,8 +65,9 @@ def _suggestion(config: Config, target: Any, available: float) -> str:
     rules = cli.load_config("prism:scale=laptop").mesh.rules
     for change, plan, expected in first_that_may_fit(config, target, available, rules):
         if not SUGGEST.value:
+            also = f"\ntraining all parameters{_larger(config, available)}" if "lora" in change.flags() else ""
             return (
-                f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}\n"
+                f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}{also}\n"
                 "--suggest compiles such changes and prints the first that does fit"
             )
         print(f"trying {change.flags()}", file=sys.stderr, flush=True)
@@ -76,7 +77,27 @@ def _suggestion(config: Config, target: Any, available: float) -> str:
             print(f"  {failure}", file=sys.stderr)
             continue
         return f"fits, with {found.memory.total / GIB:.1f} GiB per device: {change.flags()}"
-    return "no other microbatches, rematerialisation, mesh or users fit: take more chips (SCALE) or MODEL=lora"
+    return "no other microbatches, rematerialisation, mesh, users, nor adapters fit; it" + _larger(config, available)
+
+
+def _larger(config: Config, available: float) -> str:
+    """The next slice of the same chips that the configuration should fit."""
+    from popi_jax.planning.suggest import estimated_bytes
+    from popi_jax.planning.target import chips_of, open_target
+
+    spec = flags.FLAGS.config
+    name, _, options = spec.partition(":")
+    kept = [option for option in options.split(",") if option and not option.startswith("scale=")]
+    overrides = [arg for arg in sys.argv[1:] if arg.startswith("--config.") and not arg.startswith("--config.mesh.")]
+    kind, chips = config.mesh.topology.partition(":")[0], chips_of(config.mesh.topology)
+    for scale in cli.scales_of(kind):
+        larger = cli.load_config(f"{name}:{','.join([*kept, f'scale={scale}'])}", overrides)
+        if chips_of(larger.mesh.topology) > chips:
+            from popi_jax.planning.plan import make_plan
+
+            if (expected := estimated_bytes(make_plan(larger, open_target(larger)))) < available:
+                return f" should fit on SCALE={scale}, by an estimate of {expected / 2**30:.1f} GiB"
+    return " needs chips with more memory"
 
 
 if __name__ == "__main__":

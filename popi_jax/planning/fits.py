@@ -168,7 +168,8 @@ def flops_of(plan: Plan, kind: Kind) -> dict[str, int]:
 def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
     """What the layout promises, looked for in the compiled program."""
     model, found = plan.parts.model, []
-    matrices = [x for path, x in jax.tree.leaves_with_path(plan.state.inference.params) if x.ndim > 2]
+    weights = plan.frozen.inference if plan.config.inference.lora.rank else plan.state.inference.params
+    matrices = [x for path, x in jax.tree.leaves_with_path(weights) if path[-1].key in ("kernel", "embedding")]
     if len(plan.mesh.devices.flat) > 1:
         moved = [
             c
@@ -182,9 +183,9 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
         )
         users = plan.config.batch.users // _split(plan, model.rollout_rules.batch)
         states = users * plan.config.inference.group_size * model.embed_dim * number  # that a step works on
-        weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
-        text = f"collectives of weights in a step of sampling: {len(weights)}"
-        found.append(Check(not weights, text))
+        of_weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
+        text = f"collectives of weights in a step of sampling: {len(of_weights)}"
+        found.append(Check(not of_weights, text))
         head = model.embed_dim * model.vocab_size * number // _split(plan, model.rules.vocab)
         for turn in turns if _split(plan, model.rules.vocab_embed) > 1 else []:
             heads = [c for c in turn.traffic.collectives if "/head/all_gather" in c.op_name and c.bytes >= head]

@@ -21,16 +21,18 @@ class Change(NamedTuple):
         return " ".join(f"--config.{name}={_shown(value)}" for name, value in self.fields.items())
 
     def applied(self, config: Config) -> Config:
+        def replaced(section: Any, path: list[str], value: Any) -> Any:
+            inner = value if len(path) == 1 else replaced(getattr(section, path[0]), path[1:], value)
+            return dataclasses.replace(section, **{path[0]: inner})
+
         for name, value in self.fields.items():
-            section, _, field = name.partition(".")
-            part = dataclasses.replace(getattr(config, section), **{field: value})
-            config = dataclasses.replace(config, **{section: part})
+            config = replaced(config, name.split("."), value)
         return config
 
 
 def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterator[Change]:
     """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little arithmetic, other
-    sizes of the mesh, with the layout `rules`, communication, fewer users throughput."""
+    sizes of the mesh, with the layout `rules`, communication, fewer users throughput; adapters are another training."""
     b, mesh = config.batch, config.mesh
     splits = [n for n in range(b.microbatches + 1, b.users + 1) if b.users % n == 0]
     yield from (Change({"batch.microbatches": n}) for n in splits)
@@ -50,6 +52,9 @@ def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterato
                 yield Change({**shape, "batch.microbatches": n})
     for users in sorted((n for n in range(1, b.users) if b.users % n == 0), reverse=True):
         yield Change({"batch.users": users, "batch.microbatches": 1, "model.remat": "full"})
+    if config.model.checkpoint and not config.generator.lora.rank and not config.inference.lora.rank:
+        adapters = {"generator.lora.rank": 16, "inference.lora.rank": 16, "model.remat": "full"}
+        yield from (Change({**adapters, "batch.microbatches": n}) for n in (b.microbatches, *splits))
 
 
 def first_that_may_fit(

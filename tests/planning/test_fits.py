@@ -108,6 +108,11 @@ def test_the_suggestion_is_the_cheapest_change_that_is_expected_to_fit(toy: targ
     assert change.flags() == "--config.batch.microbatches=2"
     assert expected == suggest.estimated_bytes(smaller) < needed
     assert smaller.config.batch.microbatches == 2
+    # adapters come last, and then the state leaves room for them
+    last = list(
+        suggest.changes(dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="x")), 8, ())
+    )[-1]
+    assert last.applied(config).inference.lora.rank == last.applied(config).generator.lora.rank == 16
     # where the state leaves no room, nothing of it helps
     state = sum(plan.state_bytes(made).values())
     assert not list(suggest.first_that_may_fit(config, toy, state / 2, config.mesh.rules))
@@ -150,7 +155,7 @@ def test_the_command_compiles_for_a_tpu_that_is_not_there(tmp_path: Path) -> Non
 def test_what_does_not_fit_ends_soon_with_a_suggestion() -> None:
     done, seconds = run_fit("--config=prism:model=llama3-8b,scale=v5e:2x2")
     assert done.returncode == 1 and seconds < 30
-    assert "does not fit: the update needs" in done.stdout and "MODEL=lora" in done.stdout
+    assert "does not fit: the update needs" in done.stdout and "SCALE=v5e-" in done.stdout
     assert not done.stderr.count("Traceback")
 
 
