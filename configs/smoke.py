@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.mesh.fsdp, c.mesh.tensor = min(8, chips), 1
         c.mesh.data = chips // c.mesh.fsdp
     users = max(8, chips)
+    c.batch.microbatches = 1
     c.warmup.steps = 0 if c.model.checkpoint else 4
     c.warmup.generator_users = users
     c.warmup.summary_users = c.warmup.reading_users = users

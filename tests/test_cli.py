@@ -99,7 +99,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
         (["--config=configs/none.py"], "--config=configs/none.py: there is no file configs/none.py"),
         (["--config=models"], "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke"),
         (["--config=prism:modle=tiny"], '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale'),
-        (["--config=prism:model=tini"], 'must be one of tiny, small, pretrained, lora. Did you mean "tiny"?'),
+        (["--config=prism:model=tini"], 'gemma3-12b, lora. Did you mean "tiny"?'),
         (["--confg=prism"], '--confg: there is no such flag. Did you mean "config"?'),
         (["--confg.seed=3"], '--confg.seed: there is no such flag. Did you mean "config.seed"?'),
         (["--user=x"], '--user: there is no such flag. Did you mean "users"?'),

@@ -132,7 +132,9 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
         second.end()
     assert second.script.returncode == 0, second.stderr(0) + second.stderr(1)
     told = second.stderr(0)
-    assert "Continuing at step" in told and "8 device(s), mesh {'data': 2, 'fsdp': 4, 'tensor': 1}" in told
+    assert (
+        "Continuing at step" in told and "8 device(s), mesh {'data': 2, 'fsdp': 4, 'tensor': 1, 'sequence': 1}" in told
+    )
     assert LAST_LINE not in told
     assert not set(told.splitlines()) & set(second.stderr(1).splitlines())  # the first process alone speaks
     steps = [row["step"] for row in read_jsonl(second.workdir / "metrics.jsonl")]
@@ -146,13 +148,14 @@ import sys
 import jax, numpy as np
 from functools import partial
 from popi_jax import distributed
-from popi_jax.sharding import place_batch
+from popi_jax.sharding import make_mesh, place_batch
 from popi_jax.training.schedule import popi_update
 from popi_jax.models.roles import rollout
+from tests.oracles.plain import RULES
 from tests.training import small
 distributed.start()
 devices = jax.device_count()
-mesh = jax.make_mesh((1, devices, 1), small.MESH_AXES, axis_types=(small.AxisType.Auto,) * 3)
+mesh = make_mesh(1, devices, 1)
 with jax.set_mesh(mesh):
     cfg = small.make_config()
     parts = small.make_parts(cfg)
@@ -161,7 +164,7 @@ with jax.set_mesh(mesh):
     each = 8 // jax.process_count()
     own = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
     update = jax.jit(partial(popi_update, parts=parts, phases=small.parse_phases(("joint 2",))))
-    users = place_batch(jax.tree.map(lambda x: x[own], whole), mesh)
+    users = place_batch(jax.tree.map(lambda x: x[own], whole), mesh, RULES)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     draw = partial(rollout, model=parts.model, glue=parts.glue, sampling=parts.sampling, group_size=3)
     drawn = jax.jit(draw, out_shardings=everywhere)(state.inference.params, users, jax.random.key(7))

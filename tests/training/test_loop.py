@@ -24,6 +24,7 @@ from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
 from popi_jax.training.state import TrainState
 from tests import tiny_run
+from tests.oracles.plain import MODEL
 from tests.training import small
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ class Scripted:
 
     def run(self, last_step: int) -> None:
         mesh = small.make_mesh(1, 1, 1)
-        built = Built(self.cfg, "", mesh, None, None, None, small.GLUE, None)
+        built = Built(self.cfg, "", mesh, None, None, MODEL, small.GLUE, None)
         batches: Iterator[Any] = iter([small.user_batch(0)] * last_step)
         stop = StopRequest()
         try:
