@@ -23,10 +23,12 @@ class Row(NamedTuple):
     model: str
     scale: str
     lora: bool = False
+    fields: tuple[str, ...] = ()  # that are set otherwise than in the rows of configs/
 
     def arguments(self) -> list[str]:
-        adapters = ["--config.generator.lora.rank=16", "--config.inference.lora.rank=16"] if self.lora else []
-        return [f"--config=prism:model={self.model},scale={self.scale},schedule=joint", *adapters]
+        adapters = ("generator.lora.rank=16", "inference.lora.rank=16") if self.lora else ()
+        fields = [f"--config.{field}" for field in (*adapters, *self.fields)]
+        return [f"--config=prism:model={self.model},scale={self.scale},schedule=joint", *fields]
 
 
 ROWS = (
@@ -34,13 +36,13 @@ ROWS = (
     Row("llama3-8b", "v5e:8x8"),
     Row("llama3-8b", "v5e:16x16"),
     Row("llama3-8b", "2xv5e:8x8"),
-    Row("llama3-8b", "v6e:4x4"),
+    Row("llama3-8b", "v6e:4x8"),
     Row("llama3-8b", "v6e:8x8"),
     Row("llama3-8b", "v6e:16x16"),
     Row("llama3-8b", "v5p:2x2x4"),
     Row("llama3-8b", "v5p:4x4x4"),
     Row("llama3-8b", "2xv5p:4x4x4"),
-    Row("llama3-70b", "v6e:16x16"),
+    Row("llama3-70b", "v6e:16x16", fields=("mesh.fsdp=32", "mesh.tensor=8")),
     Row("llama3-70b", "v5p:4x8x8"),
     Row("llama3-70b", "v5p:8x8x8"),
     Row("llama3-70b", "2xv5p:4x8x8"),
@@ -61,7 +63,7 @@ def measured(row: Row) -> dict[str, Any] | None:
 
 
 def line(row: Row, found: dict[str, Any] | None) -> str:
-    model = row.model + (", adapters" if row.lora else "")
+    model = " ".join([row.model + (", adapters" if row.lora else ""), *row.fields])
     if found is None:
         return f"| {model} | {row.scale} | | | does not fit | | | | | | |"
     turn = found["turns"]["joint"]

@@ -87,6 +87,7 @@ def fit(plan: Plan, target: Target) -> Fit:
         if found is None:
             raise UserError(f"the program does not compile: {' '.join(str(e).split())[:400]}") from e
         raise DoesNotFit(found.needed, found.available, state) from None
+    del program  # its text is as long as that of the compiled one
     seconds, cpu = time.monotonic() - began, time.process_time()
     found = compiled.memory_analysis()
     memory = Memory(
