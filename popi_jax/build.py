@@ -54,7 +54,7 @@ def start_devices(config: Config) -> Mesh:
         config.mesh.num_devices, 8 if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else 1
     )
     if simulated > 1:
-        # collectives of simulated devices block threads of XLA's pool, which must not run out of them; NPROC is its size
+        # collectives of simulated devices block threads of XLA's pool, of which NPROC says how many there are
         os.environ.setdefault("NPROC", str(4 * simulated))
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
