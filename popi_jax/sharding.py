@@ -55,17 +55,26 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Seq
     if math.prod(sizes) != len(devices):
         shape = " x ".join(map(str, sizes))
         raise ValueError(f"mesh {' x '.join(MESH_AXES)} = {shape} does not fill {len(devices)} devices")
+    return Mesh(device_array(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_array(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the order of a mesh: neighbours along its axes near each other, `data` across slices.
+
+    Raises: UserError, as `make_mesh`.
+    """
+    data = sizes[0]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and data % slices == 0:
         within, across = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
-        array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        found = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     elif slices > 1 and devices[0].platform == "tpu":
         raise UserError(
             f"config.mesh.data = {data}: must be a multiple of {slices}, the TPU slices; set it to {slices}"
         )
     else:
-        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(np.asarray(array), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        found = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return np.asarray(found)
 
 
 def platform() -> str:
