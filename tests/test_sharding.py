@@ -54,7 +54,7 @@ def test_what_would_not_do_is_refused_by_name() -> None:
     ):
         layout(RULES, (1, 8, 1, 1), dataclasses.replace(MODEL, embed_dim=36))
     with pytest.raises(
-        UserError, match=r"parameter layers/attention/q/kernel .* split two of its axes by mesh axis tensor"
+        UserError, match=r"parameter layers/attention/k/kernel .* split two of its axes by mesh axis tensor"
     ):
         layout(RULES._replace(embed=("tensor",), vocab_embed=("fsdp",)), model=dataclasses.replace(MODEL, mlp_dim=64))
     with pytest.raises(UserError, match=r"parameter embed/embedding .* would be whole on every device"):
