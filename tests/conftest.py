@@ -30,4 +30,5 @@ def bucket() -> str:
     """The address of an empty bucket in memory; arrays of Orbax cannot go there."""
     fsspec.register_implementation("gcs", MemoryFileSystem, clobber=True)
     MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
     return "gs://bucket"
