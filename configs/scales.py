@@ -57,7 +57,7 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
     Up to 64 chips of a slice each train users of their own (FSDP_RULES); more share the users' rows along `tensor`.
     """
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
-    tensor = min(chips, 4 if chips < 512 else 8)
+    tensor = math.gcd(chips, 4 if chips < 512 else 8)
     apart = chips <= 64
     parts = 2 if chips >= 512 else 1  # users of a device, one after the other
     users = count * (chips if apart else parts * chips // tensor)

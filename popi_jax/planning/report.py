@@ -36,7 +36,7 @@ def render(plan: Plan, fit: Fit) -> str:
     lines += _memory(fit)
     for turn in fit.turns:
         lines += ["", *_turn(plan, turn, fit.num_devices)]
-    lines += ["", "structure"]
+    lines += ["", "structure"] if fit.checks else []
     lines += [f"  {'ok    ' if check.holds else 'FAILED'} {check.text}" for check in fit.checks]
     if any(turn.seconds for turn in fit.turns):
         lines += ["", ASSUMED]
@@ -46,13 +46,14 @@ def render(plan: Plan, fit: Fit) -> str:
 def _memory(fit: Fit) -> list[str]:
     m = fit.memory
     rows = [*m.state.items(), ("temporaries", m.temporaries)]
-    lines = [f"{'memory per device':<34}GiB"]
-    lines += [f"  {name:<28}{size / GIB:>9.2f}" for name, size in rows]
-    lines[-1] += f"   among them at times {m.cache / GIB:.2f} of keys and values while sampling"
-    lines += [f"  {'results beside arguments':<28}{m.results / GIB:>9.2f}"] if m.results > 0.005 * GIB else []
-    lines += [f"  {'total':<28}{m.total / GIB:>9.2f}"]
+    unit, one = ("GiB", GIB) if m.total >= GIB else ("MiB", 2**20)
+    lines = [f"{'memory per device':<34}{unit}"]
+    lines += [f"  {name:<28}{size / one:>9.2f}" for name, size in rows]
+    lines[-1] += f"   among them at times {m.cache / one:.2f} of keys and values while sampling"
+    lines += [f"  {'results beside arguments':<28}{m.results / one:>9.2f}"] if m.results > 0.005 * one else []
+    lines += [f"  {'total':<28}{m.total / one:>9.2f}"]
     if m.available:
-        lines[-1] += f"   of {m.available / GIB:.2f}: {100 * (1 - m.total / m.available):.0f} % are left"
+        lines[-1] += f"   of {m.available / one:.2f}: {100 * (1 - m.total / m.available):.0f} % are left"
     return lines
 
 
@@ -60,7 +61,8 @@ def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
     lines = [f"update that trains {'both roles' if turn.name == 'joint' else f'the {turn.name} alone'}"]
     if turn.name != "joint":
         lines[0] = lines[0].replace(" alone", " model" if turn.name == "inference" else "")
-    lines += [f"  {turn.flops / 1e12:.1f} TFLOP per device, {turn.traffic.hbm_bytes / 1e9:.0f} GB of its memory moved"]
+    amount = f"{turn.flops / 1e12:.1f} TFLOP" if turn.flops >= 1e11 else f"{turn.flops / 1e9:.1f} GFLOP"
+    lines += [f"  {amount} per device, {turn.traffic.hbm_bytes / 1e9:.0f} GB of its memory moved"]
     if turn.seconds is not None:
         s = turn.seconds
         lines += [
