@@ -179,16 +179,14 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
             if any(loop.says("decode") for loop in c.loops) and c.kind != "all-reduce"
         ]
         number = 2 if model.dtype == "bfloat16" else 4
-        kv = (
-            model.embed_dim * model.num_kv_heads * model.head_dim * number // _split(plan, model.rollout_rules.kv_heads)
-        )
-        users = plan.config.batch.users // _split(plan, model.rollout_rules.batch)
+        kv = model.embed_dim * model.num_kv_heads * model.head_dim * number // plan.split(model.rollout_rules.kv_heads)
+        users = plan.config.batch.users // plan.split(model.rollout_rules.batch)
         states = users * plan.config.inference.group_size * model.embed_dim * number  # that a step works on
         of_weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
         text = f"collectives of weights in a step of sampling: {len(of_weights)}"
         found.append(Check(not of_weights, text))
-        head = model.embed_dim * model.vocab_size * number // _split(plan, model.rules.vocab)
-        for turn in turns if _split(plan, model.rules.vocab_embed) > 1 else []:
+        head = model.embed_dim * model.vocab_size * number // plan.split(model.rules.vocab)
+        for turn in turns if plan.split(model.rules.vocab_embed) > 1 else []:
             heads = [c for c in turn.traffic.collectives if "/head/all_gather" in c.op_name and c.bytes >= head]
             inside = sum(any(loop.says("/head/") for loop in c.loops) for c in heads)
             times = sum(c.executions for c in heads) / plan.config.batch.microbatches
@@ -202,13 +200,6 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
     return found
 
 
-def _split(plan: Plan, axes: tuple[str, ...]) -> int:
-    count = 1
-    for axis in axes:
-        count *= plan.mesh.shape[axis]
-    return count
-
-
 def _splits(plan: Plan) -> bool:
     rules = plan.parts.model.rules
-    return any(_split(plan, getattr(rules, name)) > 1 for name in ("embed", "heads", "mlp", "vocab"))
+    return any(plan.split(getattr(rules, name)) > 1 for name in ("embed", "heads", "mlp", "vocab"))

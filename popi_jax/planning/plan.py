@@ -49,6 +49,10 @@ class Plan(NamedTuple):
         """The turns of the schedule, in the order of the program's branches."""
         return sorted({(bool(a), bool(b)) for a, b in role_turns(self.phases)})
 
+    def split(self, axes: tuple[str, ...]) -> int:
+        """Parts that an axis of an array is split in by these axes of the mesh."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
 
 def planned_model(config: Config) -> TransformerConfig:
     """The shape of both models: of the checkpoint's folder where there is one, else of the released model of its name.
@@ -138,11 +142,7 @@ def bytes_per_device(tree: Any) -> int:
 def cache_bytes(plan: Plan) -> int:
     """Keys and values per device while summaries are sampled: of the signals and of what is sampled."""
     model, cfg = plan.parts.model, plan.config
-    sizes = plan.mesh.shape
-
-    def split(axes: tuple[str, ...]) -> int:
-        return math.prod(sizes[axis] for axis in axes)
-
+    split = plan.split
     users = cfg.batch.users // cfg.batch.microbatches / split(model.rollout_rules.batch)
     slots = cfg.data.context_len + TEMPLATE + cfg.inference.group_size * cfg.data.summary_len
     heads = model.num_kv_heads / split(model.rollout_rules.attention_heads)

@@ -81,10 +81,7 @@ def temporaries(plan: Plan) -> dict[str, float]:
     """Bytes per device that sampling, rewards and each gradient step hold beside the arguments."""
     model, c, rules = plan.parts.model, plan.config, plan.parts.model.rules
     number = 2 if model.dtype == "bfloat16" else 4
-
-    def split(axes: tuple[str, ...]) -> int:
-        return math.prod(plan.mesh.shape[axis] for axis in axes)
-
+    split = plan.split
     users = c.batch.users / c.batch.microbatches / split(rules.batch)
     behind = c.data.summary_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
     tokens = {
