@@ -1,8 +1,8 @@
-"""Times every program of the workloads on this machine: seconds per step, tokens, FLOPs, memory, compilations.
+"""Times every program of the workloads on this machine: seconds per step, tokens, FLOPs, memory,
+compilations.
 
-Writes JSON and prints a table in Markdown. Figures of one run compare with one another; for two revisions use
-`make bench-compare`, which runs them side by side.
-"""
+Writes JSON and prints a table in Markdown. Figures of one run compare with one another; for two
+revisions use `make bench-compare`, which runs them side by side."""
 
 import argparse
 import sys
@@ -14,13 +14,26 @@ from benchmarks.report import table, write_json
 from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 
 HEAD = (
-    *("program", "CPU s", "min", "max", "wall s", "tokens / CPU s", "GFLOP", "MFU %", "compile CPU s"),
+    *(
+        "program",
+        "CPU s",
+        "min",
+        "max",
+        "wall s",
+        "tokens / CPU s",
+        "GFLOP",
+        "MFU %",
+        "compile CPU s",
+    ),
     *("first call s", "memory MB", "temporaries MB"),
 )
 
 
-def chosen_programs(workloads: Sequence[Workload], geometry: str) -> list[tuple[Workload, Geometry, bool]]:
-    """(workload, geometry, whether the preference step alone): wide models are timed on the first workload of pairs."""
+def chosen_programs(
+    workloads: Sequence[Workload], geometry: str
+) -> list[tuple[Workload, Geometry, bool]]:
+    """(workload, geometry, whether the preference step alone): wide models are timed on the first
+    workload of pairs."""
     tiny = [(work, TINY, False) for work in workloads] if geometry in ("tiny", "both") else []
     pairs = WORKLOADS["dpo"]._replace(name="wide")
     return tiny + ([(pairs, WIDE, True)] if geometry in ("wide", "both") else [])
@@ -55,8 +68,20 @@ def markdown(result: dict[str, Any]) -> str:
     m = result["machine"]
     rows = [
         (
-            *(p["program"], p["cpu_s"]["median"], p["cpu_s"]["min"], p["cpu_s"]["max"], p["wall_s"]["median"]),
-            *(p["tokens_per_cpu_s"], p["flops"] / 1e9, 100 * p["mfu"], p["compile_cpu_s"], p["first_call_wall_s"]),
+            *(
+                p["program"],
+                p["cpu_s"]["median"],
+                p["cpu_s"]["min"],
+                p["cpu_s"]["max"],
+                p["wall_s"]["median"],
+            ),
+            *(
+                p["tokens_per_cpu_s"],
+                p["flops"] / 1e9,
+                100 * p["mfu"],
+                p["compile_cpu_s"],
+                p["first_call_wall_s"],
+            ),
             *(p["memory_bytes"]["total"] / 1e6, p["memory_bytes"]["temporaries"] / 1e6),
         )
         for p in result["programs"]
@@ -81,10 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="both",
         help="tiny: all programs at width 256; wide: the preference step at width 1024",
     )
-    flags.add_argument("--no-padding", action="store_true", help="leave out the padding in the batches of the sample")
-    flags.add_argument("--out", default="work/bench/bench.json", metavar="FILE", help="where the figures go")
+    flags.add_argument(
+        "--no-padding",
+        action="store_true",
+        help="leave out the padding in the batches of the sample",
+    )
+    flags.add_argument(
+        "--out", default="work/bench/bench.json", metavar="FILE", help="where the figures go"
+    )
     args: argparse.Namespace = flags.parse_args(argv)
-    result = bench(chosen_programs([WORKLOADS[name] for name in args.workloads], args.geometry), args.rounds)
+    result = bench(
+        chosen_programs([WORKLOADS[name] for name in args.workloads], args.geometry), args.rounds
+    )
     sample = ["--config.data.path=data/none", "--config.data.download=false"]
     shares = {} if args.no_padding else padding.of_configuration("prism:scale=laptop", sample)
     result["padding"] = {name: one._asdict() for name, one in shares.items()}

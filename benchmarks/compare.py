@@ -1,8 +1,8 @@
-"""Times the programs of this tree and of another revision side by side, and fails when one of them became slower.
+"""Times the programs of this tree and of another revision side by side, and fails when one of them
+became slower.
 
-The steps of both trees take turns, so that whatever else the machine does hits both alike. A ratio is CPU seconds of
-a step of this tree over those of the other revision's.
-"""
+The steps of both trees take turns, so that whatever else the machine does hits both alike. A ratio
+is CPU seconds of a step of this tree over those of the other revision's."""
 
 import contextlib
 import json
@@ -28,7 +28,9 @@ class CompareError(Exception):
 
 
 class Verdict(NamedTuple):
-    rows: list[tuple[str, float, float, float, str]]  # program, least, median and greatest ratio, verdict
+    rows: list[
+        tuple[str, float, float, float, str]
+    ]  # program, least, median and greatest ratio, verdict
     slower: list[str]
 
 
@@ -92,14 +94,19 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        found = json.loads(line) if line else {"error": f"the process ended with status {self._process.wait()}"}
+        found = (
+            json.loads(line)
+            if line
+            else {"error": f"the process ended with status {self._process.wait()}"}
+        )
         if "error" in found:
             raise CompareError(f"{self._label} cannot run these benchmarks: {found['error']}")
         return found
 
 
 def ratios(now: Worker, base: Worker, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Pairs of steps, the two trees first in turns; the first pair of each program is not counted."""
+    """Pairs of steps, the two trees first in turns; the first pair of each program is not
+    counted."""
     found: dict[str, list[float]] = {name: [] for name in names}
     with Progress((rounds + 1) * len(names), label="pairs of steps", interval=10.0) as progress:
         for number in range(rounds + 1):
@@ -116,7 +123,10 @@ def ratios(now: Worker, base: Worker, names: Sequence[str], rounds: int) -> dict
 def compare(revision: str, workloads: Sequence[str], rounds: int, threshold: float) -> int:
     """Raises: CompareError."""
     with tree_of(revision) as tree, contextlib.ExitStack() as stack:
-        workers = [Worker("this tree", ROOT, workloads), Worker(f'BASE = "{revision}"', tree, workloads)]
+        workers = [
+            Worker("this tree", ROOT, workloads),
+            Worker(f'BASE = "{revision}"', tree, workloads),
+        ]
         for worker in workers:
             stack.callback(worker.close)
         print("compiling the programs of both trees", file=sys.stderr)
@@ -127,10 +137,19 @@ def compare(revision: str, workloads: Sequence[str], rounds: int, threshold: flo
         judged = verdict(ratios(now, base, both, rounds), threshold)
     print(table(("program", "least ratio", "median", "greatest", "verdict"), judged.rows))
     for name in sorted({*now.programs, *base.programs} - {*both}):
-        where = "this tree alone" if name not in base.programs else revision if name not in now.programs else ""
+        where = (
+            "this tree alone"
+            if name not in base.programs
+            else revision
+            if name not in now.programs
+            else ""
+        )
         print(f"not compared: {name} ({f'in {where}' if where else 'the work differs'})")
     if judged.slower:
-        print(f"error: slower than {revision} by more than {threshold:g}: {', '.join(judged.slower)}", file=sys.stderr)
+        print(
+            f"error: slower than {revision} by more than {threshold:g}: {', '.join(judged.slower)}",
+            file=sys.stderr,
+        )
     return 1 if judged.slower else 0
 
 
@@ -140,8 +159,12 @@ def _git(*args: str) -> subprocess.CompletedProcess[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = options.parser(__doc__, rounds=7)
-    flags.add_argument("--base", required=True, metavar="REVISION", help="commit, tag or branch to compare with")
-    flags.add_argument("--threshold", type=float, default=1.05, help="the greatest median ratio that passes")
+    flags.add_argument(
+        "--base", required=True, metavar="REVISION", help="commit, tag or branch to compare with"
+    )
+    flags.add_argument(
+        "--threshold", type=float, default=1.05, help="the greatest median ratio that passes"
+    )
     args = flags.parse_args(argv)
     try:
         return compare(args.base, args.workloads, args.rounds, args.threshold)

@@ -1,9 +1,9 @@
-"""How seconds per step grow with the users, with the pairs of each (K) and with the samples of each (G).
+"""How seconds per step grow with the users, with the pairs of each (K) and with the samples of each
+(G).
 
-Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals and summaries of two
-lengths: the signals of a user are read once for all samples, so what one more sample costs should depend on the length
-of the summary and hardly on that of the signals.
-"""
+Straight lines are fitted to CPU seconds by least squares. Samples are measured for signals and
+summaries of two lengths: the signals of a user are read once for all samples, so what one more
+sample costs should depend on the length of the summary and hardly on that of the signals."""
 
 import sys
 from collections.abc import Sequence
@@ -14,15 +14,27 @@ from benchmarks.growth_chart import Line, Panel, draw
 from benchmarks.report import table, write_json, write_text
 from benchmarks.workloads import TINY, Workload
 
-# heads of 64, as in small released models: with smaller ones a softmax costs a CPU as much as the products around it
+# heads of 64, as in small released models: with smaller ones a softmax costs a CPU as much as the
+# products around it
 GEOMETRY = TINY._replace(num_layers=2, vocab_size=1024, embed_dim=512, head_dim=64, mlp_dim=2048)
 # small works of the three kinds; one number of each is varied
 PAIRS = Workload("pairs", "dpo", users=2, pairs=2, signals_len=64, prompt_len=32, answer_len=32)
 SAMPLES = Workload("samples", "grpo", users=2, group=4, signals_len=256, summary_len=16)
 BOTH = Workload(
-    *("both", "popi"), users=2, pairs=2, group=4, signals_len=128, prompt_len=32, answer_len=32, summary_len=16
+    *("both", "popi"),
+    users=2,
+    pairs=2,
+    group=4,
+    signals_len=128,
+    prompt_len=32,
+    answer_len=32,
+    summary_len=16,
 )
-STEPS = {"pairs": "generator_step+stored_reference", "samples": "inference_step", "both": "fused_update"}
+STEPS = {
+    "pairs": "generator_step+stored_reference",
+    "samples": "inference_step",
+    "both": "fused_update",
+}
 LABELS = {"pairs": "preference step", "samples": "policy-gradient step", "both": "fused update"}
 
 
@@ -55,7 +67,10 @@ def plan(panels: Sequence[str]) -> list[Series]:
         Series("users", LABELS[w.name], [(n, w._replace(users=n)) for n in (1, 2, 4, 8)])
         for w in (PAIRS, SAMPLES, BOTH)
     ]
-    found += [Series("pairs", LABELS[w.name], [(n, w._replace(pairs=n)) for n in (1, 2, 4, 8)]) for w in (PAIRS, BOTH)]
+    found += [
+        Series("pairs", LABELS[w.name], [(n, w._replace(pairs=n)) for n in (1, 2, 4, 8)])
+        for w in (PAIRS, BOTH)
+    ]
     for summary_len in (16, 32):
         for signals_len in (256, 512):
             work = SAMPLES._replace(summary_len=summary_len, signals_len=signals_len)
@@ -81,12 +96,20 @@ def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
     compiled = measure.run_rounds([*cases.values()], rounds)
     lines = []
     for one in series:
-        points = [(n, measure.spread([s.cpu for s in cases[work].steps])["median"]) for n, work in one.works]
+        points = [
+            (n, measure.spread([s.cpu for s in cases[work].steps])["median"])
+            for n, work in one.works
+        ]
         flops = [(n, cases[work].flops) for n, work in one.works]
         memory = [(n, cases[work].memory["total"]) for n, work in one.works]
         lines.append(
             {
-                **{"panel": one.panel, "label": one.label, "cpu_s": points, "fit": fit(points)._asdict()},
+                **{
+                    "panel": one.panel,
+                    "label": one.label,
+                    "cpu_s": points,
+                    "fit": fit(points)._asdict(),
+                },
                 **{"flops": flops, "flops_fit": fit(flops)._asdict(), "memory_bytes": memory},
             }
         )
@@ -102,12 +125,25 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [
         (
             *(line["panel"], line["label"], ", ".join(f"{n}: {s:.3g}" for n, s in line["cpu_s"])),
-            *(1e3 * line["fit"]["slope"], 1e3 * line["fit"]["intercept"], f"{line['fit']['r2']:.4f}"),
+            *(
+                1e3 * line["fit"]["slope"],
+                1e3 * line["fit"]["intercept"],
+                f"{line['fit']['r2']:.4f}",
+            ),
             *(line["flops_fit"]["slope"] / 1e9, f"{line['flops_fit']['r2']:.4f}"),
         )
         for line in result["lines"]
     ]
-    head = ("against", "step", "CPU s", "ms for one more", "ms at none", "R²", "GFLOP for one more", "R² of FLOP")
+    head = (
+        "against",
+        "step",
+        "CPU s",
+        "ms for one more",
+        "ms at none",
+        "R²",
+        "GFLOP for one more",
+        "R² of FLOP",
+    )
     return table(head, rows)
 
 
@@ -129,8 +165,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = options.parser(__doc__, rounds=5, workloads=False)
     names = ("users", "pairs", "samples")
     flags.add_argument("--only", choices=names, nargs="+", default=names, help="what is varied")
-    flags.add_argument("--out", default="work/bench/growth.json", metavar="FILE", help="where the figures go")
-    flags.add_argument("--chart", default="docs/performance/growth.svg", metavar="FILE", help="where the chart goes")
+    flags.add_argument(
+        "--out", default="work/bench/growth.json", metavar="FILE", help="where the figures go"
+    )
+    flags.add_argument(
+        "--chart",
+        default="docs/performance/growth.svg",
+        metavar="FILE",
+        help="where the chart goes",
+    )
     args = flags.parse_args(argv)
     result = growth(plan(args.only), args.rounds)
     write_json(args.out, result)

@@ -33,7 +33,9 @@ def draw(panels: Sequence[Panel], y_label: str) -> str:
 def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
     points = [point for line in panel.lines for point in line.points]
     x_step, y_step = nice_step(max(x for x, _ in points)), nice_step(max(y for _, y in points))
-    x_max, y_max = (step * -(-max(p[i] for p in points) // step) for i, step in enumerate((x_step, y_step)))
+    x_max, y_max = (
+        step * -(-max(p[i] for p in points) // step) for i, step in enumerate((x_step, y_step))
+    )
     right, low = WIDTH - 16, HEIGHT - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -54,14 +56,24 @@ def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
     made.append(stroke(at(0, 0), at(0, y_max), "#444444"))
     made.append(text(offset + (LEFT + right) / 2, low + 34, panel.x_label))
     middle = (TOP + low) / 2
-    made.append(text(offset + 14, middle, y_label, more=f'transform="rotate(-90 {offset + 14} {middle})"'))
+    made.append(
+        text(offset + 14, middle, y_label, more=f'transform="rotate(-90 {offset + 14} {middle})"')
+    )
     for i, line in enumerate(panel.lines):
         colour = COLOURS[i % len(COLOURS)]
         end = max(x for x, _ in line.points)
-        made.append(stroke(at(0, max(line.intercept, 0)), at(end, line.intercept + line.slope * end), colour))
+        made.append(
+            stroke(
+                at(0, max(line.intercept, 0)), at(end, line.intercept + line.slope * end), colour
+            )
+        )
         for x, y in line.points:
-            made.append(f'<circle cx="{at(x, y)[0]:.1f}" cy="{at(x, y)[1]:.1f}" r="3.5" fill="{colour}"/>')
-        made.append(text(offset + LEFT + 8, TOP + 14 + 16 * i, line.label, "start", f'fill="{colour}"'))
+            made.append(
+                f'<circle cx="{at(x, y)[0]:.1f}" cy="{at(x, y)[1]:.1f}" r="3.5" fill="{colour}"/>'
+            )
+        made.append(
+            text(offset + LEFT + 8, TOP + 14 + 16 * i, line.label, "start", f'fill="{colour}"')
+        )
     return made
 
 

@@ -1,10 +1,20 @@
-"""Reads the text of a compiled program: the kind of work of each operation, and the line of the source behind it."""
+"""Reads the text of a compiled program: the kind of work of each operation, and the line of the
+source behind it."""
 
 import re
 from typing import NamedTuple
 
 PRODUCTS = {"dot", "convolution"}
-MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "transpose", "reverse", "pad"}
+MOVES = {
+    "copy",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "concatenate",
+    "transpose",
+    "reverse",
+    "pad",
+}
 LOOKUPS = {"gather", "scatter"}
 CONTAINERS = {"while", "call", "conditional"}  # the time of what they run is counted there
 _NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}  # never run
@@ -72,7 +82,13 @@ def _tables(text: str) -> tuple[dict[str, str], dict[str, tuple[str, str]], dict
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")):
             break
-        section = line if line in ("FileNames", "FileLocations", "StackFrames") else "" if line == "" else section
+        section = (
+            line
+            if line in ("FileNames", "FileLocations", "StackFrames")
+            else ""
+            if line == ""
+            else section
+        )
         if section == "FileNames" and line[:1].isdigit():
             number, _, name = line.partition(" ")
             files[number] = name.strip('"')

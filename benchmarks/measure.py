@@ -1,4 +1,5 @@
-"""Compiles programs, runs their steps in turns, and counts seconds, FLOPs, memory and compilations."""
+"""Compiles programs, runs their steps in turns, and counts seconds, FLOPs, memory and
+compilations."""
 
 import dataclasses
 import platform
@@ -33,7 +34,8 @@ class Seconds(NamedTuple):
 
 @dataclasses.dataclass
 class Case:
-    """A program that is compiled, and what was measured of it. Each step goes on from the state of the one before."""
+    """A program that is compiled, and what was measured of it. Each step goes on from the state of
+    the one before."""
 
     name: str
     tokens: int  # distinct tokens of the work
@@ -55,7 +57,8 @@ class Case:
 
 
 def prepare(program: Program, work: Workload) -> Case:
-    """Compiles a program and runs its first step. The rollout of a workload writes `summary_len` tokens."""
+    """Compiles a program and runs its first step. The rollout of a workload writes `summary_len`
+    tokens."""
     arguments = (program.carry, *program.inputs)
     start = _now()
     lowered = program.step.lower(*arguments)  # type: ignore[attr-defined]
@@ -65,7 +68,14 @@ def prepare(program: Program, work: Workload) -> Case:
     counted = flops(program.step, *arguments, while_trips=max(work.summary_len, 1))
     zero = Seconds(0.0, 0.0)
     case = Case(
-        program.name, work.tokens, compiled, *(program.carry, program.inputs, counted), {}, traced, seconds, zero
+        program.name,
+        work.tokens,
+        compiled,
+        *(program.carry, program.inputs, counted),
+        {},
+        traced,
+        seconds,
+        zero,
     )
     case.memory = memory(compiled)
     case.first = case.step()
@@ -73,7 +83,8 @@ def prepare(program: Program, work: Workload) -> Case:
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """Bytes that a compiled program needs at once; a donated argument, in which an output lies, counts once."""
+    """Bytes that a compiled program needs at once; a donated argument, in which an output lies,
+    counts once."""
     stats = compiled.memory_analysis()
     sizes = {
         "arguments": stats.argument_size_in_bytes,
@@ -81,12 +92,20 @@ def memory(compiled: Any) -> dict[str, int]:
         "outputs": stats.output_size_in_bytes,
         "alias": stats.alias_size_in_bytes,
     }
-    return sizes | {"total": sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["alias"]}
+    return sizes | {
+        "total": sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["alias"]
+    }
 
 
-def run_rounds(cases: Sequence[Case], rounds: int, *, label: str = "steps", interval: float = 10.0) -> int:
-    """Runs one step of each case per round, so that drift of the machine hits all alike; returns the compilations."""
-    with compilations() as count, Progress(rounds * len(cases), label=label, interval=interval) as progress:
+def run_rounds(
+    cases: Sequence[Case], rounds: int, *, label: str = "steps", interval: float = 10.0
+) -> int:
+    """Runs one step of each case per round, so that drift of the machine hits all alike; returns
+    the compilations."""
+    with (
+        compilations() as count,
+        Progress(rounds * len(cases), label=label, interval=interval) as progress,
+    ):
         for step in range(rounds * len(cases)):
             case = cases[step % len(cases)]
             case.steps.append(case.step())
@@ -112,7 +131,8 @@ def compilations() -> Iterator[list[int]]:
 def matmul_peak(
     shapes: Iterable[tuple[int, int, int]] = (*((n, n, n) for n in SQUARE), *TALL), repeats: int = 5
 ) -> float:
-    """FLOP per CPU second of the fastest float32 product of matrices: what a program could reach here and now."""
+    """FLOP per CPU second of the fastest float32 product of matrices: what a program could reach
+    here and now."""
     product, best = jax.jit(jnp.matmul), 0.0
     for m, k, n in shapes:
         a, b = jnp.ones((m, k)), jnp.ones((k, n))
@@ -128,7 +148,8 @@ def matmul_peak(
 
 
 def summary(case: Case, peak: float) -> dict[str, Any]:
-    """What is reported of a case; `mfu` is the share of the matrix products' peak in the CPU seconds of a step."""
+    """What is reported of a case; `mfu` is the share of the matrix products' peak in the CPU
+    seconds of a step."""
     cpu = spread([step.cpu for step in case.steps])
     return {
         "program": case.name,

@@ -21,12 +21,26 @@ def workload_names(text: str) -> list[str]:
     return names or [*WORKLOADS]
 
 
-def parser(description: str | None, *, rounds: int, workloads: bool = True) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parser(
+    description: str | None, *, rounds: int, workloads: bool = True
+) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     if workloads:
         text = f"of benchmarks/workloads.py, with commas between: {', '.join(WORKLOADS)}"
-        made.add_argument("--workloads", type=workload_names, default=",".join(WORKLOADS), metavar="A,B", help=text)
+        made.add_argument(
+            "--workloads",
+            type=workload_names,
+            default=",".join(WORKLOADS),
+            metavar="A,B",
+            help=text,
+        )
     made.add_argument(
-        "--rounds", type=positive, default=rounds, metavar="N", help="steps of each program that are timed"
+        "--rounds",
+        type=positive,
+        default=rounds,
+        metavar="N",
+        help="steps of each program that are timed",
     )
     return made

@@ -1,8 +1,8 @@
 """How much of what the models compute holds no token, and what it saves to leave that out.
 
-Looks at batches of a configuration (--config and --config.FIELD=VALUE as for training; the default is that of make
-train on its sample), then times the gradient steps on texts of uneven lengths, with padding and without, in turns.
-"""
+Looks at batches of a configuration (--config and --config.FIELD=VALUE as for training; the default
+is that of make train on its sample), then times the gradient steps on texts of uneven lengths, with
+padding and without, in turns."""
 
 import argparse
 import multiprocessing
@@ -25,7 +25,8 @@ MEAN, STD = 0.55, 0.2  # of the lengths of uneven texts, as parts of the longest
 
 
 class Padding(NamedTuple):
-    """Shares without a token: of all slots, and of what is computed token by token. Missing pairs are padding too."""
+    """Shares without a token: of all slots, and of what is computed token by token. Missing pairs
+    are padding too."""
 
     slots: float
     computed: float  # places of the batches that fit them, slots of the others
@@ -33,7 +34,8 @@ class Padding(NamedTuple):
 
 
 def padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
-    """Of the signals and of the pairs, summaries left out, and of the replies, to which the LM head is applied."""
+    """Of the signals and of the pairs, summaries left out, and of the replies, to which the LM head
+    is applied."""
     seen = list(batches)
     parts = {
         "signals": (("context",), fill.contexts),
@@ -53,7 +55,8 @@ def padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
 
 
 def of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
-    """Of the first batches that a run makes. In a process of its own: a run starts devices and sets a mesh.
+    """Of the first batches that a run makes. In a process of its own: a run starts devices and sets
+    a mesh.
 
     Raises: UserError.
     """
@@ -71,7 +74,9 @@ def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     with tempfile.TemporaryDirectory() as workdir:
         config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
         built = build(config, to_json(config))
-        batches = pipeline.user_batches(built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed)
+        batches = pipeline.user_batches(
+            built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed
+        )
         return padding(islice(iter(batches), BATCHES), open_fill(built))
 
 
@@ -123,7 +128,12 @@ def markdown(shares: dict[str, Padding]) -> str:
 def markdown_of_steps(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         (
-            *(row["step"], row["width"], row["padded_cpu_s"]["median"], row["dense_cpu_s"]["median"]),
+            *(
+                row["step"],
+                row["width"],
+                row["padded_cpu_s"]["median"],
+                row["dense_cpu_s"]["median"],
+            ),
             *(row["ratio"]["median"], row["ratio"]["min"], row["ratio"]["max"]),
         )
         for row in rows
@@ -136,9 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     flags = options.parser(__doc__, rounds=5, workloads=False)
     flags.formatter_class = argparse.RawDescriptionHelpFormatter
-    flags.add_argument("--config", default="prism", help="configuration whose batches are looked at (prism)")
+    flags.add_argument(
+        "--config", default="prism", help="configuration whose batches are looked at (prism)"
+    )
     flags.add_argument("--no-steps", action="store_true", help="time nothing")
-    flags.add_argument("--out", default="work/bench/padding.json", metavar="FILE", help="where the figures go")
+    flags.add_argument(
+        "--out", default="work/bench/padding.json", metavar="FILE", help="where the figures go"
+    )
     args, settings = flags.parse_known_args(argv)
     if unknown := [flag for flag in settings if not flag.startswith("--config.")]:
         flags.error(f"{unknown[0]}: unknown; settings are --config.FIELD=VALUE")

@@ -1,4 +1,5 @@
-"""Traces steps of one program, for TensorBoard or Perfetto, and sums up on one page where their time goes."""
+"""Traces steps of one program, for TensorBoard or Perfetto, and sums up on one page where their
+time goes."""
 
 import argparse
 import shutil
@@ -22,7 +23,8 @@ class Event(NamedTuple):
 
 
 def events_of(folder: Path) -> list[Event]:
-    """The runs of single operations in the newest trace below a folder; of the waiting around them none."""
+    """The runs of single operations in the newest trace below a folder; of the waiting around them
+    none."""
     from jax.profiler import ProfileData
 
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
@@ -35,8 +37,11 @@ def events_of(folder: Path) -> list[Event]:
     return found
 
 
-def by_operation(events: Iterable[Event], known: Mapping[str, Operation]) -> dict[str, tuple[float, int]]:
-    """Operation -> (seconds, runs); what is no operation of the program is left out, as are loops around others."""
+def by_operation(
+    events: Iterable[Event], known: Mapping[str, Operation]
+) -> dict[str, tuple[float, int]]:
+    """Operation -> (seconds, runs); what is no operation of the program is left out, as are loops
+    around others."""
     seconds: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
     for event in events:
@@ -63,7 +68,12 @@ def page(
     of_operations = [
         (
             f"`{operation}`",
-            *(known[operation].kind, 1e3 * seconds / steps, f"{100 * seconds / whole:.1f} %", runs / steps),
+            *(
+                known[operation].kind,
+                1e3 * seconds / steps,
+                f"{100 * seconds / whole:.1f} %",
+                runs / steps,
+            ),
             f"{_short(known[operation].asked_by)} {_relative(known[operation].source)}".strip(),
         )
         for operation, (seconds, runs) in list(totals.items())[:longest]
@@ -77,7 +87,9 @@ def page(
             "",
             table(("kind of operation", "ms per step", "share"), of_kinds),
             "",
-            table(("operation", "kind", "ms per step", "share", "runs", "asked for by"), of_operations),
+            table(
+                ("operation", "kind", "ms per step", "share", "runs", "asked for by"), of_operations
+            ),
             "",
         )
     )
@@ -104,7 +116,10 @@ def profile(name: str, steps: int, out: Path) -> str:
     facts = [
         ("steps traced", str(steps)),
         ("seconds per step, traced", f"{cpu:.3g} CPU, {wall:.3g} wall"),
-        ("products of matrices", f"{case.flops / 1e9:.1f} GFLOP per step, {case.flops / cpu / 1e9:.1f} per CPU second"),
+        (
+            "products of matrices",
+            f"{case.flops / 1e9:.1f} GFLOP per step, {case.flops / cpu / 1e9:.1f} per CPU second",
+        ),
         ("memory", ", ".join(f"{key} {size / 1e6:.0f} MB" for key, size in case.memory.items())),
     ]
     return page(name, by_operation(events_of(out), known), known, steps=steps, facts=facts)
@@ -125,16 +140,28 @@ def _relative(source: str) -> str:
 
 def _workload_of(text: str) -> str:
     if text.partition("/")[0] not in WORKLOADS:
-        raise argparse.ArgumentTypeError(f'"{text}": must begin with one of {", ".join(f"{n}/" for n in WORKLOADS)}')
+        raise argparse.ArgumentTypeError(
+            f'"{text}": must begin with one of {", ".join(f"{n}/" for n in WORKLOADS)}'
+        )
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = options.parser(__doc__, rounds=2, workloads=False)
     flags.add_argument(
-        "--program", type=_workload_of, default="popi/fused_update", metavar="NAME", help="workload/program"
+        "--program",
+        type=_workload_of,
+        default="popi/fused_update",
+        metavar="NAME",
+        help="workload/program",
     )
-    flags.add_argument("--out", type=Path, default=Path("work/profile"), metavar="FOLDER", help="where the trace goes")
+    flags.add_argument(
+        "--out",
+        type=Path,
+        default=Path("work/profile"),
+        metavar="FOLDER",
+        help="where the trace goes",
+    )
     args = flags.parse_args(argv)
     try:
         text = profile(args.program, args.rounds, args.out)

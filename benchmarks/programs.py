@@ -1,4 +1,5 @@
-"""The jitted programs of a workload with random inputs: the very functions that `make train` runs."""
+"""The jitted programs of a workload with random inputs: the very functions that `make train`
+runs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,9 @@ class Program(NamedTuple):
     compute_dtype: str
 
 
-def transformer(geometry: Geometry, *, dtype: str = "float32", remat: str = "none") -> TransformerConfig:
+def transformer(
+    geometry: Geometry, *, dtype: str = "float32", remat: str = "none"
+) -> TransformerConfig:
     return TransformerConfig(**geometry._asdict(), dtype=dtype, remat=remat)
 
 
@@ -59,10 +62,13 @@ def tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int, vocab_s
 
 
 def user_batch(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
-    """Users whose texts all have the full length; the headers of a conversation count as part of the texts."""
+    """Users whose texts all have the full length; the headers of a conversation count as part of
+    the texts."""
     rng = np.random.default_rng(seed)
     users, pairs = work.users, max(work.pairs, 1)
-    behind = work.prompt_len if work.kind == "popi" or work.signals_len else work.prompt_len - PREFIX_LEN
+    behind = (
+        work.prompt_len if work.kind == "popi" or work.signals_len else work.prompt_len - PREFIX_LEN
+    )
     return UserBatch(
         index=jnp.arange(users, dtype=jnp.int32),
         context=tokens(rng, (users,), max(work.signals_len - TURN_LEN, 1), vocab_size),
@@ -74,14 +80,18 @@ def user_batch(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
     )
 
 
-def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", remat: str = "none") -> list[Program]:
+def programs(
+    work: Workload, geometry: Geometry, *, dtype: str = "float32", remat: str = "none"
+) -> list[Program]:
     """The programs of a workload, none compiled yet."""
     model = transformer(geometry, dtype=dtype, remat=remat)
     phase = {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind]
     cfg = config(work, phase)
     glue = Glue(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
     sampling = Sampling(1.0, max(work.summary_len, 2), END, banned=(END,))
-    transforms = Transforms(optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000))
+    transforms = Transforms(
+        optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000)
+    )
     parts = Parts(model, transforms, glue, sampling, cfg, first_step=0)
     init = jax.jit(partial(init_state, model=model, transforms=transforms, cfg=cfg))
     state, other = init(jnp.int32(0)), init(jnp.int32(1))
@@ -91,17 +101,23 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
 
     def add(name: str, step: Callable[..., tuple[Any, Any]], carry: Any, *inputs: Any) -> None:
         copied = jax.tree.map(jnp.copy, carry)
-        made.append(Program(f"{work.name}/{name}", jax.jit(step, donate_argnums=0), copied, inputs, dtype))
+        made.append(
+            Program(f"{work.name}/{name}", jax.jit(step, donate_argnums=0), copied, inputs, dtype)
+        )
 
     step_of = partial(generator_step, model=model, tx=transforms.generator, cfg=cfg)
     if work.kind == "dpo":
         contexts = jax.tree.map(lambda x: x[:, None], _dpo_contexts(work, users, glue))
 
-        def generator(role: Any, frozen: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
+        def generator(
+            role: Any, frozen: Any, contexts: Tokens, users: UserBatch
+        ) -> tuple[Any, Any]:
             reference = pair_logps(frozen, contexts, users, model=model)
             return step_of(role, frozen, reference, contexts, users)[:2]
 
-        def stored(role: Any, reference: PairLogps, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
+        def stored(
+            role: Any, reference: PairLogps, contexts: Tokens, users: UserBatch
+        ) -> tuple[Any, Any]:
             return step_of(role, {}, reference, contexts, users)[:2]
 
         reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, contexts, users)
@@ -109,7 +125,9 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
         add("generator_step+stored_reference", stored, state.generator, reference, contexts, users)
         return made
 
-    draw = partial(rollout, model=model, glue=glue, sampling=sampling, group_size=cfg.inference.group_size)
+    draw = partial(
+        rollout, model=model, glue=glue, sampling=sampling, group_size=cfg.inference.group_size
+    )
 
     def sample(key: Any, params: Any, users: UserBatch) -> tuple[Any, Any]:
         return jax.random.fold_in(key, 1), draw(params, users, key)
@@ -117,10 +135,15 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
     rollouts = jax.jit(lambda params, users, key: draw(params, users, key))(
         state.inference.params, users, jax.random.key(0)
     )
-    margins = jnp.zeros((work.users, cfg.inference.group_size, max(work.pairs, 1))) + rollouts.logps[:, :, :1]
+    margins = (
+        jnp.zeros((work.users, cfg.inference.group_size, max(work.pairs, 1)))
+        + rollouts.logps[:, :, :1]
+    )
     update = partial(inference_step, model=model, tx=transforms.inference, glue=glue, cfg=cfg)
 
-    def learn(role: Any, frozen: Any, margins: Any, rollouts: Any, users: UserBatch) -> tuple[Any, Any]:
+    def learn(
+        role: Any, frozen: Any, margins: Any, rollouts: Any, users: UserBatch
+    ) -> tuple[Any, Any]:
         return update(role, frozen, margins, None, rollouts, users)
 
     def both(carry: Any, frozen: Any, margins: Any, users: UserBatch) -> tuple[Any, Any]:
@@ -132,7 +155,14 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
     add("rollout", sample, jax.random.key(0), state.inference.params, users)
     add("inference_update", learn, state.inference, frozen.inference, margins, rollouts, users)
     if work.kind == "grpo":
-        add("inference_step", both, (state.inference, jax.random.key(0)), frozen.inference, margins, users)
+        add(
+            "inference_step",
+            both,
+            (state.inference, jax.random.key(0)),
+            frozen.inference,
+            margins,
+            users,
+        )
         return made
 
     contexts = splice(glue.generator_prefix, rollouts.summaries, rollouts.finished)
@@ -144,32 +174,54 @@ def programs(work: Workload, geometry: Geometry, *, dtype: str = "float32", rema
     reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, nothing, users)
     first = jax.tree.map(lambda x: x[:, :1], contexts)
     add("reward", reward, jnp.int32(0), state.generator.params, contexts, users)
-    add("generator_step", lambda role, *rest: step_of(role, {}, *rest)[:2], state.generator, reference, first, users)
+    add(
+        "generator_step",
+        lambda role, *rest: step_of(role, {}, *rest)[:2],
+        state.generator,
+        reference,
+        first,
+        users,
+    )
     fused = partial(popi_update, parts=parts, phases=parse_phases(cfg.schedule.phases))
-    add("fused_update", lambda state, frozen, users: fused(state, frozen, users), state, frozen, users)
+    add(
+        "fused_update",
+        lambda state, frozen, users: fused(state, frozen, users),
+        state,
+        frozen,
+        users,
+    )
     return made
 
 
 def padded_and_dense(
     work: Workload, geometry: Geometry, uneven: Callable[[UserBatch], UserBatch]
 ) -> dict[str, dict[str, Program]]:
-    """Both gradient steps on texts of uneven lengths: with all their padding, and in no more places than they need."""
+    """Both gradient steps on texts of uneven lengths: with all their padding, and in no more places
+    than they need."""
     model, cfg = transformer(geometry), config(work, "joint")
     glue = Glue(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
-    transforms = Transforms(optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000))
+    transforms = Transforms(
+        optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000)
+    )
     state = jax.jit(partial(init_state, model=model, transforms=transforms, cfg=cfg))(jnp.int32(0))
     frozen = jax.tree.map(jnp.copy, state.inference.params)
     users = jax.tree.map(jnp.asarray, uneven(user_batch(work, geometry.vocab_size)))
     # as long as the other texts: samples of a model that knows when to stop
     drawn = uneven(
-        users._replace(context=tokens(np.random.default_rng(1), (work.users, work.group), work.summary_len, 8))
+        users._replace(
+            context=tokens(np.random.default_rng(1), (work.users, work.group), work.summary_len, 8)
+        )
     )
     summaries = jax.tree.map(jnp.asarray, drawn.context)
     shape = work.users, work.group
     rollouts = Rollouts(summaries, jnp.ones(shape, bool), jnp.zeros((*shape, work.summary_len)))
-    contexts = jax.tree.map(lambda x: x[:, :1], splice(glue.generator_prefix, summaries, rollouts.finished))
+    contexts = jax.tree.map(
+        lambda x: x[:, :1], splice(glue.generator_prefix, summaries, rollouts.finished)
+    )
     zeros = jnp.zeros((work.users, 1, work.pairs))
-    margins = jnp.zeros((*shape, work.pairs)) + jnp.arange(work.group, dtype=jnp.float32)[None, :, None]
+    margins = (
+        jnp.zeros((*shape, work.pairs)) + jnp.arange(work.group, dtype=jnp.float32)[None, :, None]
+    )
 
     def count(*parts: Tokens) -> int:
         return sum(int(part.lengths.sum()) for part in parts)
@@ -192,9 +244,13 @@ def padded_and_dense(
 
         def generator(role: Any, users: UserBatch, static: Any = static) -> tuple[Any, Any]:
             reference = PairLogps(zeros, zeros)
-            return generator_step(role, {}, reference, contexts, users, tx=transforms.generator, **static)[:2]
+            return generator_step(
+                role, {}, reference, contexts, users, tx=transforms.generator, **static
+            )[:2]
 
-        def inference(role: Any, frozen: Any, users: UserBatch, static: Any = static) -> tuple[Any, Any]:
+        def inference(
+            role: Any, frozen: Any, users: UserBatch, static: Any = static
+        ) -> tuple[Any, Any]:
             more: Any = {"tx": transforms.inference, "glue": glue}
             return inference_step(role, frozen, margins, None, rollouts, users, **more, **static)
 
@@ -203,7 +259,9 @@ def padded_and_dense(
             ("inference step", inference, state.inference, (frozen,)),
         ):
             carry, inputs = jax.tree.map(jnp.copy, role), (*rest, users)
-            found[name][kind] = Program(f"{name}/{kind}", jax.jit(step, donate_argnums=0), carry, inputs, model.dtype)
+            found[name][kind] = Program(
+                f"{name}/{kind}", jax.jit(step, donate_argnums=0), carry, inputs, model.dtype
+            )
     return found
 
 

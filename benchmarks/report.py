@@ -10,7 +10,9 @@ from popi_jax.progress import format_number
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The first column is text, the others are numbers."""
-    cells = [[value if isinstance(value, str) else format_number(value) for value in row] for row in rows]
+    cells = [
+        [value if isinstance(value, str) else format_number(value) for value in row] for row in rows
+    ]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,8 +1,8 @@
-"""One start of training up to the end of its first step, for restart.py: prints where the time went as a line of JSON.
+"""One start of training up to the end of its first step, for restart.py: prints where the time went
+as a line of JSON.
 
-`python -m benchmarks.start SECONDS FLAG...` runs what `python -m popi_jax.train FLAG...` does; SECONDS is `time.time()`
-at which the process was asked for.
-"""
+`python -m benchmarks.start SECONDS FLAG...` runs what `python -m popi_jax.train FLAG...` does;
+SECONDS is `time.time()` at which the process was asked for."""
 
 import json
 import sys
@@ -60,7 +60,10 @@ def main(asked: float, flags: list[str]) -> dict[str, Any]:
         loop.train(built)
     except _Done:
         pass
-    backend, hits = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+    backend, hits = (
+        "/jax/core/compile/backend_compile_duration",
+        "/jax/compilation_cache/cache_hits",
+    )
     return {
         "seconds": first["done"] - asked,
         "parts": {
@@ -77,7 +80,9 @@ def main(asked: float, flags: list[str]) -> dict[str, Any]:
             "tracing": spent.get("/jax/core/compile/jaxpr_trace_duration", 0.0),
             "lowering": spent.get("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.0),
             "compiling, or reading what was compiled": spent.get(backend, 0.0),
-            "reading what was compiled": spent.get("/jax/compilation_cache/cache_retrieval_time_sec", 0.0),
+            "reading what was compiled": spent.get(
+                "/jax/compilation_cache/cache_retrieval_time_sec", 0.0
+            ),
         },
         "programs": seen.get(backend, 0),
         "compiled": seen.get(backend, 0) - seen.get(hits, 0),

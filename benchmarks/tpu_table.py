@@ -1,7 +1,7 @@
 """Compiles the update of many models and TPU slices, and writes what each needs into docs/tpu.md.
 
-Each row is a `python -m popi_jax.fit` of its own. No TPU is needed; about two minutes a row on two cores.
-"""
+Each row is a `python -m popi_jax.fit` of its own. No TPU is needed; about two minutes a row on two
+cores."""
 
 import argparse
 import json
@@ -71,7 +71,9 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
     serial, best = sum(seconds.values()), max(seconds.values())
     bound = max(seconds, key=lambda name: seconds[name]).replace("_", "-")
     per_day = " to ".join(f"{86400 / x * found['users'] / 1e6:.2f}" for x in (serial, best))
-    times = " / ".join(f"{seconds[name]:.2f}" for name in ("compute", "hbm", "interconnect", "cross_slice"))
+    times = " / ".join(
+        f"{seconds[name]:.2f}" for name in ("compute", "hbm", "interconnect", "cross_slice")
+    )
     shape = f"{mesh['data']} x {mesh['fsdp']} x {mesh['tensor']}"
     return (
         f"| {model} | {row.scale} | {found['devices']} | {shape} | {memory['total'] / GIB:.1f} of "
@@ -83,7 +85,9 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make fit-table", description=__doc__)
     parser.add_argument(
-        "--only", default="", help="rows whose model or scale holds this text; the table is then printed"
+        "--only",
+        default="",
+        help="rows whose model or scale holds this text; the table is then printed",
     )
     args = parser.parse_args()
     rows = [row for row in ROWS if args.only in f"{row.model} {row.scale}"]

@@ -1,8 +1,9 @@
-"""Runs steps of the programs of one tree on demand, for compare.py: one line of JSON per answer on the standard output.
+"""Runs steps of the programs of one tree on demand, for compare.py: one line of JSON per answer on
+the standard output.
 
-The modules of this folder are taken from the first folder of PYTHONPATH that has them, so that a tree without
-benchmarks is timed with those of another. Uses only programs.py and workloads.py beside the tree itself.
-"""
+The modules of this folder are taken from the first folder of PYTHONPATH that has them, so that a
+tree without benchmarks is timed with those of another. Uses only programs.py and workloads.py
+beside the tree itself."""
 
 import json
 import os
@@ -32,7 +33,9 @@ def main(names: list[str]) -> None:
                 compiled = program.step.lower(program.carry, *program.inputs).compile()  # type: ignore[attr-defined]
                 cases[program.name] = [compiled, program.carry, program.inputs]
                 shapes[program.name] = [work, TINY]
-    except Exception as e:  # of the other tree, whatever it is: the parent process tells it in one line
+    except (
+        Exception
+    ) as e:  # of the other tree, whatever it is: the parent process tells it in one line
         lines = str(e).strip().splitlines()
         answer({"error": f"{type(e).__name__}: {lines[0] if lines else ''}"})
         return

@@ -1,7 +1,8 @@
-"""What is timed: the shapes of a model and of the work, the same for popi_jax and its peers. Imports nothing.
+"""What is timed: the shapes of a model and of the work, the same for popi_jax and its peers.
+Imports nothing.
 
-Every text has its full length and no sample ends early, so that all implementations are given the same tokens.
-"""
+Every text has its full length and no sample ends early, so that all implementations are given the
+same tokens."""
 
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ class Workload(NamedTuple):
     users: int
     pairs: int = 0  # preference pairs per user (K)
     group: int = 0  # samples per user (G)
-    signals_len: int = 0  # what the inference model reads of a user; dpo: what all prompts of the user share
+    signals_len: int = (
+        0  # what the inference model reads of a user; dpo: what all prompts of the user share
+    )
     prompt_len: int = 0
     answer_len: int = 0  # of each of the two replies
     summary_len: int = 0  # of each sample
@@ -39,7 +42,9 @@ class Workload(NamedTuple):
 
 
 TINY = Geometry()
-WIDE = Geometry(num_layers=2, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=4096)
+WIDE = Geometry(
+    num_layers=2, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=4096
+)
 
 WORKLOADS = {
     w.name: w
@@ -49,7 +54,9 @@ WORKLOADS = {
         # four prompts, eight samples each
         Workload("grpo", "grpo", users=4, group=8, signals_len=128, summary_len=64),
         # pairs of a user behind the user's raw signals
-        Workload("popi_dpo", "dpo", users=4, pairs=4, signals_len=512, prompt_len=128, answer_len=64),
+        Workload(
+            "popi_dpo", "dpo", users=4, pairs=4, signals_len=512, prompt_len=128, answer_len=64
+        ),
         # summaries of signals
         Workload("popi_grpo", "grpo", users=4, group=8, signals_len=512, summary_len=32),
         # summaries, their rewards on the pairs, and a step of either role

@@ -1,8 +1,9 @@
-"""Every field of the configuration, with its default, unit and meaning. No other file may create a field.
+"""Every field of the configuration, with its default, unit and meaning. No other file may create a
+field.
 
-Order of composition: this file, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the dataset's own lines, and
-last the flags `--config.a.b=value`. A layer may only overwrite fields of this file: another name or type raises.
-"""
+Order of composition: this file, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the
+dataset's own lines, and last the flags `--config.a.b=value`. A layer may only overwrite fields of
+this file: another name or type raises."""
 
 import difflib
 from typing import NamedTuple
@@ -43,7 +44,9 @@ def base() -> ConfigDict:
     d.score_margin = 1  # least difference of scores that makes a pair (prism, points of 100)
     d.pair_layout = "grouped"  # of past pairs in the signals: paired | grouped (rejected replies last, learned sooner)
     d.turns = "first"  # first | all (prism)
-    d.use_system_string = False  # whether the signals hold the person's own system string, almost an oracle (prism)
+    d.use_system_string = (
+        False  # whether the signals hold the person's own system string, almost an oracle (prism)
+    )
     d.sample_people = 4600  # people of the PRISM-format sample
     d.context_len = 1024  # most tokens of an inference context (the signals)
     d.turn_len = 128  # most tokens of a prompt with its headers
@@ -65,8 +68,12 @@ def base() -> ConfigDict:
     m.tied_embeddings = True
     m.dtype = "float32"  # of compute: float32 | bfloat16; parameters and losses are float32
     m.remat = "none"  # none | dots | full
-    m.attention = "auto"  # what computes it: splash (TPU) | cudnn (GPU) | chunked | auto, by the devices
-    m.summary_instruction = "summary ?"  # text after the signals that asks the inference model for a summary
+    m.attention = (
+        "auto"  # what computes it: splash (TPU) | cudnn (GPU) | chunked | auto, by the devices
+    )
+    m.summary_instruction = (
+        "summary ?"  # text after the signals that asks the inference model for a summary
+    )
     m.answer_instruction = ""  # text before the summary in the generator's context
 
     c.warmup = w = ConfigDict()  # likelihood training of both roles from random weights
@@ -88,8 +95,12 @@ def base() -> ConfigDict:
     c.generator = g = ConfigDict()  # objectives: docs/objectives.md
     g.objective = "dpo"  # dpo | robust | ipo | hinge | kto | slic | cpo | simpo | orpo | rrhf
     g.beta = 0.1  # of the preference objective, per nat
-    g.label_smoothing = 0.0  # probability that a pair's labels are swapped (dpo: cDPO; robust, cpo, simpo)
-    g.length_normalised = False  # log-probs per token (dpo, robust, hinge, kto, slic, cpo; always of the others)
+    g.label_smoothing = (
+        0.0  # probability that a pair's labels are swapped (dpo: cDPO; robust, cpo, simpo)
+    )
+    g.length_normalised = (
+        False  # log-probs per token (dpo, robust, hinge, kto, slic, cpo; always of the others)
+    )
     g.gamma = 0.0  # margin that simpo asks for, nats
     g.sft_coef = 0.0  # weight of the chosen reply's likelihood per token (1 in orpo, cpo and rrhf as published)
     g.desirable_weight = 1.0  # of chosen replies (kto)
@@ -104,21 +115,31 @@ def base() -> ConfigDict:
     i.group_size = 8  # summaries sampled per user (G)
     i.temperature = 1.0  # of sampling and of the log-probs that are trained
     i.reward = "log_sigmoid"  # of a pair's margin: log_sigmoid | accuracy | margin
-    i.reward_generator = "current"  # whose margins: current | ema (of generator.ema_decay) | frozen (the reference)
-    i.reward_baseline = False  # less the reward of no summary on the same pairs (for advantages that compare users)
+    i.reward_generator = (
+        "current"  # whose margins: current | ema (of generator.ema_decay) | frozen (the reference)
+    )
+    i.reward_baseline = (
+        False  # less the reward of no summary on the same pairs (for advantages that compare users)
+    )
     i.length_penalty = 0.002  # reward lost per token of the summary
     i.advantage_baseline = "group"  # group | leave_one_out (RLOO) | batch (REINFORCE)
-    i.advantage_scale = "batch"  # group | batch | batch_rewards | whiten | none: what divides the centred rewards
+    i.advantage_scale = (
+        "batch"  # group | batch | batch_rewards | whiten | none: what divides the centred rewards
+    )
     i.ratio = "token"  # probability ratio: token | sequence (GSPO) | sequence_token
     i.clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
     i.clip_high = 0.2  # ... and to 1 + clip_high
     i.clip_max = 0.0  # bound of the ratio where the advantage is negative; 0 = none
-    i.normalise = "samples"  # what token losses are divided by: samples | sequences | tokens | max_len
+    i.normalise = (
+        "samples"  # what token losses are divided by: samples | sequences | tokens | max_len
+    )
     i.kl = "k3"  # estimator of the KL to the reference: k1 (in the reward) | k2 | k3 (in the loss)
     i.kl_corrected = False  # whether k3 is weighted by the ratio
     i.kl_coef = 0.02  # per nat of KL to the reference inference model
     i.entropy_coef = 0.0  # reward of the entropy, per nat and token
-    i.high_entropy_share = 1.0  # only this share of tokens, those of highest entropy, has a policy gradient
+    i.high_entropy_share = (
+        1.0  # only this share of tokens, those of highest entropy, has a policy gradient
+    )
     i.skip_unfinished = False  # whether summaries cut at data.summary_len are left out of the loss
     i.updates_per_rollout = 1  # gradient steps on the same summaries
     i.ema_decay = 0.0  # of an average of the parameters, per update; 0 = none is kept
@@ -138,13 +159,14 @@ def base() -> ConfigDict:
     c.batch = b = ConfigDict()
     b.users = 16  # users per update, over all devices
     b.pairs = 8  # preference pairs per user and update (K)
-    # part of data.summary_len that sampled summaries fill at most, as a mean: decides about the speed alone
+    # part of data.summary_len that sampled summaries fill at most, as a mean: decides about the
+    # speed alone
     b.summary_fill = 0.5
     b.microbatches = 1  # parts that an update goes through one after the other, to save memory; the result is the same
 
     c.schedule = s = ConfigDict()
-    # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each update) or
-    # "alternate n:m N" (n updates of the inference model, then m of the generator)
+    # phases in order, of N updates each: "inference N", "generator N", "joint N" (both in each
+    # update) or "alternate n:m N" (n updates of the inference model, then m of the generator)
     s.phases = ("inference 420", "alternate 3:1 80")
     s.log_every = 10  # updates
     s.save_every = 50  # updates
@@ -187,7 +209,9 @@ def parse_arg(arg: str) -> Arg:
         if not equals:
             raise LookupError(f'"{part}" is not name=value; write e.g. model={next(iter(MODELS))}')
         if name not in allowed:
-            raise LookupError(f'unknown name "{name}", allowed are {", ".join(allowed)}.{_near(name, [*allowed])}')
+            raise LookupError(
+                f'unknown name "{name}", allowed are {", ".join(allowed)}.{_near(name, [*allowed])}'
+            )
         if name in chosen:
             raise LookupError(f'"{name}" is given twice')
         if value and value not in allowed[name] and not (name == "scale" and row(value)):
@@ -200,7 +224,8 @@ def parse_arg(arg: str) -> Arg:
 
 
 def compose(arg: str) -> ConfigDict:
-    """Returns base(), locked, overwritten by the rows of MODELS, SCALES and SCHEDULES that `arg` names."""
+    """Returns base(), locked, overwritten by the rows of MODELS, SCALES and SCHEDULES that `arg`
+    names."""
     chosen = parse_arg(arg)
     c = base().lock()
     c.update_from_flattened_dict(MODELS[chosen.model])

@@ -1,4 +1,5 @@
-"""MODELS: name -> fields of configs/base.py that describe both models, the inference model and the generator."""
+"""MODELS: name -> fields of configs/base.py that describe both models, the inference model and the
+generator."""
 
 _PRETRAINED: dict[str, object] = {
     "model.checkpoint": "checkpoints/base",
@@ -41,10 +42,14 @@ MODELS: dict[str, dict[str, object]] = {
         "model.mlp_dim": 352,
         "warmup.learning_rate": 2e-3,
     },
-    # weights and tokenizer of a Hugging Face folder, fully fine-tuned; the shape of the model is read from the folder
+    # weights and tokenizer of a Hugging Face folder, fully fine-tuned; the shape of the model is
+    # read from the folder
     "pretrained": _PRETRAINED,
     # released models by name: the folder is where `make train` expects it, `make fit` needs none
-    **{name: {**_PRETRAINED, "model.checkpoint": f"checkpoints/{folder}"} for name, folder in _FOLDERS.items()},
+    **{
+        name: {**_PRETRAINED, "model.checkpoint": f"checkpoints/{folder}"}
+        for name, folder in _FOLDERS.items()
+    },
     # the same with low-rank adapters on one base that both roles share: a small part of the memory
     "lora": {
         **_PRETRAINED,

@@ -1,4 +1,5 @@
-"""PrefEval: stated preferences and questions whose answers respect or violate them (arXiv 2502.09597).
+"""PrefEval: stated preferences and questions whose answers respect or violate them (arXiv
+2502.09597).
 
 Command: python -m popi_jax.train --config=configs/prefeval.py
 """

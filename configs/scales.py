@@ -1,9 +1,9 @@
 """SCALES: hardware -> mesh shape, layout of arrays, global batch and precision.
 
-The number of a pod slice is the one in its name at the cloud: chips for v5e ("v5litepod-8" has 8) and v6e, TensorCores
-for v5p (two of them are one chip, so v5p-64 has 32). A slice may also be named by its topology, e.g. "v5p:4x4x4", and
-several of them by their number before it: "2xv5p:4x4x4". `mesh.fsdp = -1` takes all devices that there are.
-"""
+The number of a pod slice is the one in its name at the cloud: chips for v5e ("v5litepod-8" has 8)
+and v6e, TensorCores for v5p (two of them are one chip, so v5p-64 has 32). A slice may also be named
+by its topology, e.g. "v5p:4x4x4", and several of them by their number before it: "2xv5p:4x4x4".
+`mesh.fsdp = -1` takes all devices that there are."""
 
 import glob
 import importlib.util
@@ -11,8 +11,9 @@ import math
 import os
 import re
 
-# How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is not named is whole.
-# Weights are split by all axes but `data`, and gathered layer by layer where they are used; users by `data` and `fsdp`.
+# How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is
+# not named is whole. Weights are split by all axes but `data`, and gathered layer by layer where
+# they are used; users by `data` and `fsdp`.
 RULES = (
     "batch data fsdp",
     "seq sequence",
@@ -24,7 +25,8 @@ RULES = (
     "mlp tensor",
     "attention_heads tensor sequence",
 )
-# While summaries are sampled: matrices are split by their heads or hidden units alone, so that no step gathers them.
+# While summaries are sampled: matrices are split by their heads or hidden units alone, so that no
+# step gathers them.
 ROLLOUT_RULES = (
     "batch data fsdp",
     "vocab tensor",
@@ -33,8 +35,9 @@ ROLLOUT_RULES = (
     "mlp tensor",
     "attention_heads tensor",
 )
-# Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own while training, and
-# share the weights while sampling (ROLLOUT_RULES). No activation crosses devices; weights are gathered once per layer.
+# Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own
+# while training, and share the weights while sampling (ROLLOUT_RULES). No activation crosses
+# devices; weights are gathered once per layer.
 FSDP_RULES = (
     "batch data fsdp tensor",
     "seq sequence",
@@ -47,15 +50,25 @@ FSDP_RULES = (
 
 # topology of the slices that the cloud offers, by the number in their names
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_TORUS = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
+_TORUS = {
+    8: "2x2x1",
+    16: "2x2x2",
+    32: "2x2x4",
+    64: "2x4x4",
+    128: "4x4x4",
+    256: "4x4x8",
+    512: "4x8x8",
+    1024: "8x8x8",
+}
 _TOPOLOGY = re.compile(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})")
 
 
 def _slices(topology: str, count: int = 1) -> dict[str, object]:
-    """Returns the row of `count` TPU slices of a topology: replicas of both models across them, parts within each.
+    """Returns the row of `count` TPU slices of a topology: replicas of both models across them,
+    parts within each.
 
-    Up to 64 chips of a slice each train users of their own (FSDP_RULES); more share the users' rows along `tensor`.
-    """
+    Up to 64 chips of a slice each train users of their own (FSDP_RULES); more share the users' rows
+    along `tensor`."""
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     tensor = math.gcd(chips, 4 if chips < 512 else 8)
     apart = chips <= 64
@@ -100,21 +113,24 @@ SCALES: dict[str, dict[str, object]] = {
 
 
 def row(name: str) -> dict[str, object] | None:
-    """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any other name."""
+    """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any
+    other name."""
     if found := _TOPOLOGY.fullmatch(name):
         return _slices(f"{found[2]}:{found[3]}", int(found[1] or 1))
     return SCALES.get(name)
 
 
 def detect() -> str:
-    """Returns the row of SCALES for this machine without starting a device: the meaning of `scale=auto`.
+    """Returns the row of SCALES for this machine without starting a device: the meaning of
+    `scale=auto`.
 
-    It reads device files and the environment: a TPU needs libtpu, a GPU the CUDA plug-in of JAX, and JAX_PLATFORMS=cpu
-    rules out both.
-    """
+    It reads device files and the environment: a TPU needs libtpu, a GPU the CUDA plug-in of JAX,
+    and JAX_PLATFORMS=cpu rules out both."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "laptop"
-    if (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and importlib.util.find_spec("libtpu"):
+    if (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and importlib.util.find_spec(
+        "libtpu"
+    ):
         name = os.environ.get("TPU_ACCELERATOR_TYPE", "").replace("v5litepod", "v5e")
         return name if name in SCALES else "tpu"
     if glob.glob("/dev/nvidia[0-9]*") and importlib.util.find_spec("jax_cuda13_plugin"):

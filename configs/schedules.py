@@ -1,4 +1,5 @@
-"""SCHEDULES: name -> phases, steps and cadence. A model with a checkpoint has no warm-up, whatever is said here."""
+"""SCHEDULES: name -> phases, steps and cadence. A model with a checkpoint has no warm-up, whatever
+is said here."""
 
 SCHEDULES: dict[str, dict[str, object]] = {
     # the defaults of base.py

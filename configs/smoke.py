@@ -1,4 +1,5 @@
-"""Every stage once on a small PRISM-format sample, in a minute or two on a CPU. Scores mean nothing.
+"""Every stage once on a small PRISM-format sample, in a minute or two on a CPU. Scores mean
+nothing.
 
 Command: python -m popi_jax.train --config=configs/smoke.py
 """

@@ -1,4 +1,5 @@
-"""From a configuration to all that a command runs with: devices, data, tokenizer, model. One way for all commands."""
+"""From a configuration to all that a command runs with: devices, data, tokenizer, model. One way
+for all commands."""
 
 import dataclasses
 import json
@@ -51,10 +52,12 @@ def start_devices(config: Config) -> Mesh:
     Raises: UserError when the mesh does not fit the devices.
     """
     simulated = max(
-        config.mesh.num_devices, 8 if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else 1
+        config.mesh.num_devices,
+        8 if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else 1,
     )
     if simulated > 1:
-        # collectives of simulated devices block threads of XLA's pool, of which NPROC says how many there are
+        # collectives of simulated devices block threads of XLA's pool, of which NPROC says how many
+        # there are
         os.environ.setdefault("NPROC", str(4 * simulated))
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
@@ -95,19 +98,26 @@ def model_config(config: Config, vocab_size: int) -> TransformerConfig:
 def mesh_rules(config: Config) -> tuple[Rules, Rules]:
     """The layouts while training and while sampling."""
     tables = {name: getattr(config.mesh, name) for name in ("rules", "rollout_rules")}
-    rules, rollout_rules = (Rules(**parse_rules(table, f"mesh.{name}")) for name, table in tables.items())
+    rules, rollout_rules = (
+        Rules(**parse_rules(table, f"mesh.{name}")) for name, table in tables.items()
+    )
     return rules, rollout_rules
 
 
 def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
-    """The run's own tokenizer, else the checkpoint's, else one trained on the training split and kept with the run."""
+    """The run's own tokenizer, else the checkpoint's, else one trained on the training split and
+    kept with the run."""
     folder = epath.Path(config.workdir) / "tokenizer"
-    if stored_config(config.workdir):  # without a checkpoint it may be of an attempt with other settings
+    if stored_config(
+        config.workdir
+    ):  # without a checkpoint it may be of an attempt with other settings
         return tokenizer.load(folder)
     if config.model.checkpoint:
         made = tokenizer.load(config.model.checkpoint)
     else:
-        made = tokenizer.train(templates.training_texts(dataset.splits["train"], config), config.model.vocab_size)
+        made = tokenizer.train(
+            templates.training_texts(dataset.splits["train"], config), config.model.vocab_size
+        )
     if distributed.is_main_process():
         made.save(folder)
     distributed.wait_for_all("the tokenizer that process 0 writes")
@@ -119,12 +129,17 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
     return made
 
 
-def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> tuple[DataConfig, Truncations]:
-    """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its users again."""
+def _lengths(
+    config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool
+) -> tuple[DataConfig, Truncations]:
+    """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its
+    users again."""
     path = epath.Path(config.workdir) / "tokenizer" / "lengths.json"
     if begun and path.exists():
         known = json.loads(path.read_text())
-        return dataclasses.replace(config.data, **known["lengths"]), Truncations(*known["truncations"])
+        return dataclasses.replace(config.data, **known["lengths"]), Truncations(
+            *known["truncations"]
+        )
     data, cut = fitted_lengths(dataset.splits["train"], words, config)
     if distributed.is_main_process():
         lengths = {name: getattr(data, name) for name in ("context_len", "turn_len", "answer_len")}
@@ -133,7 +148,8 @@ def _lengths(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool)
 
 
 def never_drawn(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
-    """The control tokens other than the end of a reply, and the numbers beyond the tokenizer's vocabulary."""
+    """The control tokens other than the end of a reply, and the numbers beyond the tokenizer's
+    vocabulary."""
     return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
 
 
@@ -141,7 +157,9 @@ def build(config: Config, config_json: str) -> Built:
     """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
     stored = stored_config(config.workdir)
     stored_data = (stored or {}).get("dataset", {})
-    if stored:  # before any work on the data; what the data are is checked again when they are known
+    if (
+        stored
+    ):  # before any work on the data; what the data are is checked again when they are known
         same_data = {"dataset": stored_data} if stored_data else {}
         check_same_run(config.workdir, json.dumps(json.loads(config_json) | same_data))
     mesh = start_devices(config)
@@ -155,14 +173,28 @@ def build(config: Config, config_json: str) -> Built:
         logging.warning(
             "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), "
             "%d prompts of %d (data.turn_len = %d), %d replies of %d (data.answer_len = %d).",
-            *(cut.users, cut.contexts, config.data.context_len, cut.turns, cut.pairs, config.data.turn_len),
+            *(
+                cut.users,
+                cut.contexts,
+                config.data.context_len,
+                cut.turns,
+                cut.pairs,
+                config.data.turn_len,
+            ),
             *(cut.answers, 2 * cut.pairs, config.data.answer_len),
         )
     config = dataclasses.replace(config, data=data)
-    glue = Glue(tuple(templates.generator_prefix(words, config)), tuple(templates.summary_turn(words, config)))
+    glue = Glue(
+        tuple(templates.generator_prefix(words, config)),
+        tuple(templates.summary_turn(words, config)),
+    )
     model = model_config(config, words.vocab_size)
-    sampling = Sampling(config.inference.temperature, data.summary_len, words.eos_id, never_drawn(words, model))
+    sampling = Sampling(
+        config.inference.temperature, data.summary_len, words.eos_id, never_drawn(words, model)
+    )
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
-    config_json = json.dumps(json.loads(config_json) | {"dataset": origin})  # stored with each checkpoint
+    config_json = json.dumps(
+        json.loads(config_json) | {"dataset": origin}
+    )  # stored with each checkpoint
     check_same_run(config.workdir, config_json)
     return Built(config, config_json, mesh, dataset, words, model, glue, sampling)

@@ -1,8 +1,8 @@
 """What all commands share: the flags of the configuration, the help text and errors in one line.
 
-A command is a module with `main(config)` that ends with `cli.run(main, description=__doc__)`. Further flags are plain
-absl flags at the top of that module. Imports no jax and no numpy: `--help` and a mistyped field must answer at once.
-"""
+A command is a module with `main(config)` that ends with `cli.run(main, description=__doc__)`.
+Further flags are plain absl flags at the top of that module. Imports no jax and no numpy: `--help`
+and a mistyped field must answer at once."""
 
 import ast
 import importlib.util
@@ -28,7 +28,9 @@ CONFIGS = ROOT / "configs"
 DEFAULT = "prism"
 
 flags.DEFINE_string(
-    "config", DEFAULT, "configuration: a name or a file, then options, e.g. prism:model=small,schedule=short"
+    "config",
+    DEFAULT,
+    "configuration: a name or a file, then options, e.g. prism:model=small,schedule=short",
 )
 flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and exit")
 
@@ -44,9 +46,8 @@ class Field(NamedTuple):
 def run(main: Callable[[Config], None], *, description: str, example: str = "") -> None:
     """Parses the command line and calls `main`; returns when all went well.
 
-    Exit status otherwise: 1 for a full disk, 2 for a mistake of the user, 130 for Ctrl-C. A defect of ours keeps its
-    traceback.
-    """
+    Exit status otherwise: 1 for a full disk, 2 for a mistake of the user, 130 for Ctrl-C. A defect
+    of ours keeps its traceback."""
     argv = sys.argv
     try:
         if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", arg) for arg in argv[1:]):
@@ -77,7 +78,8 @@ def parse(argv: Sequence[str]) -> Config:
     """Parses a command line; flags other than those of the configuration go to absl's FLAGS.
 
     Raises:
-        UserError: one line for an unknown flag or field, a value that does not fit, a missing or broken file.
+        UserError: one line for an unknown flag or field, a value that does not fit, a missing or
+        broken file.
     """
     spec, overrides, rest = _split(argv[1:])
     try:
@@ -97,7 +99,8 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def load_config(spec: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
-    """Returns the checked configuration of e.g. "prism:model=small" with overrides like "--config.seed=3".
+    """Returns the checked configuration of e.g. "prism:model=small" with overrides like
+    "--config.seed=3".
 
     Raises:
         UserError: one line.
@@ -118,14 +121,18 @@ def load_config(spec: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
 def scales_of(chip: str) -> list[str]:
     """Returns the rows of configs/scales.py for slices of a chip, e.g. v5e, the smallest first."""
     scales = runpy.run_path(str(CONFIGS / "scales.py"))["SCALES"]
-    return [name for name, row in scales.items() if row.get("mesh.topology", "").startswith(f"{chip}:")]
+    return [
+        name for name, row in scales.items() if row.get("mesh.topology", "").startswith(f"{chip}:")
+    ]
 
 
 def base_fields() -> list[Field]:
     """Returns the fields of configs/base.py in order, read from its source."""
     source = (CONFIGS / "base.py").read_text(encoding="utf-8")
     lines = source.splitlines()
-    function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "base")
+    function = next(
+        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "base"
+    )
     sections: dict[str, str] = {}  # variable -> prefix of its fields
     fields = []
     for node in function.body:
@@ -148,7 +155,9 @@ def help_text(program: str, description: str, example: str = "") -> str:
     """Returns what `--help` prints: purpose, flags, and all fields with their defaults."""
     command = f"python -m popi_jax.{pathlib.Path(program).stem}"
     own = [
-        flag for flag in flags.FLAGS.get_key_flags_for_module(program) if flag.name not in ("config", "print_config")
+        flag
+        for flag in flags.FLAGS.get_key_flags_for_module(program)
+        if flag.name not in ("config", "print_config")
     ]
     shown = [flags.FLAGS["config"], *own, flags.FLAGS["print_config"]]
     fields = [(f"  {field.name} = {field.default}", field.comment) for field in base_fields()]
@@ -162,7 +171,11 @@ def help_text(program: str, description: str, example: str = "") -> str:
             "",
             "flags:",
             *_columns(
-                [(f"  --{flag.name}={'' if flag.value is None else flag.value}", flag.help) for flag in shown], 36
+                [
+                    (f"  --{flag.name}={'' if flag.value is None else flag.value}", flag.help)
+                    for flag in shown
+                ],
+                36,
             ),
             "",
             f"configurations: {', '.join(_config_names())} (configs/NAME.py), or a file of your own.",
@@ -175,15 +188,19 @@ def help_text(program: str, description: str, example: str = "") -> str:
 
 
 def _log_plainly() -> None:
-    """Log lines go to stderr without prefix: ours, and of the libraries only warnings and errors."""
+    """Log lines go to stderr without prefix: ours, and of the libraries only warnings and
+    errors."""
     handler = logging.StreamHandler()
     ours = str(ROOT / "popi_jax") + os.sep
-    handler.addFilter(lambda record: record.levelno > logging.INFO or record.pathname.startswith(ours))
+    handler.addFilter(
+        lambda record: record.levelno > logging.INFO or record.pathname.startswith(ours)
+    )
     logging.basicConfig(format="%(message)s", handlers=[handler])
 
 
 def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Splits the arguments into the value of --config, the overrides "--config.name=value", and the rest."""
+    """Splits the arguments into the value of --config, the overrides "--config.name=value", and the
+    rest."""
     spec, overrides, rest = DEFAULT, [], []
     booleans = {field.name for field in base_fields() if field.default in ("True", "False")}
     queue = list(args)
@@ -216,7 +233,9 @@ def _load_file(spec: str) -> ConfigDict:
     if not path.is_file():
         names = _config_names()
         hint = did_you_mean(path.stem, names)
-        raise UserError(f"--config={spec}: there is no file {name}; configurations are {', '.join(names)}.{hint}")
+        raise UserError(
+            f"--config={spec}: there is no file {name}; configurations are {', '.join(names)}.{hint}"
+        )
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
@@ -232,14 +251,20 @@ def _load_file(spec: str) -> ConfigDict:
             raise UserError(f"--config={spec}: {e}") from None
         raise UserError(_broken_file(path, e)) from None
     if not isinstance(c, ConfigDict):
-        raise UserError(f"--config={spec}: get_config of {path} returns {type(c).__name__}, not a ConfigDict")
+        raise UserError(
+            f"--config={spec}: get_config of {path} returns {type(c).__name__}, not a ConfigDict"
+        )
     c.name = c.get("name") or path.stem
     return c
 
 
 def _broken_file(path: pathlib.Path, e: Exception) -> str:
     """One line for an error inside a configuration file: where and what."""
-    frames = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+    frames = [
+        frame.lineno
+        for frame in traceback.extract_tb(e.__traceback__)
+        if frame.filename == str(path)
+    ]
     if isinstance(e, SyntaxError) and e.filename == str(path):
         frames.append(e.lineno)
     line = f", line {frames[-1]}" if frames else ""
@@ -255,7 +280,9 @@ def _checked_override(text: str, leaves: Mapping[str, Any]) -> str:
     name, _, value = text.removeprefix("--config.").partition("=")
     inside = [leaf for leaf in leaves if leaf.startswith(name + ".")]
     if inside:
-        raise UserError(f"--config.{name} is a section; set one of its fields, e.g. --config.{inside[0]}=...")
+        raise UserError(
+            f"--config.{name} is a section; set one of its fields, e.g. --config.{inside[0]}=..."
+        )
     if name not in leaves:
         same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
         hint = f' Did you mean "{same[0]}"?' if same else did_you_mean(name, leaves)
@@ -277,7 +304,9 @@ def _bad_value(message: str, overrides: Sequence[str], leaves: Mapping[str, Any]
 
 def _check_workdir(workdir: str) -> None:
     if workdir.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f'config.workdir = "{workdir}": buckets need gcsfs: .venv/bin/python -m pip install gcsfs')
+        raise UserError(
+            f'config.workdir = "{workdir}": buckets need gcsfs: .venv/bin/python -m pip install gcsfs'
+        )
     path = pathlib.Path(workdir)
     for folder in () if "://" in workdir else (path, *path.parents):
         if folder.exists() and not folder.is_dir():

@@ -1,4 +1,5 @@
-"""The configuration as frozen dataclasses; meaning, unit and default of each field are in configs/base.py.
+"""The configuration as frozen dataclasses; meaning, unit and default of each field are in
+configs/base.py.
 
 config_check.py makes them from a ConfigDict or JSON and refuses what does not fit.
 """
@@ -203,11 +204,11 @@ Mode = Literal["inference", "generator", "joint", "alternate"]
 
 
 class Phase(NamedTuple):
-    """A stretch of updates. In "alternate", n updates of the inference model are followed by m of the generator.
+    """A stretch of updates. In "alternate", n updates of the inference model are followed by m of
+    the generator.
 
-    (num_inference, num_generator) is (1, 0) for "inference", (0, 1) for "generator", (1, 1) for "joint" and (n, m) for
-    "alternate n:m".
-    """
+    (num_inference, num_generator) is (1, 0) for "inference", (0, 1) for "generator", (1, 1) for
+    "joint" and (n, m) for "alternate n:m"."""
 
     mode: Mode
     num_inference: int

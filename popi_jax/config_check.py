@@ -1,8 +1,7 @@
 """Makes the configuration from the ConfigDict of configs/ or from JSON, and checks every field.
 
-Refuses to guess: a missing, unknown or ill-typed field is an error. Imports no jax, so that a wrong field is reported
-at once.
-"""
+Refuses to guess: a missing, unknown or ill-typed field is an error. Imports no jax, so that a wrong
+field is reported at once."""
 
 import dataclasses
 import json
@@ -29,7 +28,18 @@ WORDS: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "chunked", "splash", "cudnn"),
-    "generator.objective": ("dpo", "robust", "ipo", "hinge", "kto", "slic", "cpo", "simpo", "orpo", "rrhf"),
+    "generator.objective": (
+        "dpo",
+        "robust",
+        "ipo",
+        "hinge",
+        "kto",
+        "slic",
+        "cpo",
+        "simpo",
+        "orpo",
+        "rrhf",
+    ),
     "generator.reference": ("prompt", "summary"),
     "inference.reward": ("log_sigmoid", "accuracy", "margin"),
     "inference.reward_generator": ("current", "ema", "frozen"),
@@ -120,7 +130,8 @@ def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
-    """Returns the number of devices along MESH_AXES, with -1 replaced by what is left of `num_devices`.
+    """Returns the number of devices along MESH_AXES, with -1 replaced by what is left of
+    `num_devices`.
 
     Raises:
         UserError: when the axes do not multiply to `num_devices`.
@@ -142,7 +153,8 @@ def parse_rules(rules: tuple[str, ...], field: str) -> dict[str, tuple[str, ...]
     """Parses rules like "batch data fsdp": logical axis -> the mesh axes that split it.
 
     Raises:
-        UserError: for an unknown or repeated logical axis, an unknown mesh axis or one that is given twice.
+        UserError: for an unknown or repeated logical axis, an unknown mesh axis or one that is
+        given twice.
     """
     found: dict[str, tuple[str, ...]] = {}
     for number, rule in enumerate(rules):
@@ -150,12 +162,20 @@ def parse_rules(rules: tuple[str, ...], field: str) -> dict[str, tuple[str, ...]
         where = f"{field}[{number}]"
         known = name in LOGICAL_AXES
         _check(
-            known, where, rule, f"must begin with one of {', '.join(LOGICAL_AXES)}.{did_you_mean(name, LOGICAL_AXES)}"
+            known,
+            where,
+            rule,
+            f"must begin with one of {', '.join(LOGICAL_AXES)}.{did_you_mean(name, LOGICAL_AXES)}",
         )
         _check(name not in found, where, rule, f"{name} has a rule already")
         for axis in axes:
             hint = did_you_mean(axis, MESH_AXES)
-            _check(axis in MESH_AXES, where, rule, f"{axis} is no mesh axis; these are {', '.join(MESH_AXES)}.{hint}")
+            _check(
+                axis in MESH_AXES,
+                where,
+                rule,
+                f"{axis} is no mesh axis; these are {', '.join(MESH_AXES)}.{hint}",
+            )
         _check(len(set(axes)) == len(axes), where, rule, "names a mesh axis twice")
         found[name] = tuple(axes)
     return found
@@ -165,31 +185,52 @@ def check_mesh(config: Config, num_devices: int) -> None:
     """Checks what depends on the number of devices: called with the real number once it is known.
 
     Raises:
-        UserError: when a batch does not divide over the mesh, or the heads over the axes that split them.
+        UserError: when a batch does not divide over the mesh, or the heads over the axes that split
+        them.
     """
     sizes = dict(zip(MESH_AXES, resolve_mesh(config.mesh, num_devices), strict=True))
-    rules = {name: parse_rules(getattr(config.mesh, name), f"mesh.{name}") for name in ("rules", "rollout_rules")}
+    rules = {
+        name: parse_rules(getattr(config.mesh, name), f"mesh.{name}")
+        for name in ("rules", "rollout_rules")
+    }
 
     def split(axes: tuple[str, ...]) -> tuple[int, str]:
-        return math.prod(sizes[axis] for axis in axes), " and ".join(f"mesh.{axis}" for axis in axes)
+        return math.prod(sizes[axis] for axis in axes), " and ".join(
+            f"mesh.{axis}" for axis in axes
+        )
 
     batches = {"evaluation.batch_users": config.evaluation.batch_users}
     if config.warmup.steps:
         batches |= {"warmup.generator_users": config.warmup.generator_users}
-        batches |= {f"warmup.{name}": getattr(config.warmup, name) for name in ("summary_users", "reading_users")}
+        batches |= {
+            f"warmup.{name}": getattr(config.warmup, name)
+            for name in ("summary_users", "reading_users")
+        }
     for table in rules.values():
         count, along = split(table.get("batch", ()))
         for name, users in {"batch.users": config.batch.users, **batches}.items():
-            _check(users % count == 0, name, users, f"must be a multiple of {count}, the devices along {along}")
+            _check(
+                users % count == 0,
+                name,
+                users,
+                f"must be a multiple of {count}, the devices along {along}",
+            )
         parts = config.batch.microbatches
         rule = f"leaves parts of {config.batch.users // parts} users; must be multiples of {count}, the devices along "
         rule += along
         _check(config.batch.users // parts % count == 0, "batch.microbatches", parts, rule)
         if not config.model.checkpoint:
             for axis in ("num_kv_heads", "mlp_dim"):
-                count, along = split(table.get({"num_kv_heads": "kv_heads", "mlp_dim": "mlp"}[axis], ()))
+                count, along = split(
+                    table.get({"num_kv_heads": "kv_heads", "mlp_dim": "mlp"}[axis], ())
+                )
                 size = getattr(config.model, axis)
-                _check(size % count == 0, f"model.{axis}", size, f"must be a multiple of {along} = {count}")
+                _check(
+                    size % count == 0,
+                    f"model.{axis}",
+                    size,
+                    f"must be a multiple of {along} = {count}",
+                )
 
 
 def _from_mapping(values: Mapping[str, Any]) -> Config:
@@ -202,13 +243,18 @@ def _from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
-    """Makes the dataclass `cls` of `values`, recursively; `prefix` is the path of the section with a final dot."""
+    """Makes the dataclass `cls` of `values`, recursively; `prefix` is the path of the section with
+    a final dot."""
     hints = typing.get_type_hints(cls)
     if not isinstance(values, Mapping):
-        raise UserError(f"config.{prefix[:-1]} is a section and cannot be set to {values!r}; set its fields one by one")
+        raise UserError(
+            f"config.{prefix[:-1]} is a section and cannot be set to {values!r}; set its fields one by one"
+        )
     for name in values:
         if name not in hints:
-            raise UserError(f"config.{prefix}{name}: there is no such field.{did_you_mean(name, hints)}")
+            raise UserError(
+                f"config.{prefix}{name}: there is no such field.{did_you_mean(name, hints)}"
+            )
     for name in hints:
         if name not in values:
             raise UserError(f"config.{prefix}{name} is missing; its default is in configs/base.py")
@@ -235,23 +281,40 @@ def _check_fields(config: Config) -> None:
     """Ranges and allowed words of single fields."""
     for name, words in WORDS.items():
         value = _get(config, name)
-        _check(value in words, name, value, f"must be one of {', '.join(words)}.{did_you_mean(value, words)}")
+        _check(
+            value in words,
+            name,
+            value,
+            f"must be one of {', '.join(words)}.{did_you_mean(value, words)}",
+        )
     for least, names in AT_LEAST.items():
         for name in names:
             why = f" ({REASONS[name]})" if name in REASONS else ""
-            _check(_get(config, name) >= least, name, _get(config, name), f"must be at least {least}{why}")
+            _check(
+                _get(config, name) >= least,
+                name,
+                _get(config, name),
+                f"must be at least {least}{why}",
+            )
     for name in ABOVE_ZERO:
         _check(_get(config, name) > 0, name, _get(config, name), "must be above 0")
     for name in FRACTIONS:
         _check(0 <= _get(config, name) <= 1, name, _get(config, name), "must be between 0 and 1")
     for name in BELOW_ONE:
-        _check(0 <= _get(config, name) < 1, name, _get(config, name), "must be at least 0 and below 1")
+        _check(
+            0 <= _get(config, name) < 1, name, _get(config, name), "must be at least 0 and below 1"
+        )
     for name in (f"mesh.{axis}" for axis in MESH_AXES):
         rule = "must be at least 1, or -1 for all devices that are left"
         _check(_get(config, name) == -1 or _get(config, name) >= 1, name, _get(config, name), rule)
     named = re.fullmatch(r"[A-Za-z0-9_.-]+", config.name) is not None
     _check(named, "name", config.name, "must consist of letters, digits, '_', '-' and '.'")
-    _check(config.data.path != "", "data.path", config.data.path, "must name the folder or file of the data")
+    _check(
+        config.data.path != "",
+        "data.path",
+        config.data.path,
+        "must name the folder or file of the data",
+    )
     _check(config.data.prepared != "", "data.prepared", config.data.prepared, "must name a folder")
 
 
@@ -259,9 +322,7 @@ def _check_together(config: Config) -> None:
     """Rules that concern several fields."""
     d, m = config.data, config.model
     held_out = d.validation_fraction + d.test_fraction
-    rule = (
-        f"leaves no training users, with data.validation_fraction = {d.validation_fraction}; their sum must be below 1"
-    )
+    rule = f"leaves no training users, with data.validation_fraction = {d.validation_fraction}; their sum must be below 1"
     _check(held_out < 1, "data.test_fraction", d.test_fraction, rule)
     rule = f'is possible for the source prefeval only, not for data.source = "{d.source}"; use data.split_by=user'
     _check(d.split_by == "user" or d.source == "prefeval", "data.split_by", d.split_by, rule)
@@ -273,7 +334,12 @@ def _check_together(config: Config) -> None:
         m.num_kv_heads,
         f"must divide model.num_heads = {m.num_heads}",
     )
-    _check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even (rotary positions rotate pairs)")
+    _check(
+        m.head_dim % 2 == 0,
+        "model.head_dim",
+        m.head_dim,
+        "must be even (rotary positions rotate pairs)",
+    )
     rule = "must be 0 with model.checkpoint: released weights need no warm-up; use model=pretrained or set it to 0"
     _check(config.warmup.steps == 0 or not m.checkpoint, "warmup.steps", config.warmup.steps, rule)
     _check_roles(config)
@@ -294,11 +360,26 @@ def _check_together(config: Config) -> None:
 def _check_roles(config: Config) -> None:
     """What the two roles and their optimizer can be combined with."""
     g, i, b = config.generator, config.inference, config.batch
-    _check(g.label_smoothing < 0.5, "generator.label_smoothing", g.label_smoothing, "must be at least 0 and below 0.5")
+    _check(
+        g.label_smoothing < 0.5,
+        "generator.label_smoothing",
+        g.label_smoothing,
+        "must be at least 0 and below 0.5",
+    )
     rule = f"must be above 0 with generator.objective = {g.objective}, whose likelihood term it weighs; as published, 1"
-    _check(g.sft_coef > 0 or g.objective not in ("orpo", "cpo", "rrhf"), "generator.sft_coef", g.sft_coef, rule)
+    _check(
+        g.sft_coef > 0 or g.objective not in ("orpo", "cpo", "rrhf"),
+        "generator.sft_coef",
+        g.sft_coef,
+        rule,
+    )
     rule = "needs an average: set generator.ema_decay above 0, e.g. 0.99, or take current or frozen"
-    _check(i.reward_generator != "ema" or g.ema_decay > 0, "inference.reward_generator", i.reward_generator, rule)
+    _check(
+        i.reward_generator != "ema" or g.ema_decay > 0,
+        "inference.reward_generator",
+        i.reward_generator,
+        rule,
+    )
     rule = f'goes with inference.kl = "k3" only, not "{i.kl}", whose gradient it would make wrong'
     _check(not i.kl_corrected or i.kl == "k3", "inference.kl_corrected", i.kl_corrected, rule)
     rule = f"must be 0 (no bound) or more than 1 + inference.clip_high = {1 + i.clip_high}"
@@ -306,23 +387,36 @@ def _check_roles(config: Config) -> None:
     rule = f"must divide batch.users = {b.users}"
     _check(b.users % b.microbatches == 0, "batch.microbatches", b.microbatches, rule)
     rule = "must be 1 where inference.high_entropy_share is below 1, a share of the whole batch"
-    _check(b.microbatches == 1 or i.high_entropy_share == 1, "batch.microbatches", b.microbatches, rule)
+    _check(
+        b.microbatches == 1 or i.high_entropy_share == 1, "batch.microbatches", b.microbatches, rule
+    )
     for name, lora in (("generator", g.lora), ("inference", i.lora)):
         known = bool(lora.targets) and set(lora.targets) <= {*LORA_TARGETS}
         rule = f"must be some of {', '.join(LORA_TARGETS)}"
         _check(known, f"{name}.lora.targets", lora.targets, rule)
         rule = "needs base weights (model.checkpoint); from random weights all parameters are trained: set it to 0"
-        _check(lora.rank == 0 or config.model.checkpoint != "", f"{name}.lora.rank", lora.rank, rule)
+        _check(
+            lora.rank == 0 or config.model.checkpoint != "", f"{name}.lora.rank", lora.rank, rule
+        )
         rule = f'must be 0 with optimizer.name = "{config.optimizer.name}", which is for whole matrices; take adamw'
-        _check(lora.rank == 0 or config.optimizer.name != "muon", f"{name}.lora.rank", lora.rank, rule)
+        _check(
+            lora.rank == 0 or config.optimizer.name != "muon", f"{name}.lora.rank", lora.rank, rule
+        )
 
 
 def _parse_phase(phase: str, name: str) -> Phase:
     words = phase.split()
     modes: tuple[Mode, ...] = typing.get_args(Mode)
     if words and words[0] not in modes:
-        _check(False, name, phase, f"must begin with one of {', '.join(modes)}.{did_you_mean(words[0], modes)}")
-    match = re.fullmatch(r"\s*(?:(inference|generator|joint)|alternate\s+(\d+):(\d+))\s+(\d+)\s*", phase)
+        _check(
+            False,
+            name,
+            phase,
+            f"must begin with one of {', '.join(modes)}.{did_you_mean(words[0], modes)}",
+        )
+    match = re.fullmatch(
+        r"\s*(?:(inference|generator|joint)|alternate\s+(\d+):(\d+))\s+(\d+)\s*", phase
+    )
     rule = 'must be like "inference 240", "generator 60", "joint 60" or "alternate 2:1 60"'
     if match is None:
         raise UserError(f"config.{name} = {json.dumps(phase)}: {rule}")

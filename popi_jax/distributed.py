@@ -1,9 +1,10 @@
-"""One process or many: start-up, who writes and who speaks, the end of all when one is lost, and a request to stop.
+"""One process or many: start-up, who writes and who speaks, the end of all when one is lost, and a
+request to stop.
 
-Every host starts the same command; which of how many it is stands in its environment. A process that is lost is noticed
-by JAX's coordination service, whose heartbeats go on while Python or a collective blocks; it then ends the others from
-C++, past any handler of Python. So the last line that such a process shall say is kept by a child, `Herald`.
-"""
+Every host starts the same command; which of how many it is stands in its environment. A process
+that is lost is noticed by JAX's coordination service, whose heartbeats go on while Python or a
+collective blocks; it then ends the others from C++, past any handler of Python. So the last line
+that such a process shall say is kept by a child, `Herald`."""
 
 import atexit
 import importlib.util
@@ -21,7 +22,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax._src.distributed import global_state  # barriers with a time limit have no public name yet; jax is pinned
+from jax._src.distributed import (
+    global_state,  # barriers with a time limit have no public name yet; jax is pinned
+)
 from jax.experimental import multihost_utils
 
 from popi_jax.errors import UserError
@@ -34,7 +37,8 @@ _CONTINUE = "the same command on all hosts continues from the last checkpoint"
 
 
 class Joining(NamedTuple):
-    """How `jax.distributed.initialize` is called; None: it finds that out, as it can in Slurm, Open MPI and on TPUs."""
+    """How `jax.distributed.initialize` is called; None: it finds that out, as it can in Slurm, Open
+    MPI and on TPUs."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -43,14 +47,19 @@ class Joining(NamedTuple):
 
 
 class Herald:
-    """A child that says the last message it was given when this process ends without having withdrawn it."""
+    """A child that says the last message it was given when this process ends without having
+    withdrawn it."""
 
     _SCRIPT = 'while read -r line; do last=$line; done; [ -z "$last" ] || echo "$last" >&2'
 
     def __init__(self) -> None:
         # in a session of its own, so that neither Ctrl-C nor a hang-up ends it before this process
         self._child = subprocess.Popen(
-            ["sh", "-c", self._SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            ["sh", "-c", self._SCRIPT],
+            stdin=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
         )
 
     def keep(self, message: str) -> None:
@@ -70,7 +79,8 @@ def joining(env: Mapping[str, str]) -> Joining | None:
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, number = (_whole(env, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         return Joining(env["JAX_COORDINATOR_ADDRESS"], count, number, local)
-    # an allocation of many tasks is also seen by the script of the job and by `salloc`: only srun makes steps
+    # an allocation of many tasks is also seen by the script of the job and by `salloc`: only srun
+    # makes steps
     in_srun = {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"} <= env.keys()
     slurm = in_srun and (_whole(env, "SLURM_NTASKS") or 1) > 1
     open_mpi = (_whole(env, "OMPI_COMM_WORLD_SIZE") or 1) > 1
@@ -90,7 +100,10 @@ def start() -> None:
     how = joining(os.environ)
     if how is None:
         return
-    join_s, lost_s = (_whole(os.environ, f"POPI_JAX_{name}_S") or s for name, s in (("JOIN", JOIN_S), ("LOST", LOST_S)))
+    join_s, lost_s = (
+        _whole(os.environ, f"POPI_JAX_{name}_S") or s
+        for name, s in (("JOIN", JOIN_S), ("LOST", LOST_S))
+    )
     herald = Herald()
     where = how.coordinator_address or "the address of process 0"
     number = "this process" if how.process_id is None else f"process {how.process_id}"
@@ -108,7 +121,9 @@ def start() -> None:
         )
     except (RuntimeError, TypeError, ValueError) as e:
         herald.withdraw()
-        raise UserError(f"cannot join the other processes: {' '.join(str(e).split())[:300]}; see docs/launch.md") from e
+        raise UserError(
+            f"cannot join the other processes: {' '.join(str(e).split())[:300]}; see docs/launch.md"
+        ) from e
     herald.keep(
         f"error: process {global_state.process_id} of {global_state.num_processes} ended early: if no other error is "
         f"told above, it got a signal or another process was lost, whose log says why; {_CONTINUE}"
@@ -123,7 +138,8 @@ def is_main_process() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when all processes have called this with the same words, each of which may be used once.
+    """Returns when all processes have called this with the same words, each of which may be used
+    once.
 
     Raises: UserError after BARRIER_S seconds.
     """
@@ -133,11 +149,14 @@ def wait_for_all(what: str) -> None:
         global_state.client.wait_at_barrier(f"popi_jax: {what}", BARRIER_S * 1000)
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"not all processes came within {BARRIER_S} s to: {what}; {_CONTINUE} ({reason})") from e
+        raise UserError(
+            f"not all processes came within {BARRIER_S} s to: {what}; {_CONTINUE} ({reason})"
+        ) from e
 
 
 def leave(status: int) -> None:
-    """Ends this process at once where there are others: a process that failed must not wait for those that wait for it.
+    """Ends this process at once where there are others: a process that failed must not wait for
+    those that wait for it.
 
     Returns where there are none.
     """
@@ -146,19 +165,24 @@ def leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if global_state.process_id == 0:
-        time.sleep(3)  # its end ends the others: if they fail for the same reason, they may say so before
+        time.sleep(
+            3
+        )  # its end ends the others: if they fail for the same reason, they may say so before
     os._exit(status)
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM, so that a loop can save and end at a step that all processes agree on.
+    """Remembers SIGINT and SIGTERM, so that a loop can save and end at a step that all processes
+    agree on.
 
     A second signal of the same kind acts as it would without this.
     """
 
     def __init__(self) -> None:
         self.signal = 0
-        self._previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -166,7 +190,8 @@ class StopRequest:
         signal.signal(number, self._previous[signal.Signals(number)])
 
     def agreed(self) -> int:
-        """The signal that any process received, 0 if none. Every process must call it at the same step."""
+        """The signal that any process received, 0 if none. Every process must call it at the same
+        step."""
         if jax.process_count() == 1:
             return self.signal
         return int(np.max(multihost_utils.process_allgather(np.int32(self.signal))))
@@ -190,7 +215,8 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
 
 
 def _several_on_this_host(env: Mapping[str, str]) -> bool:
-    """Whether a launcher started a process per device: JAX then gives each the device of its number on the host."""
+    """Whether a launcher started a process per device: JAX then gives each the device of its number
+    on the host."""
     nodes = _whole(env, "SLURM_STEP_NUM_NODES") or _whole(env, "SLURM_NNODES") or 1
     in_slurm = "SLURM_PROCID" in env and (_whole(env, "SLURM_NTASKS") or 1) > nodes
     return in_slurm or (_whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
@@ -199,9 +225,13 @@ def _several_on_this_host(env: Mapping[str, str]) -> bool:
 def _on_tpu_vms(env: Mapping[str, str]) -> bool:
     """Whether this is one of several TPU VMs, which only Google's metadata server tells.
 
-    JAX sets TPU_SKIP_MDS_QUERY on hosts without a TPU when it is imported, and GKE does in its containers.
-    """
-    if "TPU_SKIP_MDS_QUERY" in env or env.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
+    JAX sets TPU_SKIP_MDS_QUERY on hosts without a TPU when it is imported, and GKE does in its
+    containers."""
+    if (
+        "TPU_SKIP_MDS_QUERY" in env
+        or env.get("JAX_PLATFORMS") == "cpu"
+        or importlib.util.find_spec("libtpu") is None
+    ):
         return False
     server = env.get("GCE_METADATA_IP", "metadata.google.internal")
 
@@ -214,5 +244,9 @@ def _on_tpu_vms(env: Mapping[str, str]) -> bool:
         except OSError:  # not in Google's cloud, or not one of its TPU VMs
             return ""
 
-    slices = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", attribute("tpu-env"), re.MULTILINE)
-    return "," in attribute("worker-network-endpoints") or (slices is not None and int(slices[1]) > 1)
+    slices = re.search(
+        r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", attribute("tpu-env"), re.MULTILINE
+    )
+    return "," in attribute("worker-network-endpoints") or (
+        slices is not None and int(slices[1]) > 1
+    )

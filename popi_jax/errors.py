@@ -1,4 +1,5 @@
-"""Errors of the user, told in one line. Anything else that is raised is a defect of ours and keeps its traceback."""
+"""Errors of the user, told in one line. Anything else that is raised is a defect of ours and keeps
+its traceback."""
 
 import difflib
 import errno
@@ -7,10 +8,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: an entry point prints the message as one line and exits with status 2, without a traceback.
+    """Bad input: an entry point prints the message as one line and exits with status 2, without a
+    traceback.
 
-    The message names the file and line or the field, what was found, what is allowed and the nearest fix.
-    """
+    The message names the file and line or the field, what was found, what is allowed and the
+    nearest fix."""
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
@@ -20,11 +22,14 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Says whether the error, one that led to it or one of its group means that a disk or a quota is full."""
+    """Says whether the error, one that led to it or one of its group means that a disk or a quota
+    is full."""
     if error is None:
         return False
     numbers = (errno.ENOSPC, errno.EDQUOT)
-    if (isinstance(error, OSError) and error.errno in numbers) or any(os.strerror(n) in str(error) for n in numbers):
+    if (isinstance(error, OSError) and error.errno in numbers) or any(
+        os.strerror(n) in str(error) for n in numbers
+    ):
         return True
     parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     return any(disk_is_full(e) for e in (error.__cause__, error.__context__, *parts))

@@ -1,4 +1,5 @@
-"""Scores the newest checkpoint of a run on its test users and prints the table; results.json is written anew."""
+"""Scores the newest checkpoint of a run on its test users and prints the table; results.json is
+written anew."""
 
 from absl import flags
 

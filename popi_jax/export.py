@@ -1,4 +1,5 @@
-"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers loads: one per role."""
+"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers loads: one per
+role."""
 
 import json
 import math
@@ -14,15 +15,21 @@ from popi_jax.config_check import from_json
 from popi_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", "", "folder of the exports; empty: <workdir>/export")
-_ROLE = flags.DEFINE_enum("role", "both", ["inference", "generator", "both"], "which model to export")
+_ROLE = flags.DEFINE_enum(
+    "role", "both", ["inference", "generator", "both"], "which model to export"
+)
 
 
 def main(config: Config) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # copying files needs no accelerator, and one may be busy with training
+    os.environ["JAX_PLATFORMS"] = (
+        "cpu"  # copying files needs no accelerator, and one may be busy with training
+    )
     from popi_jax.checkpoints.manager import ROLES, full_disk_told
 
     if "://" in config.workdir and not _OUT.value:
-        raise UserError(f'--out: the run is in "{config.workdir}"; name a folder on the disk for the exports')
+        raise UserError(
+            f'--out: the run is in "{config.workdir}"; name a folder on the disk for the exports'
+        )
     out = Path(_OUT.value or Path(config.workdir) / "export")
     roles = ROLES if _ROLE.value == "both" else (_ROLE.value,)
     with full_disk_told(out):
@@ -31,12 +38,13 @@ def main(config: Config) -> None:
 
 
 def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> None:
-    """Writes config.json, weights, tokenizer and model card of one role; an earlier export in `target` is replaced.
+    """Writes config.json, weights, tokenizer and model card of one role; an earlier export in
+    `target` is replaced.
 
-    Of a run that trains adapters the weights are merged, and <target>-adapter holds the adapters alone, for `peft`.
-    Everything but the place comes from the run itself, so the flags of the training need not be repeated.
-    Raises: UserError if the folder holds no run, or a file of it is missing or broken.
-    """
+    Of a run that trains adapters the weights are merged, and <target>-adapter holds the adapters
+    alone, for `peft`. Everything but the place comes from the run itself, so the flags of the
+    training need not be repeated. Raises: UserError if the folder holds no run, or a file of it is
+    missing or broken."""
     from etils import epath
     from jax import tree
 
@@ -55,7 +63,9 @@ def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> Non
     lora, adapters = getattr(run, role).lora, None
     if lora.rank:
         cfg, adapters = model_config(run, vocab_size=0), params
-        params = merge(hf_io.read_params(run.model.checkpoint, cfg), adapters, scale=lora.alpha / lora.rank)
+        params = merge(
+            hf_io.read_params(run.model.checkpoint, cfg), adapters, scale=lora.alpha / lora.rank
+        )
     else:
         cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
     lengths = run.data
@@ -63,7 +73,11 @@ def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> Non
     base = hf_config.Base("", None)
     if run.model.checkpoint:
         base = hf_config.read_base(run.model.checkpoint)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     num_params = sum(math.prod(x.shape) for x in tree.leaves(params))
     card = model_card.render(
         run,
@@ -99,7 +113,9 @@ def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> Non
                 base=run.model.checkpoint,
                 decoder="model.language_model" if base.model_type == "gemma3" else "model",
             )
-            (folder / hf_io.MARK_FILE).write_text(json.dumps({"role": role, "step": step, "run": run.name}) + "\n")
+            (folder / hf_io.MARK_FILE).write_text(
+                json.dumps({"role": role, "step": step, "run": run.name}) + "\n"
+            )
             tokenizer.save(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"{beside}: its adapters alone, of rank {lora.rank}, for {run.model.checkpoint}")
@@ -107,7 +123,8 @@ def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> Non
 
 
 def stored_run(workdir: str | os.PathLike[str]) -> tuple[Config, str]:
-    """Returns the configuration that the newest checkpoint was trained with, and the kind of its data ("" unknown)."""
+    """Returns the configuration that the newest checkpoint was trained with, and the kind of its
+    data ("" unknown)."""
     from popi_jax.checkpoints import manager
 
     stored = manager.stored_config(str(workdir))
@@ -118,7 +135,8 @@ def stored_run(workdir: str | os.PathLike[str]) -> tuple[Config, str]:
 
 
 def model_config(run: Config, vocab_size: int) -> Any:
-    """Returns the TransformerConfig of a run; its shape is that of the base weights when it started from some."""
+    """Returns the TransformerConfig of a run; its shape is that of the base weights when it started
+    from some."""
     import dataclasses
 
     from popi_jax.checkpoints import hf_config
@@ -133,7 +151,8 @@ def model_config(run: Config, vocab_size: int) -> Any:
 
 
 def read_results(path: Any) -> list[dict[str, Any]]:
-    """Returns the rows of an evaluation, [] if there was none. Raises: UserError if the file is broken."""
+    """Returns the rows of an evaluation, [] if there was none. Raises: UserError if the file is
+    broken."""
     if not path.exists():
         return []
     try:
@@ -147,4 +166,8 @@ def read_results(path: Any) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, description=__doc__, example="python -m popi_jax.export --config=prism --config.workdir=work/prism")
+    cli.run(
+        main,
+        description=__doc__,
+        example="python -m popi_jax.export --config=prism --config.workdir=work/prism",
+    )

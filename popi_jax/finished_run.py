@@ -1,4 +1,5 @@
-"""Opens the run of a work directory for use: its configuration, data and models; writes summaries and answers."""
+"""Opens the run of a work directory for use: its configuration, data and models; writes summaries
+and answers."""
 
 import dataclasses
 import math
@@ -30,7 +31,8 @@ from popi_jax.training.state import Frozen, TrainState, abstract_state, policy
 
 
 class Restored(NamedTuple):
-    """What the newest checkpoint holds of both roles, and the models that the main stage started from."""
+    """What the newest checkpoint holds of both roles, and the models that the main stage started
+    from."""
 
     step: int
     inference: Params
@@ -44,21 +46,25 @@ def open_run(config: Config) -> Built:
     Raises: UserError when the workdir holds no run, or one with other settings or other data.
     """
     if manager.stored_config(config.workdir) is None:
-        raise UserError(f'config.workdir: no run in "{config.workdir}"; train first, or give the WORKDIR of a run')
+        raise UserError(
+            f'config.workdir: no run in "{config.workdir}"; train first, or give the WORKDIR of a run'
+        )
     return build(config, to_json(config))
 
 
 def restore_role(built: Built, role: str) -> tuple[int, Params]:
     """(step, whole model) of one role from the newest checkpoint, laid out on the mesh.
 
-    It is the average of the parameters where the run keeps one; adapters are joined with their base.
-    Raises: UserError when none can be read.
-    """
-    return _restore_role(built, role, lora_base(built) if trains_adapters(built.config, role) else {})
+    It is the average of the parameters where the run keeps one; adapters are joined with their
+    base. Raises: UserError when none can be read."""
+    return _restore_role(
+        built, role, lora_base(built) if trains_adapters(built.config, role) else {}
+    )
 
 
 def restore_run(built: Built) -> Restored:
-    """Raises: UserError when the checkpoint cannot be read, or the run has not reached its main stage."""
+    """Raises: UserError when the checkpoint cannot be read, or the run has not reached its main
+    stage."""
     base = lora_base(built)
     frozen = stored_frozen(built, _abstract(built), base)
     if frozen is None:
@@ -84,7 +90,8 @@ def _restore_role(built: Built, role: str, base: Params) -> tuple[int, Params]:
 def summaries_of(
     users: Sequence[User], built: Built, params: Params, *, lengths: Config, temperature: float
 ) -> list[dict[str, Any]]:
-    """One {"user_id", "summary", "tokens"} per user; `lengths` is the configuration with the limits as they were given.
+    """One {"user_id", "summary", "tokens"} per user; `lengths` is the configuration with the limits
+    as they were given.
 
     The padded lengths of the run fit its training users, so they are fitted anew to these users.
     """
@@ -97,24 +104,38 @@ def summaries_of(
             *(cut.contexts, cut.users, lengths.data.context_len),
         )
     config = dataclasses.replace(lengths, data=dataclasses.replace(data, num_pairs=1))
-    placed = [place(batch.batch, built.mesh, built.model.rules) for batch in eval_batches(users, words, config)]
+    placed = [
+        place(batch.batch, built.mesh, built.model.rules)
+        for batch in eval_batches(users, words, config)
+    ]
     sampling = built.sampling._replace(temperature=temperature)
-    program = summarizer(model=built.model, glue=built.glue, sampling=sampling, seed=config.seed, mesh=built.mesh)
+    program = summarizer(
+        model=built.model, glue=built.glue, sampling=sampling, seed=config.seed, mesh=built.mesh
+    )
     with Progress(len(placed), label="summaries", enabled=jax.process_index() == 0) as progress:
         done = iter(range(1, len(placed) + 1))
         texts = summarize(program, params, placed, len(users), lambda: progress.update(next(done)))
     return [
-        {"user_id": user.user_id, "summary": words.decode(ids[:length]).strip(), "tokens": int(length)}
+        {
+            "user_id": user.user_id,
+            "summary": words.decode(ids[:length]).strip(),
+            "tokens": int(length),
+        }
         for user, ids, length in zip(users, *texts, strict=True)
     ]
 
 
-def answers(built: Built, params: Params, *, prompt: str, summary: str, sampling: Sampling, num: int) -> list[str]:
-    """`num` answers of the generator; one that reached `sampling.max_len` before its end is cut there."""
+def answers(
+    built: Built, params: Params, *, prompt: str, summary: str, sampling: Sampling, num: int
+) -> list[str]:
+    """`num` answers of the generator; one that reached `sampling.max_len` before its end is cut
+    there."""
     words, rows = built.tokenizer, rows_of(built)
 
     def repeated(ids: list[int]) -> Tokens:
-        tokens = Tokens(np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32))
+        tokens = Tokens(
+            np.tile(np.array(ids, np.int32), (rows, 1)), np.full(rows, len(ids), np.int32)
+        )
         return place(tokens, built.mesh, built.model.rules)
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
@@ -124,15 +145,21 @@ def answers(built: Built, params: Params, *, prompt: str, summary: str, sampling
         keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)
         return sample(params, context, turn, keys, model=built.model, sampling=sampling)
 
-    drawn = jax.device_get(jax.jit(program, out_shardings=replicated(built.mesh))(params, context, turn))
+    drawn = jax.device_get(
+        jax.jit(program, out_shardings=replicated(built.mesh))(params, context, turn)
+    )
     ids, lengths = drawn.summaries.ids[0], drawn.summaries.lengths[0]
     return [words.decode(row[:length]).strip() for row, length in zip(ids, lengths, strict=True)]
 
 
 def rows_of(built: Built) -> int:
     """The least rows of a batch that divide over the mesh."""
-    return math.lcm(*(shards(rules.batch) for rules in (built.model.rules, built.model.rollout_rules)))
+    return math.lcm(
+        *(shards(rules.batch) for rules in (built.model.rules, built.model.rollout_rules))
+    )
 
 
 def _abstract(built: Built) -> TrainState:
-    return abstract_state(built.model, make_parts(built)[0].transforms, built.mesh, cfg=built.config)
+    return abstract_state(
+        built.model, make_parts(built)[0].transforms, built.mesh, cfg=built.config
+    )

@@ -1,8 +1,8 @@
-"""Compiles the update that `make train` would run for a TPU slice that need not be there, or for this machine.
+"""Compiles the update that `make train` would run for a TPU slice that need not be there, or for
+this machine.
 
-Prints the memory of a device, the work of an update and the time it takes at the rates of the chip, and checks the
-layout. What does not fit is an error with the change that would make it fit.
-"""
+Prints the memory of a device, the work of an update and the time it takes at the rates of the chip,
+and checks the layout. What does not fit is an error with the change that would make it fit."""
 
 import json
 import os
@@ -15,8 +15,12 @@ from absl import flags
 from popi_jax import cli
 from popi_jax.config import Config
 
-SUGGEST = flags.DEFINE_bool("suggest", False, "when it does not fit, compile changes until one does")
-THOROUGH = flags.DEFINE_bool("thorough", False, "compile as for a run: three times as long, and times nearer to it")
+SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "when it does not fit, compile changes until one does"
+)
+THOROUGH = flags.DEFINE_bool(
+    "thorough", False, "compile as for a run: three times as long, and times nearer to it"
+)
 REPORT = flags.DEFINE_string("report", "", "also write the numbers to this file, as JSON")
 
 
@@ -38,7 +42,8 @@ def main(config: Config) -> None:
 
     target = targets.open_target(config)
     plan = make_plan(config, target)
-    # programs of JAX's cache may have lost the names that say which part of an update an instruction belongs to
+    # programs of JAX's cache may have lost the names that say which part of an update an
+    # instruction belongs to
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"compiling for {target.name} ...", file=sys.stderr, flush=True)
     herald = Herald()
@@ -65,7 +70,11 @@ def _suggestion(config: Config, target: Any, available: float) -> str:
     rules = cli.load_config("prism:scale=laptop").mesh.rules
     for change, plan, expected in first_that_may_fit(config, target, available, rules):
         if not SUGGEST.value:
-            also = f"\ntraining all parameters{_larger(config, available)}" if "lora" in change.flags() else ""
+            also = (
+                f"\ntraining all parameters{_larger(config, available)}"
+                if "lora" in change.flags()
+                else ""
+            )
             return (
                 f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}{also}\n"
                 "--suggest compiles such changes and prints the first that does fit"
@@ -77,7 +86,9 @@ def _suggestion(config: Config, target: Any, available: float) -> str:
             print(f"  {failure}", file=sys.stderr)
             continue
         return f"fits, with {found.memory.total / GIB:.1f} GiB per device: {change.flags()}"
-    return "no other microbatches, rematerialisation, mesh, users, nor adapters fit; it" + _larger(config, available)
+    return "no other microbatches, rematerialisation, mesh, users, nor adapters fit; it" + _larger(
+        config, available
+    )
 
 
 def _larger(config: Config, available: float) -> str:
@@ -88,7 +99,11 @@ def _larger(config: Config, available: float) -> str:
     spec = flags.FLAGS.config
     name, _, options = spec.partition(":")
     kept = [option for option in options.split(",") if option and not option.startswith("scale=")]
-    overrides = [arg for arg in sys.argv[1:] if arg.startswith("--config.") and not arg.startswith("--config.mesh.")]
+    overrides = [
+        arg
+        for arg in sys.argv[1:]
+        if arg.startswith("--config.") and not arg.startswith("--config.mesh.")
+    ]
     kind, chips = config.mesh.topology.partition(":")[0], chips_of(config.mesh.topology)
     for scale in cli.scales_of(kind):
         larger = cli.load_config(f"{name}:{','.join([*kept, f'scale={scale}'])}", overrides)

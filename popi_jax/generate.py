@@ -1,8 +1,7 @@
 """Answers a prompt for a user: prints the summary that the generator sees, and the answer.
 
-The summary is that of a user of the run's data (--user), of a file (--users and --user), your own words (--summary), or
-empty.
-"""
+The summary is that of a user of the run's data (--user), of a file (--users and --user), your own
+words (--summary), or empty."""
 
 import dataclasses
 from pathlib import Path
@@ -19,22 +18,42 @@ if TYPE_CHECKING:
 
     from popi_jax.data.records import User
 
-_EXAMPLE = 'python -m popi_jax.generate --config=prism --prompt="tell me about tea" --user=prism/user7'
+_EXAMPLE = (
+    'python -m popi_jax.generate --config=prism --prompt="tell me about tea" --user=prism/user7'
+)
 
 _PROMPT = flags.DEFINE_string("prompt", "", "the question, in quotes")
 _USER = flags.DEFINE_string("user", "", "user_id of the person who asks")
-_USERS = flags.DEFINE_string("users", "", "file that --user is in, as for summarize; empty: the data of the run")
+_USERS = flags.DEFINE_string(
+    "users", "", "file that --user is in, as for summarize; empty: the data of the run"
+)
 _SUMMARY = flags.DEFINE_string("summary", "", "summary to use instead of that of a user")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the answer; 0 takes the likeliest tokens", lower_bound=0.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k likeliest tokens; 0: among all", lower_bound=0)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "of the answer; 0 takes the likeliest tokens", lower_bound=0.0
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "sample among the k likeliest tokens; 0: among all", lower_bound=0
+)
 _TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "sample among the likeliest tokens of this total probability", lower_bound=1e-6, upper_bound=1.0
+    "top_p",
+    1.0,
+    "sample among the likeliest tokens of this total probability",
+    lower_bound=1e-6,
+    upper_bound=1.0,
 )
 _MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "sample among tokens of this part of the likeliest's probability", lower_bound=0.0, upper_bound=1.0
+    "min_p",
+    0.0,
+    "sample among tokens of this part of the likeliest's probability",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
-_STOP = flags.DEFINE_multi_string("stop", [], "text at which an answer ends, compared token by token; may be repeated")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0)
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "text at which an answer ends, compared token by token; may be repeated"
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0
+)
 _NUM = flags.DEFINE_integer("num", 1, "how many answers to sample", lower_bound=1)
 
 
@@ -42,13 +61,19 @@ def main(config: Config) -> None:
     if not _PROMPT.value.strip():
         raise UserError(f"--prompt is missing; say what to answer, e.g. {_EXAMPLE}")
     if _SUMMARY.value and (_USER.value or _USERS.value):
-        raise UserError("--summary stands in place of a user's; leave out --user and --users, or --summary")
+        raise UserError(
+            "--summary stands in place of a user's; leave out --user and --users, or --summary"
+        )
     if _USERS.value and not _USER.value:
         raise UserError(f"--users={_USERS.value} needs the person who asks: --user=ID")
     if _TEMPERATURE.value == 0 and (_TOP_K.value or _TOP_P.value < 1 or _MIN_P.value):
-        raise UserError("--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1, or leave them out")
+        raise UserError(
+            "--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1, or leave them out"
+        )
     if _NUM.value > 1 and _TEMPERATURE.value == 0:
-        raise UserError(f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1")
+        raise UserError(
+            f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1"
+        )
 
     from popi_jax.data.jsonl import read_users
 
@@ -61,12 +86,18 @@ def main(config: Config) -> None:
     built = open_run(config)
     summary = _SUMMARY.value.strip()
     if _USER.value:
-        splits = [people] if people else [built.dataset.splits[name] for name in ("test", "validation", "train")]
+        splits = (
+            [people]
+            if people
+            else [built.dataset.splits[name] for name in ("test", "validation", "train")]
+        )
         user = find_user(_USER.value, (user for split in splits for user in split))
         one_batch = dataclasses.replace(config.evaluation, batch_users=rows_of(built))
         lengths = dataclasses.replace(config, evaluation=one_batch)
         _, params = restore_role(built, "inference")
-        summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0]["summary"]
+        summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0][
+            "summary"
+        ]
     _, params = restore_role(built, "generator")
     sampling = built.sampling._replace(
         temperature=_TEMPERATURE.value,
@@ -76,7 +107,9 @@ def main(config: Config) -> None:
         min_p=_MIN_P.value,
         stop=tuple(tuple(built.tokenizer.encode(text)) for text in _STOP.value if text),
     )
-    texts = answers(built, params, prompt=_PROMPT.value, summary=summary, sampling=sampling, num=_NUM.value)
+    texts = answers(
+        built, params, prompt=_PROMPT.value, summary=summary, sampling=sampling, num=_NUM.value
+    )
     if jax.process_index() == 0:
         print(f"summary: {summary or '(none)'}")
         for text in texts:
@@ -90,7 +123,9 @@ def find_user(user_id: str, users: "Iterable[User]") -> "User":
         if user.user_id == user_id:
             return user
         seen.append(user.user_id)
-    raise UserError(f"--user={user_id}: not among the {len(seen)} users.{did_you_mean(user_id, seen)}")
+    raise UserError(
+        f"--user={user_id}: not among the {len(seen)} users.{did_you_mean(user_id, seen)}"
+    )
 
 
 if __name__ == "__main__":

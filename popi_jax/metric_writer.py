@@ -1,8 +1,8 @@
 """Writes the metrics of a run to `metrics.jsonl` and to TensorBoard files. Only process 0 writes.
 
-After a resume the file must equal that of a run that never stopped: `resume` drops what came after the checkpoint.
-Files in a bucket cannot be appended to, so those of a bucket are written on the disk and copied there by `flush`.
-"""
+After a resume the file must equal that of a run that never stopped: `resume` drops what came after
+the checkpoint. Files in a bucket cannot be appended to, so those of a bucket are written on the
+disk and copied there by `flush`."""
 
 import json
 import math
@@ -17,7 +17,8 @@ from etils import epath
 
 
 class MetricWriter:
-    """One line of JSON per step: {"step": 10, "loss": 0.7, …}. A number that is not finite is written as null.
+    """One line of JSON per step: {"step": 10, "loss": 0.7, …}. A number that is not finite is
+    written as null.
 
     Use it as a context manager, or call `close`.
     """
@@ -35,7 +36,8 @@ class MetricWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, step: int) -> None:
-        """Drops the lines of steps after `step` and a line that was cut off; call it before the first `write`."""
+        """Drops the lines of steps after `step` and a line that was cut off; call it before the
+        first `write`."""
         if not self._enabled:
             return
         self._purge_step = step + 1
@@ -43,7 +45,11 @@ class MetricWriter:
             self._path.write_bytes((self._bucket / self._path.name).read_bytes())
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [
+            line
+            for line in self._path.read_bytes().splitlines(keepends=True)
+            if _step_of(line) <= step
+        ]
         part = self._path.with_suffix(".part")
         with part.open("wb") as f:
             f.writelines(kept)
@@ -55,7 +61,9 @@ class MetricWriter:
         """Appends the values of a step, at once."""
         if not self._enabled:
             return
-        row = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        row = {
+            name: float(value) if math.isfinite(value) else None for name, value in values.items()
+        }
         with self._path.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": int(step), **row}) + "\n")
         for name, value in row.items():
@@ -85,7 +93,10 @@ class MetricWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
     ) -> None:
         self.close()
 
@@ -93,7 +104,9 @@ class MetricWriter:
         if self._board is None:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge_step)
+            self._board = SummaryWriter(
+                str(self._folder / "tensorboard"), purge_step=self._purge_step
+            )
         return self._board
 
 

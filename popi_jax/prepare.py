@@ -1,4 +1,5 @@
-"""Reads and checks the data of a configuration, writes the prepared copy for training and prints what is in it."""
+"""Reads and checks the data of a configuration, writes the prepared copy for training and prints
+what is in it."""
 
 from popi_jax import cli
 from popi_jax.config import Config
@@ -10,14 +11,20 @@ def main(config: Config) -> None:
     from popi_jax.data.templates import signals_text
 
     dataset = prepare(config.data, allow_sample=True)
-    print(f"source: {dataset.name} ({dataset.data} data) from {dataset.folder}\nprepared copy: {dataset.prepared}\n")
+    print(
+        f"source: {dataset.name} ({dataset.data} data) from {dataset.folder}\nprepared copy: {dataset.prepared}\n"
+    )
     print(f"{'split':<12}{'users':>8}{'pairs':>8}")
     for split in SPLITS:
         print(f"{split:<12}{dataset.stats[split]['users']:>8}{dataset.stats[split]['pairs']:>8}")
-    print(f"bad rows skipped: {dataset.stats['rows']['skipped']} (listed in {dataset.prepared / 'bad_rows.jsonl'})")
+    print(
+        f"bad rows skipped: {dataset.stats['rows']['skipped']} (listed in {dataset.prepared / 'bad_rows.jsonl'})"
+    )
 
     user = dataset.splits["train"][0]
-    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in user.pairs[0].prompt)
+    prompt = "\n".join(
+        f"{message['role']}: {message['content']}" for message in user.pairs[0].prompt
+    )
     print(
         f"\nfirst user of the train split, {user.user_id}\n\n--- signals\n{signals_text(user, config.data.pair_layout)}"
     )

@@ -1,17 +1,18 @@
-"""Compiled programs that a later start loads without tracing them again: executables of jitted functions in a folder.
+"""Compiled programs that a later start loads without tracing them again: executables of jitted
+functions in a folder.
 
-JAX's own cache of compiled programs finds one only after it was traced and lowered, which for a small model is most of
-a start. `jax.experimental.serialize_executable` keeps the whole executable instead, as MaxText does for train steps
-that are compiled ahead of time (`train_compile.py`).
+JAX's own cache of compiled programs finds one only after it was traced and lowered, which for a
+small model is most of a start. `jax.experimental.serialize_executable` keeps the whole executable
+instead, as MaxText does for train steps that are compiled ahead of time (`train_compile.py`).
 
-An executable is loaded when its key is the same: all source files of this package, the settings that the caller names,
-the arguments' tree, shapes, types and layouts, the devices, the processor, the versions of what compiles, the settings
-of JAX and the environment variables of XLA. Where only the sources or the named settings differ and the lowered program
-is the same, as after an edit of a comment, it is traced and lowered once more, and not compiled.
+An executable is loaded when its key is the same: all source files of this package, the settings
+that the caller names, the arguments' tree, shapes, types and layouts, the devices, the processor,
+the versions of what compiles, the settings of JAX and the environment variables of XLA. Where only
+the sources or the named settings differ and the lowered program is the same, as after an edit of a
+comment, it is traced and lowered once more, and not compiled.
 
-The files are unpickled and run, as those of JAX's cache are run: whoever can write in the folder can run code here, so
-it must be trusted as the code itself is.
-"""
+The files are unpickled and run, as those of JAX's cache are run: whoever can write in the folder
+can run code here, so it must be trusted as the code itself is."""
 
 import contextlib
 import hashlib
@@ -34,7 +35,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 MOST_FILES = 32
-LOADING, STORING = "/popi_jax/programs/loading", "/popi_jax/programs/storing"  # seconds that the caller waited
+LOADING, STORING = (
+    "/popi_jax/programs/loading",
+    "/popi_jax/programs/storing",
+)  # seconds that the caller waited
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _VARIABLES = (
@@ -46,7 +50,16 @@ _VARIABLES = (
     "CUBLAS_",
     "CUDNN_",
 )  # how names begin that compilers read
-_PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "CPU part", "Features")
+_PROCESSOR = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "flags",
+    "CPU part",
+    "Features",
+)
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -78,13 +91,14 @@ class Early(NamedTuple):
 
 
 class StoredProgram:
-    """`jax.jit(function)` for jax arrays that always have the same shapes, types and layouts; the first call loads it.
+    """`jax.jit(function)` for jax arrays that always have the same shapes, types and layouts; the
+    first call loads it.
 
-    Results are those of `jax.jit`. Nothing is kept or loaded by one of several processes, as some could find a program
-    that others must compile; nor with `jax_disable_jit`, `jax_debug_nans` or `jax_debug_infs`, for which JAX must have
-    the Python function. A file that cannot be used is removed and costs a line in the log and a compilation.
-    `early` is what `load_early` returned for the same name and store.
-    """
+    Results are those of `jax.jit`. Nothing is kept or loaded by one of several processes, as some
+    could find a program that others must compile; nor with `jax_disable_jit`, `jax_debug_nans` or
+    `jax_debug_infs`, for which JAX must have the Python function. A file that cannot be used is
+    removed and costs a line in the log and a compilation. `early` is what `load_early` returned for
+    the same name and store."""
 
     def __init__(
         self,
@@ -96,8 +110,13 @@ class StoredProgram:
         out_shardings: Any = None,
         early: "Future[Early | None] | None" = None,
     ) -> None:
-        # an unused argument stays one, so that the text of the program says which arguments it reads
-        options: Any = {"donate_argnums": donate_argnums, "out_shardings": out_shardings, "keep_unused": True}
+        # an unused argument stays one, so that the text of the program says which arguments it
+        # reads
+        options: Any = {
+            "donate_argnums": donate_argnums,
+            "out_shardings": out_shardings,
+            "keep_unused": True,
+        }
         self._jitted = jax.jit(function, **options)
         self._name, self._store, self._options = name, store, repr(options)
         self._executable: Callable[..., Any] | None = None
@@ -137,7 +156,8 @@ class StoredProgram:
 
 
 def load_early(name: str, store: Store) -> "Future[Early | None] | None":
-    """Begins to load in a thread what was stored last under a name, while the arguments of the first call are made."""
+    """Begins to load in a thread what was stored last under a name, while the arguments of the
+    first call are made."""
     if not _can_store():
         return None
     threads = ThreadPoolExecutor(max_workers=1)
@@ -171,7 +191,8 @@ def _packed(compiled: jax.stages.Compiled) -> bytes:
 
 
 def _load(path: Path, mesh: Mesh) -> Callable[..., Any] | None:
-    """The executable of a file; None, and the file is gone, when there is anything wrong with it."""
+    """The executable of a file; None, and the file is gone, when there is anything wrong with
+    it."""
     try:
         packed = path.read_bytes()
         if hashlib.sha256(packed[32:]).digest() != packed[:32]:
@@ -182,7 +203,9 @@ def _load(path: Path, mesh: Mesh) -> Callable[..., Any] | None:
         with contextlib.suppress(OSError):
             os.utime(path)  # what is used stays
     except Exception as e:  # of whatever type: unpickling and the runtime have many
-        logging.warning("The compiled program %s cannot be used (%s); compiling it again.", path, _one_line(e))
+        logging.warning(
+            "The compiled program %s cannot be used (%s); compiling it again.", path, _one_line(e)
+        )
         with contextlib.suppress(OSError):
             path.unlink()
         return None
@@ -195,7 +218,8 @@ def _told(event: str, began: float, found: Any) -> Any:
 
 
 def _store(path: Path, write: Callable[[Path], Any]) -> None:
-    """Makes `path` by `write`, at once or not at all, and removes the files that were not used for longest."""
+    """Makes `path` by `write`, at once or not at all, and removes the files that were not used for
+    longest."""
     began = time.monotonic()
     part = path.with_name(f"part-{uuid.uuid4().hex}")
     try:
@@ -216,7 +240,8 @@ def _store(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """Compiles without JAX's own cache: on a CPU an executable that was read from it cannot be serialized again."""
+    """Compiles without JAX's own cache: on a CPU an executable that was read from it cannot be
+    serialized again."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # it asks for the setting only once
@@ -232,7 +257,8 @@ def _digest(*parts: str) -> str:
 
 
 def _signature(args: tuple[Any, ...]) -> list[str]:
-    """What `jax.jit` distinguishes of arguments: their tree, and of each array shape, type and layout."""
+    """What `jax.jit` distinguishes of arguments: their tree, and of each array shape, type and
+    layout."""
     leaves, tree = jax.tree.flatten(args)
     return [str(tree), *(f"{jax.typeof(x)!r} {x.sharding!r} {x.committed}" for x in leaves)]
 
@@ -246,11 +272,18 @@ def _environment(mesh: Mesh) -> list[str]:
         *(f"{name} {metadata.version(name)}" for name in _PACKAGES),
         sys.version,
         f"{client.platform} {client.platform_version}",
-        *(f"{device.id} {device.device_kind} {device.process_index}" for device in client.devices()),
+        *(
+            f"{device.id} {device.device_kind} {device.process_index}"
+            for device in client.devices()
+        ),
         f"{mesh} {[device.id for device in mesh.devices.flat]} {jax.sharding.get_abstract_mesh()}",
         *(line for line in processor if line.partition(":")[0].strip() in _PROCESSOR),
         f"{os.cpu_count()} {len(os.sched_getaffinity(0))}",  # XLA splits loops on a CPU by the number of its cores
-        *(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)),
+        *(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES)
+        ),
         *(f"{name}={value!r}" for name, value in sorted(settings.items()) if "cache" not in name),
     ]
 

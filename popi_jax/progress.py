@@ -12,9 +12,8 @@ from tqdm import tqdm
 class Progress:
     """Counts steps from `initial` to `total` and shows rate, time left and the newest metrics.
 
-    `stream` is a text file, by default stderr. When it is no terminal, a line is printed at most every `interval`
-    seconds, and one at the end.
-    """
+    `stream` is a text file, by default stderr. When it is no terminal, a line is printed at most
+    every `interval` seconds, and one at the end."""
 
     def __init__(
         self,
@@ -42,7 +41,9 @@ class Progress:
         if not self._enabled:
             return
         if metrics:
-            self._metrics = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+            self._metrics = ", ".join(
+                f"{name} {format_number(value)}" for name, value in metrics.items()
+            )
         previous, self._step = self._step, step
         if not self._started:  # the first step compiles: time counts from its end
             self._started, self._start, self._initial, previous = True, time.monotonic(), step, step
@@ -66,7 +67,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
     ) -> None:
         self.close()
 

@@ -1,9 +1,10 @@
-"""Device meshes, and how logical axes are laid out on them. The only place that decides where an array lives.
+"""Device meshes, and how logical axes are laid out on them. The only place that decides where an
+array lives.
 
-Every parameter and a few activations name their axes by logical words; `Rules` maps a word to mesh axes. They are
-data of the configuration (configs/scales.py) and travel with the model's configuration, so nothing here is global. All
-mesh axes are `Auto`: the compiler propagates the layouts and inserts the collectives.
-"""
+Every parameter and a few activations name their axes by logical words; `Rules` maps a word to mesh
+axes. They are data of the configuration (configs/scales.py) and travel with the model's
+configuration, so nothing here is global. All mesh axes are `Auto`: the compiler propagates the
+layouts and inserts the collectives."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ Axes = tuple[str, ...]
 
 
 class Rules(NamedTuple):
-    """The mesh axes that split each logical axis; () for none. A name that is not here is an error."""
+    """The mesh axes that split each logical axis; () for none. A name that is not here is an
+    error."""
 
     batch: Axes = ()  # users, pairs, rows
     seq: Axes = ()  # tokens of a row, outside of attention
@@ -43,8 +45,11 @@ class Rules(NamedTuple):
 UNSPLIT = Rules()
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices, or of those given; the axis `data` goes across slices, where there are several.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices, or of those given; the axis `data` goes across slices, where there are
+    several.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -54,12 +59,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, devices: Seq
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
         shape = " x ".join(map(str, sizes))
-        raise ValueError(f"mesh {' x '.join(MESH_AXES)} = {shape} does not fill {len(devices)} devices")
-    return Mesh(device_array(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        raise ValueError(
+            f"mesh {' x '.join(MESH_AXES)} = {shape} does not fill {len(devices)} devices"
+        )
+    return Mesh(
+        device_array(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
 
 
 def device_array(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the order of a mesh: neighbours along its axes near each other, `data` across slices.
+    """The devices in the order of a mesh: neighbours along its axes near each other, `data` across
+    slices.
 
     Raises: UserError, as `make_mesh`.
     """
@@ -67,7 +77,9 @@ def device_array(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and data % slices == 0:
         within, across = (data // slices, *sizes[1:]), (slices, 1, 1, 1)
-        found = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        found = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     elif slices > 1 and devices[0].platform == "tpu":
         raise UserError(
             f"config.mesh.data = {data}: must be a multiple of {slices}, the TPU slices; set it to {slices}"
@@ -78,7 +90,8 @@ def device_array(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np
 
 
 def platform() -> str:
-    """Of the devices that a program is for: those of the mesh that is set, else the default ones."""
+    """Of the devices that a program is for: those of the mesh that is set, else the default
+    ones."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -87,12 +100,15 @@ def spec(names: Sequence[str | None], rules: Rules) -> P:
     """The PartitionSpec of logical axis names. Raises KeyError on a name that has no rule."""
     unknown = [name for name in names if name is not None and name not in Rules._fields]
     if unknown:
-        raise KeyError(f"logical axes without a rule: {', '.join(map(str, unknown))}; known are {Rules._fields}")
+        raise KeyError(
+            f"logical axes without a rule: {', '.join(map(str, unknown))}; known are {Rules._fields}"
+        )
     return P(*((getattr(rules, name) or None) if name is not None else None for name in names))
 
 
 def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
-    """Asks the compiler to lay `x` out by its logical axis names; without a mesh of several devices it does nothing."""
+    """Asks the compiler to lay `x` out by its logical axis names; without a mesh of several devices
+    it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -102,15 +118,17 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Ar
 def relaid(x: jax.Array, names: Sequence[str | None], before: Rules, after: Rules) -> jax.Array:
     """`x`, laid out by the rules `before`, laid out by those `after`.
 
-    In two steps, as the compiler, left alone, makes it whole on every device on the way: first what splits another axis
-    than before moves there, then what splits none is gathered.
-    """
+    In two steps, as the compiler, left alone, makes it whole on every device on the way: first what
+    splits another axis than before moves there, then what splits none is gathered."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     wanted: list[Axes] = [() if name is None else getattr(after, name) for name in names]
     taken = {axis for part in wanted for axis in part}
-    kept = [() if name is None else tuple(a for a in getattr(before, name) if a not in taken) for name in names]
+    kept = [
+        () if name is None else tuple(a for a in getattr(before, name) if a not in taken)
+        for name in names
+    ]
     between = P(*((*new, *old) or None for new, old in zip(wanted, kept, strict=True)))
     return constrain(jax.lax.with_sharding_constraint(x, between), names, after)
 
@@ -122,7 +140,8 @@ def shards(axes: Axes) -> int:
 
 
 def logical_names(boxed: Any) -> Any:
-    """The logical axis names, a tuple for each parameter, of a tree that still carries them (boxed by flax)."""
+    """The logical axis names, a tuple for each parameter, of a tree that still carries them (boxed
+    by flax)."""
     return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))
 
 
@@ -130,11 +149,14 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings of a tree of parameters that still carry their logical axis names (boxed by flax).
 
     Raises:
-      UserError: an axis of a parameter does not divide over the devices that split it, a mesh axis would split two axes
-        of one parameter, or a matrix would be whole on every device although the rules split others.
+      UserError: an axis of a parameter does not divide over the devices that split it, a mesh axis
+        would split two axes of one parameter, or a matrix would be whole on every device although
+        the rules split others.
     """
     used = {
-        axis for name in ("vocab", "vocab_embed", "embed", "heads", "kv_heads", "mlp") for axis in getattr(rules, name)
+        axis
+        for name in ("vocab", "vocab_embed", "embed", "heads", "kv_heads", "mlp")
+        for axis in getattr(rules, name)
     }
     splits_parameters = any(mesh.shape[axis] > 1 for axis in used)
 
@@ -145,7 +167,9 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
         axes = [axis for part in parts for axis in part]
         if len(set(axes)) < len(axes):
             twice = next(axis for axis in axes if axes.count(axis) > 1)
-            raise UserError(f"parameter {where} {names}: config.mesh.rules split two of its axes by mesh axis {twice}")
+            raise UserError(
+                f"parameter {where} {names}: config.mesh.rules split two of its axes by mesh axis {twice}"
+            )
         for name, size, part in zip(names, x.shape, parts, strict=True):
             count = math.prod(mesh.shape[axis] for axis in part)
             if size % count:
@@ -167,7 +191,8 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def check_heads(num_kv_heads: int, mesh: Mesh, rules: Rules) -> None:
-    """Raises: UserError when the heads of attention do not divide over the devices that are to share them."""
+    """Raises: UserError when the heads of attention do not divide over the devices that are to
+    share them."""
     count = math.prod(mesh.shape[axis] for axis in rules.attention_heads)
     if num_kv_heads % count:
         axes = " x ".join(f"mesh.{axis}" for axis in rules.attention_heads)
@@ -182,18 +207,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Puts this process's part of a batch of numpy arrays on the mesh, split along the leading axis."""
+    """Puts this process's part of a batch of numpy arrays on the mesh, split along the leading
+    axis."""
     sharding = NamedSharding(mesh, spec(("batch",), rules))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def match_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for `tree`: a leaf that has the path (its last keys) and the shape of a parameter, as optimizer moments
-    do, lies as that parameter does; the rest, such as counters and the sums of a factored moment, is replicated."""
+    """Shardings for `tree`: a leaf that has the path (its last keys) and the shape of a parameter,
+    as optimizer moments do, lies as that parameter does; the rest, such as counters and the sums of
+    a factored moment, is replicated."""
     layouts = jax.tree.map(lambda x, s: (x.shape, s), params, shardings)
     known = {
         tuple(part.key for part in path): layout
-        for path, layout in jax.tree_util.tree_leaves_with_path(layouts, is_leaf=lambda x: isinstance(x, tuple))
+        for path, layout in jax.tree_util.tree_leaves_with_path(
+            layouts, is_leaf=lambda x: isinstance(x, tuple)
+        )
     }
 
     def layout(path: tuple[Any, ...], x: Any) -> NamedSharding:

@@ -1,9 +1,9 @@
 """Writes the preference summary of each user: of the run's test users, or of a file of users.
 
-A file has one JSON object a line, {"user_id": "ann", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt":
-"…", "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}; each part of the signals may be
-left out. Lines of training data are accepted too; equal users are summarised once.
-"""
+A file has one JSON object a line, {"user_id": "ann", "signals": {"profile": "…", "survey": "…",
+"comments": [{"prompt": "…", "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…",
+"rejected": "…"}]}}; each part of the signals may be left out. Lines of training data are accepted
+too; equal users are summarised once."""
 
 from pathlib import Path
 
@@ -13,9 +13,15 @@ from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.errors import UserError
 
-_USERS = flags.DEFINE_string("users", "", "file of users, one JSON object a line; empty: the test users of the run")
-_OUT = flags.DEFINE_string("out", "", "file to write; empty: <workdir>/summaries_<name of the users file>.jsonl")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of sampling; 0 takes the likeliest tokens", lower_bound=0.0)
+_USERS = flags.DEFINE_string(
+    "users", "", "file of users, one JSON object a line; empty: the test users of the run"
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "file to write; empty: <workdir>/summaries_<name of the users file>.jsonl"
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "of sampling; 0 takes the likeliest tokens", lower_bound=0.0
+)
 
 
 def main(config: Config) -> None:

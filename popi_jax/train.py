@@ -1,8 +1,8 @@
-"""Trains both models of POPI: warm-up (from random weights), then alternating updates; then evaluates and reports.
+"""Trains both models of POPI: warm-up (from random weights), then alternating updates; then
+evaluates and reports.
 
-The same command again continues a run that was stopped. Results lie in the work directory: results.json,
-summaries.jsonl, metrics.jsonl, tensorboard/, checkpoints/.
-"""
+The same command again continues a run that was stopped. Results lie in the work directory:
+results.json, summaries.jsonl, metrics.jsonl, tensorboard/, checkpoints/."""
 
 import sys
 
@@ -22,7 +22,9 @@ def main(config: Config) -> None:
 
     logging.set_verbosity(logging.INFO)
     built = build(config, to_json(config))
-    logging.info("%s: %d device(s), mesh %s", config.name, jax.device_count(), dict(built.mesh.shape))
+    logging.info(
+        "%s: %d device(s), mesh %s", config.name, jax.device_count(), dict(built.mesh.shape)
+    )
     try:
         trained = train(built)
     except Stopped as stopped:

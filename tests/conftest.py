@@ -9,7 +9,9 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["NPROC"] = "32"  # threads of XLA: collectives of simulated devices block some
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
@@ -21,8 +23,11 @@ from jaxtyping import install_import_hook
 
 flags.FLAGS.mark_as_parsed()  # the worker processes of grain ask
 
-# every function of the package checks the types and shapes of its signature; an int passes for a float
-install_import_hook("popi_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# every function of the package checks the types and shapes of its signature; an int passes for a
+# float
+install_import_hook(
+    "popi_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 
 @pytest.fixture

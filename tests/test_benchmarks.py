@@ -1,4 +1,5 @@
-"""The benchmarks run through on a minute work, and what they conclude from measurements is right."""
+"""The benchmarks run through on a minute work, and what they conclude from measurements is
+right."""
 
 import json
 import pathlib
@@ -14,7 +15,9 @@ from benchmarks.workloads import TINY, WORKLOADS, Workload
 from popi_jax.data.fill import Fill, Spread
 
 MINUTE = Workload("minute", "dpo", users=2, pairs=1, prompt_len=8, answer_len=4)
-SMALL = TINY._replace(vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32)
+SMALL = TINY._replace(
+    vocab_size=64, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,19 @@ def test_bench_measures_a_program(result: dict) -> None:
 
 
 def test_bench_writes_json_and_prints_a_table(
-    result: dict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    result: dict,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench, "bench", lambda plan, rounds: result)
     out = tmp_path / "new" / "bench.json"
     assert bench.main([f"--out={out}", "--workloads=dpo", "--no-padding"]) == 0
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert "| minute/generator_step |" in capsys.readouterr().out
-    monkeypatch.setattr(bench, "bench", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1})
+    monkeypatch.setattr(
+        bench, "bench", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1}
+    )
     assert bench.main([f"--out={out}", "--no-padding"]) == 1
 
 
@@ -71,7 +79,9 @@ def test_slower_is_a_median_over_the_threshold() -> None:
     assert [row[4] for row in judged.rows] == ["same", "slower", "faster"]
 
 
-def test_unknown_revision_is_one_line_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_revision_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     before = measure.git("worktree", "list")
     assert compare.main(["--base=no-such-revision"]) == 1
     error = capsys.readouterr().err
@@ -89,7 +99,11 @@ def test_fit_is_that_of_least_squares() -> None:
 
 
 def test_chart_is_well_formed_and_names_its_lines() -> None:
-    line = {"label": "signals 256", "cpu_s": [(2, 0.1), (16, 0.37)], "fit": {"slope": 0.02, "intercept": 0.06}}
+    line = {
+        "label": "signals 256",
+        "cpu_s": [(2, 0.1), (16, 0.37)],
+        "fit": {"slope": 0.02, "intercept": 0.06},
+    }
     text = growth.chart({"lines": [line | {"panel": "samples"}]})
     root = ElementTree.fromstring(text)
     assert len(root.findall("{*}circle")) == 2 and "signals 256" in text
@@ -128,7 +142,9 @@ def test_operations_of_a_compiled_program_know_their_source() -> None:
 
     known = hlo.operations(jax.jit(step).lower(jnp.ones((32, 32))).compile().as_text())
     products = [operation for operation in known.values() if operation.kind == "matrix products"]
-    assert products and any(pathlib.Path(__file__).name in operation.source for operation in products)
+    assert products and any(
+        pathlib.Path(__file__).name in operation.source for operation in products
+    )
     assert not any(name.startswith("while") for name in known)
 
 
@@ -137,7 +153,11 @@ def test_profile_sums_up_the_operations_of_the_program() -> None:
         "dot.1": hlo.Operation("matrix products", "jit(f)/dot", "a.py:3"),
         "copy.2": hlo.Operation("copies and slices", "", ""),
     }
-    events = [profile.Event("dot.1", 0.2), profile.Event("dot.1", 0.4), profile.Event("copy.2", 0.2)]
+    events = [
+        profile.Event("dot.1", 0.2),
+        profile.Event("dot.1", 0.4),
+        profile.Event("copy.2", 0.2),
+    ]
     totals = profile.by_operation([*events, profile.Event("ThunkExecutor::Execute", 9.0)], known)
     assert totals == {"dot.1": (pytest.approx(0.6), 2), "copy.2": (0.2, 1)}
     text = profile.page("f", totals, known, steps=2, facts=[("memory", "1 MB")])
@@ -155,7 +175,9 @@ def test_padding_is_the_share_without_a_token() -> None:
     assert found["replies"] == pytest.approx((0.25, 0.0, 1.0))
     # one token too few in the budget: computed padded
     found = padding.padding([half], Fill(full, Spread(pairs - 0.5, 0.0), Spread(7.0, 0.0), {}))
-    assert found["prompts and replies"][1:] == pytest.approx((found["prompts and replies"].slots, 0.0))
+    assert found["prompts and replies"][1:] == pytest.approx(
+        (found["prompts and replies"].slots, 0.0)
+    )
     assert found["replies"].computed == pytest.approx(1 / 7)
 
 

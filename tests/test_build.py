@@ -1,4 +1,5 @@
-"""From a configuration to the model: the shape comes from the base folder, which must hold the whole tokenizer."""
+"""From a configuration to the model: the shape comes from the base folder, which must hold the
+whole tokenizer."""
 
 import json
 from pathlib import Path
@@ -30,7 +31,9 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path: Path) -> N
     c.name, c.model.checkpoint = "test", str(tmp_path)
     config = from_config_dict(c)
     assert build.model_config(config, 300).vocab_size == 300
-    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"):
+    with pytest.raises(
+        UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"
+    ):
         build.model_config(config, 301)
 
 
@@ -42,7 +45,9 @@ def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
         build.start_devices(config)
         assert jax.config.jax_compilation_cache_dir == str(build.compiled_folder(config))
-        jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")  # as JAX reads it from the environment
+        jax.config.update(
+            "jax_compilation_cache_dir", "gs://bucket/compiled"
+        )  # as JAX reads it from the environment
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
         build.start_devices(config)
         assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"

@@ -1,4 +1,5 @@
-"""What a user sees who mistypes something: one line, exit status 2, no traceback. And `--help`: useful and quick."""
+"""What a user sees who mistypes something: one line, exit status 2, no traceback. And `--help`:
+useful and quick."""
 
 import json
 import os
@@ -54,9 +55,13 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def run(command: pathlib.Path, *args: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    command: pathlib.Path, *args: str, cwd: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, str(command), *args], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(command), *args], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,13 +69,26 @@ def run(command: pathlib.Path, *args: str, cwd: pathlib.Path = ROOT) -> subproce
     [
         ([], f"prism 0 True {PHASES} "),
         (["--config=jsonl"], f"jsonl 0 False {PHASES} "),
-        (["--config.seed=3", "--config=configs/prism.py:schedule=inference_only"], f"prism 3 True {INFERENCE_ONLY} "),
-        (["--config", "jsonl:", "--config.seed", "5", "--config.data.download"], "jsonl 5 True ('inf"),
         (
-            ["--noconfig.data.download", "--users=a.jsonl", "--config.schedule.phases=('joint 2',)"],
+            ["--config.seed=3", "--config=configs/prism.py:schedule=inference_only"],
+            f"prism 3 True {INFERENCE_ONLY} ",
+        ),
+        (
+            ["--config", "jsonl:", "--config.seed", "5", "--config.data.download"],
+            "jsonl 5 True ('inf",
+        ),
+        (
+            [
+                "--noconfig.data.download",
+                "--users=a.jsonl",
+                "--config.schedule.phases=('joint 2',)",
+            ],
             "prism 0 False ('joint 2',) a.js",
         ),
-        (["--config.schedule.phases=inference 2, joint 1"], "prism 0 True ('inference 2', 'joint 1')"),
+        (
+            ["--config.schedule.phases=inference 2, joint 1"],
+            "prism 0 True ('inference 2', 'joint 1')",
+        ),
     ],
 )
 def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed: str) -> None:
@@ -87,26 +105,53 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
             ["--config.group_size=4"],
             '--config.group_size: there is no such field. Did you mean "inference.group_size"?',
         ),
-        (["--config.inference=4"], "--config.inference is a section; set one of its fields, e.g. --config.inference."),
+        (
+            ["--config.inference=4"],
+            "--config.inference is a section; set one of its fields, e.g. --config.inference.",
+        ),
         (["--config.seed=1.5"], 'config.seed = "1.5": must be a whole number, like its default 0'),
         (["--config.seed=true"], 'config.seed = "true": must be a whole number'),
-        (["--config.generator.beta=big"], f'config.generator.beta = "big": must be a number, like its default {BETA}'),
+        (
+            ["--config.generator.beta=big"],
+            f'config.generator.beta = "big": must be a number, like its default {BETA}',
+        ),
         (["--config.generator.beta=nan"], "config.generator.beta = NaN: must be a finite number"),
         (["--config.data.download=maybe"], 'config.data.download = "maybe": must be true or false'),
-        (["--config.schedule.phases=(1,)"], "config.schedule.phases = [1]: must be a tuple of strings"),
-        (["--config.inference.group_size=1"], "config.inference.group_size = 1: must be at least 2"),
+        (
+            ["--config.schedule.phases=(1,)"],
+            "config.schedule.phases = [1]: must be a tuple of strings",
+        ),
+        (
+            ["--config.inference.group_size=1"],
+            "config.inference.group_size = 1: must be at least 2",
+        ),
         (["--config=prims"], "--config=prims: there is no file prims; configurations are"),
-        (["--config=configs/none.py"], "--config=configs/none.py: there is no file configs/none.py"),
-        (["--config=models"], "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke"),
-        (["--config=prism:modle=tiny"], '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale'),
+        (
+            ["--config=configs/none.py"],
+            "--config=configs/none.py: there is no file configs/none.py",
+        ),
+        (
+            ["--config=models"],
+            "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke",
+        ),
+        (
+            ["--config=prism:modle=tiny"],
+            '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale',
+        ),
         (["--config=prism:model=tini"], 'gemma3-12b, lora. Did you mean "tiny"?'),
         (["--confg=prism"], '--confg: there is no such flag. Did you mean "config"?'),
         (["--confg.seed=3"], '--confg.seed: there is no such flag. Did you mean "config.seed"?'),
         (["--user=x"], '--user: there is no such flag. Did you mean "users"?'),
-        (["seed=3"], 'unexpected argument "seed=3"; fields are set with --config.section.field=value'),
+        (
+            ["seed=3"],
+            'unexpected argument "seed=3"; fields are set with --config.section.field=value',
+        ),
         (["--config"], "--config needs a value"),
         (["--users"], "Missing value for flag --users"),
-        (["--config.workdir=Makefile/run"], 'config.workdir = "Makefile/run": Makefile is a file, a folder is needed'),
+        (
+            ["--config.workdir=Makefile/run"],
+            'config.workdir = "Makefile/run": Makefile is a file, a folder is needed',
+        ),
     ],
 )
 def test_mistake_is_one_line(command: pathlib.Path, args: list[str], message: str) -> None:
@@ -119,7 +164,10 @@ def test_mistake_is_one_line(command: pathlib.Path, args: list[str], message: st
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("c.inference.group_sice = 3", 'line 4: there is no field "group_sice". Did you mean "group_size"?'),
+        (
+            "c.inference.group_sice = 3",
+            'line 4: there is no field "group_sice". Did you mean "group_size"?',
+        ),
         ("c.seed = 'x'", "line 4: TypeError"),
         ("c.seed = 1 / 0", "line 4: ZeroDivisionError: division by zero"),
         ("c.seed = = 1", "line 4: SyntaxError"),
@@ -128,7 +176,9 @@ def test_mistake_is_one_line(command: pathlib.Path, args: list[str], message: st
         ("c.data.path = ''", 'config.data.path = "": must name'),
     ],
 )
-def test_mistake_in_own_config_file_names_file_and_line(tmp_path: pathlib.Path, line: str, message: str) -> None:
+def test_mistake_in_own_config_file_names_file_and_line(
+    tmp_path: pathlib.Path, line: str, message: str
+) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         f"from configs.base import compose\ndef get_config(arg=''):\n    c = compose(arg)\n    {line}\n    return c\n"
@@ -149,9 +199,14 @@ def test_own_config_file_from_another_folder(command: pathlib.Path, tmp_path: pa
 
 @pytest.mark.parametrize(
     ("what", "status", "last"),
-    [("full", 1, "error: no space left on the disk: could not save"), ("interrupt", 130, "interrupted")],
+    [
+        ("full", 1, "error: no space left on the disk: could not save"),
+        ("interrupt", 130, "interrupted"),
+    ],
 )
-def test_full_disk_and_interrupt_are_told_in_one_line(command: pathlib.Path, what: str, status: int, last: str) -> None:
+def test_full_disk_and_interrupt_are_told_in_one_line(
+    command: pathlib.Path, what: str, status: int, last: str
+) -> None:
     done = run(command, f"--raise={what}")
     assert (done.returncode, done.stderr) == (status, last + "\n")
 
@@ -179,7 +234,10 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
         "prism, smoke",
     ):
         assert part in done.stdout
-    assert "  inference.group_size = 8 " in done.stdout and "summaries sampled per user (G)" in done.stdout
+    assert (
+        "  inference.group_size = 8 " in done.stdout
+        and "summaries sampled per user (G)" in done.stdout
+    )
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 0.5
 
@@ -199,12 +257,17 @@ def test_print_config_can_be_read_back_and_closed_pipe_is_quiet(command: pathlib
     assert json.loads(done.stdout)["seed"] == 9
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     piped = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {command} --help | true"], env=env, cwd=ROOT, capture_output=True
+        ["bash", "-c", f"{sys.executable} {command} --help | true"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
     )
     assert piped.stderr == b""
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "summarize", "generate", "export", "prepare"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "summarize", "generate", "export", "prepare"]
+)
 def test_help_of_every_command(name: str) -> None:
     code = (
         f"import atexit, runpy, sys; sys.argv = ['{name}', '--help'];"

@@ -52,8 +52,14 @@ def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("modle=tiny", 'unknown name "modle", allowed are model, scale, schedule. Did you mean "model"?'),
-        ("model=smal", 'model = "smal": must be one of tiny, small, pretrained, llama3-1b, llama3-3b,'),
+        (
+            "modle=tiny",
+            'unknown name "modle", allowed are model, scale, schedule. Did you mean "model"?',
+        ),
+        (
+            "model=smal",
+            'model = "smal": must be one of tiny, small, pretrained, llama3-1b, llama3-3b,',
+        ),
         ("tiny", '"tiny" is not name=value; write e.g. model=tiny'),
         ("model=tiny,model=small", '"model" is given twice'),
     ],
@@ -80,11 +86,23 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("generator.beta", 0.0, "config.generator.beta = 0.0: must be above 0"),
         ("generator.beta", float("nan"), "config.generator.beta = NaN: must be a finite number"),
         ("seed", True, "config.seed = true: must be a whole number"),
-        ("data.test_fraction", 1.0, "config.data.test_fraction = 1.0: must be at least 0 and below 1"),
+        (
+            "data.test_fraction",
+            1.0,
+            "config.data.test_fraction = 1.0: must be at least 0 and below 1",
+        ),
         ("data.test_fraction", 0.98, "config.data.test_fraction = 0.98: leaves no training users"),
         ("warmup.guess", 1.5, "config.warmup.guess = 1.5: must be between 0 and 1"),
-        ("model.checkpoint", "weights", f"config.warmup.steps = {BASE.warmup.steps}: must be 0 with model.checkpoint"),
-        ("batch.pairs", 99, f"config.batch.pairs = 99: must be at most data.num_pairs = {BASE.data.num_pairs}"),
+        (
+            "model.checkpoint",
+            "weights",
+            f"config.warmup.steps = {BASE.warmup.steps}: must be 0 with model.checkpoint",
+        ),
+        (
+            "batch.pairs",
+            99,
+            f"config.batch.pairs = 99: must be at most data.num_pairs = {BASE.data.num_pairs}",
+        ),
         (
             "inference.advantage_scale",
             "std",
@@ -95,8 +113,16 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("warmup.readings", -1, "config.warmup.readings = -1: must be at least 0"),
         ("warmup.drop", -0.1, "config.warmup.drop = -0.1: must be between 0 and 1"),
         ("warmup.wrong", 2.0, "config.warmup.wrong = 2.0: must be between 0 and 1"),
-        ("data.summary_len", 0, "config.data.summary_len = 0: must be at least 2 (the end token is counted)"),
-        ("data.split_by", "topic", 'config.data.split_by = "topic": is possible for the source prefeval only'),
+        (
+            "data.summary_len",
+            0,
+            "config.data.summary_len = 0: must be at least 2 (the end token is counted)",
+        ),
+        (
+            "data.split_by",
+            "topic",
+            'config.data.split_by = "topic": is possible for the source prefeval only',
+        ),
         (
             "model.num_kv_heads",
             3,
@@ -106,15 +132,27 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("mesh.data", -1, "config.mesh.fsdp = -1: only one of"),
         ("mesh.data", 0, "config.mesh.data = 0: must be at least 1, or -1"),
         ("mesh.num_devices", 3, "config.batch.users = 16: must be a multiple of 3"),
-        ("mesh.tensor", 2, "config.mesh (data=1, fsdp=-1, tensor=2, sequence=1) does not fit 1 devices"),
-        ("generator.label_smoothing", 0.5, "config.generator.label_smoothing = 0.5: must be at least 0"),
+        (
+            "mesh.tensor",
+            2,
+            "config.mesh (data=1, fsdp=-1, tensor=2, sequence=1) does not fit 1 devices",
+        ),
+        (
+            "generator.label_smoothing",
+            0.5,
+            "config.generator.label_smoothing = 0.5: must be at least 0",
+        ),
+        ("generator.objective", "orpo", "config.generator.sft_coef = 0.0: must be above 0 with"),
         (
             "generator.objective",
-            "orpo",
-            "config.generator.sft_coef = 0.0: must be above 0 with",
+            "sigmoid",
+            'config.generator.objective = "sigmoid": must be one of dpo, robust, ipo,',
         ),
-        ("generator.objective", "sigmoid", 'config.generator.objective = "sigmoid": must be one of dpo, robust, ipo,'),
-        ("generator.lora.rank", 8, "config.generator.lora.rank = 8: needs base weights (model.checkpoint)"),
+        (
+            "generator.lora.rank",
+            8,
+            "config.generator.lora.rank = 8: needs base weights (model.checkpoint)",
+        ),
         (
             "inference.lora.targets",
             ("qkv",),
@@ -132,11 +170,17 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ),
         ("batch.microbatches", 3, "config.batch.microbatches = 3: must divide batch.users = 16"),
         ("name", "", 'config.name = "": must consist of'),
-        ("schedule.phases", ("inference",), 'config.schedule.phases[0] = "inference": must be like "inference 240"'),
+        (
+            "schedule.phases",
+            ("inference",),
+            'config.schedule.phases[0] = "inference": must be like "inference 240"',
+        ),
         ("schedule.phases", (3,), "config.schedule.phases = [3]: must be a tuple of strings"),
     ],
 )
-def test_bad_value_is_one_line_that_names_the_field(field: str, value: object, message: str) -> None:
+def test_bad_value_is_one_line_that_names_the_field(
+    field: str, value: object, message: str
+) -> None:
     c = prism.get_config("scale=laptop")
     c.update_from_flattened_dict({field: value})
     with pytest.raises(UserError) as error:
@@ -149,7 +193,8 @@ def test_unknown_and_missing_fields_are_named() -> None:
     c = prism.get_config("scale=laptop").unlock()
     c.data.sumary_len = 3
     with pytest.raises(
-        UserError, match=r'config.data.sumary_len: there is no such field. Did you mean "summary_len"\?'
+        UserError,
+        match=r'config.data.sumary_len: there is no such field. Did you mean "summary_len"\?',
     ):
         config.from_config_dict(c)
     c = prism.get_config("scale=laptop").unlock()
@@ -178,7 +223,8 @@ def test_parse_phases() -> None:
 
 
 @pytest.mark.parametrize(
-    "phase", ["inferense 3", "inference 0", "alternate 3", "alternate 0:1 3", "joint -1", "", "joint 1.5"]
+    "phase",
+    ["inferense 3", "inference 0", "alternate 3", "alternate 0:1 3", "joint -1", "", "joint 1.5"],
 )
 def test_bad_phase_is_an_error(phase: str) -> None:
     with pytest.raises(UserError, match=r"config.schedule.phases\[0\]"):
@@ -186,7 +232,9 @@ def test_bad_phase_is_an_error(phase: str) -> None:
 
 
 def test_resolve_mesh() -> None:
-    mesh = dataclasses.replace(config.from_config_dict(prism.get_config()).mesh, data=2, fsdp=-1, tensor=2)
+    mesh = dataclasses.replace(
+        config.from_config_dict(prism.get_config()).mesh, data=2, fsdp=-1, tensor=2
+    )
     assert config.resolve_mesh(mesh, 8) == (2, 2, 2, 1)
     with pytest.raises(UserError, match="does not fit 6 devices"):
         config.resolve_mesh(mesh, 6)
@@ -212,5 +260,7 @@ def test_words_are_those_of_the_losses() -> None:
         "inference.normalise": grpo.NORMALISATIONS,
         "inference.kl": grpo.ESTIMATORS,
     }
-    assert {name: set(config.WORDS[name]) for name in words} == {name: set(known) for name, known in words.items()}
+    assert {name: set(config.WORDS[name]) for name in words} == {
+        name: set(known) for name, known in words.items()
+    }
     assert config.LORA_TARGETS == lora.TARGETS

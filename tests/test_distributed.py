@@ -1,4 +1,5 @@
-"""Which environments mean several processes, what a process that is lost leaves behind, and the limits of waiting."""
+"""Which environments mean several processes, what a process that is lost leaves behind, and the
+limits of waiting."""
 
 import functools
 import http.server
@@ -17,7 +18,12 @@ from popi_jax.errors import UserError
 from tests.test_many_processes import LAST_LINE, environment, free_port
 
 ALONE = {"TPU_SKIP_MDS_QUERY": "1"}
-SRUN = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+SRUN = {
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+}
 MINE = {"JAX_COORDINATOR_ADDRESS": "host:1"}
 
 
@@ -27,10 +33,16 @@ MINE = {"JAX_COORDINATOR_ADDRESS": "host:1"}
         ({}, None),
         (MINE, Joining("host:1", None, None, [])),
         (MINE | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, Joining("host:1", 3, 2, [])),
-        (SRUN | {"SLURM_STEP_NUM_NODES": "2"}, Joining(local_device_ids=[])),  # a process per node has all its devices
+        (
+            SRUN | {"SLURM_STEP_NUM_NODES": "2"},
+            Joining(local_device_ids=[]),
+        ),  # a process per node has all its devices
         (SRUN | {"SLURM_STEP_NUM_NODES": "1"}, Joining()),  # one per device: JAX gives each its own
         (SRUN | {"SLURM_NTASKS": "1"}, None),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),  # the script of a job, not of a step
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            None,
+        ),  # the script of a job, not of a step
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Joining()),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, Joining(local_device_ids=[])),
@@ -66,12 +78,21 @@ def metadata(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     [
         ({"worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2"}, True),
         ({"worker-network-endpoints": "a:1:10.0.0.1"}, False),
-        ({"worker-network-endpoints": "a:1:10.0.0.1", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+        (
+            {
+                "worker-network-endpoints": "a:1:10.0.0.1",
+                "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n",
+            },
+            True,
+        ),
         ({}, False),
     ],
 )
 def test_tpu_vms_ask_the_metadata_server(
-    metadata: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, attributes: dict[str, str], several: bool
+    metadata: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    attributes: dict[str, str],
+    several: bool,
 ) -> None:
     folder, address = metadata
     for name, text in attributes.items():
@@ -83,13 +104,21 @@ def test_tpu_vms_ask_the_metadata_server(
 
 
 def test_a_process_waits_for_missing_ones_only_so_long() -> None:
-    env = environment(1) | MINE | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    env = (
+        environment(1)
+        | MINE
+        | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    )
     code = "from popi_jax import distributed; distributed.start()"
     env |= {"JAX_PROCESS_ID": "1", "POPI_JAX_JOIN_S": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=40
+    )
     assert done.returncode == -signal.SIGABRT
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: process 1 did not meet the others at {env['JAX_COORDINATOR_ADDRESS']} within 1 s")
+    assert last.startswith(
+        f"error: process 1 did not meet the others at {env['JAX_COORDINATOR_ADDRESS']} within 1 s"
+    )
     assert "all 2 processes" in last
 
 
@@ -110,11 +139,17 @@ cli.run(main, description="")
 
 
 def test_barrier_says_what_it_waited_for_and_a_failure_ends_all() -> None:
-    env = environment(1) | {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    env = environment(1) | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
     env |= {"POPI_JAX_LOST_S": "4"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", BARRIER], env=env | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", BARRIER],
+            env=env | {"JAX_PROCESS_ID": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]

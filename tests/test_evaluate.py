@@ -8,7 +8,16 @@ from popi_jax import finished_run
 from popi_jax.data.sample import bayes_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals.report import evaluate_run
-from tests.tiny_run import STEP, Run, command, config_of, flags_set, on_devices, read_jsonl, shared_run
+from tests.tiny_run import (
+    STEP,
+    Run,
+    command,
+    config_of,
+    flags_set,
+    on_devices,
+    read_jsonl,
+    shared_run,
+)
 
 evaluate = command("evaluate")
 
@@ -38,7 +47,11 @@ def test_results_of_the_test_users(run, capsys):
     assert set(results["before_rl"]) == {"oracle"}
     rows = read_jsonl(run.workdir / "summaries.jsonl")
     assert [row["user_id"] for row in rows] == [user.user_id for user in users]
-    greedy = [row for row in results["rows"] if (row["condition"], row["decoding"]) == ("summary", "greedy")]
+    greedy = [
+        row
+        for row in results["rows"]
+        if (row["condition"], row["decoding"]) == ("summary", "greedy")
+    ]
     assert greedy[0]["context_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
     assert [e["truth"] for e in results["examples"]] == [user.oracle for user in users[:3]]
     printed = capsys.readouterr().out
@@ -78,7 +91,9 @@ def test_other_settings_and_other_data_are_refused(run):
     stored = run.workdir / "checkpoints" / str(STEP) / "config" / "metadata"
     before = stored.read_text()
     try:
-        stored.write_text(json.dumps(json.loads(before) | {"dataset": {"data": "published", "prepared": "other"}}))
+        stored.write_text(
+            json.dumps(json.loads(before) | {"dataset": {"data": "published", "prepared": "other"}})
+        )
         with pytest.raises(UserError, match=r'dataset.data was "published", is "sample"'):
             finished_run.open_run(config)
     finally:

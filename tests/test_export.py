@@ -41,7 +41,9 @@ def make_run(workdir: Path, config: Config, dataset: dict | None) -> dict:
     roles = {role: RoleState(zero, params[role], ()) for role in params}
     stored = json.loads(to_json(config)) | ({"dataset": dataset} if dataset else {})
     m = manager.open_manager(str(workdir), 1, json.dumps(stored))
-    manager.save(m, 7, TrainState(**roles, step=zero, key=jax.random.key(0)), None, json.dumps(stored))
+    manager.save(
+        m, 7, TrainState(**roles, step=zero, key=jax.random.key(0)), None, json.dumps(stored)
+    )
     manager.close(m)
     TOKENIZER.save(workdir / "tokenizer")
     return params
@@ -51,7 +53,10 @@ def make_run(workdir: Path, config: Config, dataset: dict | None) -> dict:
 def run(tmp_path_factory) -> tuple[Path, dict]:
     workdir = tmp_path_factory.mktemp("run")
     params = make_run(workdir, make_config(workdir), {"data": "sample", "prepared": "abc"})
-    rows = [{"condition": "summary", "accuracy": 0.71234567, "n": 90}, {"condition": "a|b", "note": "x"}]
+    rows = [
+        {"condition": "summary", "accuracy": 0.71234567, "n": 90},
+        {"condition": "a|b", "note": "x"},
+    ]
     (workdir / "results.json").write_text(json.dumps(rows))
     return workdir, params
 
@@ -75,7 +80,10 @@ def test_exports_both_roles(run):
         jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(folder, cfg), params[role])
         config = json.loads((folder / "config.json").read_text())
         assert config["popi_jax"] == {"role": role, "step": 7, "run": "smoke", "data": "sample"}
-        assert (config["bos_token_id"], config["eos_token_id"]) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+        assert (config["bos_token_id"], config["eos_token_id"]) == (
+            TOKENIZER.bos_id,
+            TOKENIZER.eos_id,
+        )
         assert tokenizer.load(folder).encode("how do") == TOKENIZER.encode("how do")
 
 
@@ -120,7 +128,9 @@ def test_the_card_of_published_and_of_unknown_data(tmp_path):
 def test_the_model_is_that_of_the_run_whatever_the_flags_say(run, tmp_path):
     workdir, _ = run
     flags.FLAGS(["export", f"--out={tmp_path}", "--role=generator"])
-    export.main(make_config(workdir, "--config.model.rope_theta=77.0", "--config.model.dtype=bfloat16"))
+    export.main(
+        make_config(workdir, "--config.model.rope_theta=77.0", "--config.model.dtype=bfloat16")
+    )
     config = json.loads((tmp_path / "generator/config.json").read_text())
     assert (config["rope_theta"], config["dtype"]) == (10000.0, "float32")
 
@@ -147,11 +157,15 @@ def test_importing_the_command_does_not_import_jax():
 
 
 @pytest.mark.parametrize("instruction", ["", "Be brief."])
-def test_the_code_of_the_card_runs_and_asks_what_training_asked(tmp_path, instruction, monkeypatch, capsys):
+def test_the_code_of_the_card_runs_and_asks_what_training_asked(
+    tmp_path, instruction, monkeypatch, capsys
+):
     transformers = pytest.importorskip("transformers")
     workdir = tmp_path / "run"
     config = make_config(
-        workdir, f"--config.model.summary_instruction={instruction}", f"--config.model.answer_instruction={instruction}"
+        workdir,
+        f"--config.model.summary_instruction={instruction}",
+        f"--config.model.answer_instruction={instruction}",
     )
     make_run(workdir, config, None)
     export.main(config)
@@ -175,7 +189,13 @@ def test_the_code_of_the_card_runs_and_asks_what_training_asked(tmp_path, instru
     assert TOKENIZER.decode(asked[0]).split() == TOKENIZER.decode(expected).split()
     prompt = [{"role": "user", "content": "how do magnets work"}]
     summary = TOKENIZER.encode(values["summary"])
-    expected = templates.generator_prefix(TOKENIZER, config) + summary + templates.generator_turn(TOKENIZER, prompt)
-    if not instruction:  # behind an instruction, the spaces at the seam may be cut into other tokens
+    expected = (
+        templates.generator_prefix(TOKENIZER, config)
+        + summary
+        + templates.generator_turn(TOKENIZER, prompt)
+    )
+    if (
+        not instruction
+    ):  # behind an instruction, the spaces at the seam may be cut into other tokens
         assert asked[1] == expected
     assert TOKENIZER.decode(asked[1]).split() == TOKENIZER.decode(expected).split()

@@ -42,14 +42,23 @@ def test_products() -> None:
     assert flops(jnp.matmul, X, W) == ONE
     assert flops(jax.jit(jnp.matmul), X, W) == ONE
     shape = jax.ShapeDtypeStruct
-    batched = flops(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), shape((3, 4, 8), "float32"), shape((3, 5, 8), "f4"))
+    batched = flops(
+        lambda a, b: jnp.einsum("bij,bkj->bik", a, b),
+        shape((3, 4, 8), "float32"),
+        shape((3, 5, 8), "f4"),
+    )
     assert batched == 3 * 2 * 4 * 5 * 8
     assert flops(jnp.tanh, X) == 0
 
 
 def test_loops_count_as_often_as_they_run() -> None:
     assert flops(chain, X, W) == 5 * ONE
-    assert flops(lambda x, w: jax.lax.scan(lambda x, _: (chain(x, w), None), x, None, length=3)[0], X, W) == 15 * ONE
+    assert (
+        flops(
+            lambda x, w: jax.lax.scan(lambda x, _: (chain(x, w), None), x, None, length=3)[0], X, W
+        )
+        == 15 * ONE
+    )
     assert flops(loop, X, W) == ONE
     assert flops(loop, X, W, while_trips=7) == 7 * ONE
 
@@ -89,7 +98,10 @@ def test_custom_gradients() -> None:
 
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
     assert flops(product, X, W) == ONE
-    assert flops(jax.value_and_grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1)), X, W) == 3 * ONE
+    assert (
+        flops(jax.value_and_grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1)), X, W)
+        == 3 * ONE
+    )
 
 
 def test_all_devices_of_a_mesh_count() -> None:
@@ -102,7 +114,9 @@ def test_all_devices_of_a_mesh_count() -> None:
 def test_axes_that_are_not_mapped_are_not_counted_again() -> None:
     mesh = jax.make_mesh((4, 2), ("rows", "rest"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-    spread = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"rows"})
+    spread = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"rows"}
+    )
     assert flops(spread, X, W) == ONE
 
 
@@ -118,8 +132,8 @@ def test_agrees_with_xla_where_nothing_loops() -> None:
     assert flops(program, x, w) == pytest.approx(counted, rel=0.02)
 
 
-# The update of a released model by hand. Letters as in models/transformer.py; C, T, A, Z: slots of a context, a turn,
-# an answer, a summary.
+# The update of a released model by hand. Letters as in models/transformer.py; C, T, A, Z: slots of
+# a context, a turn, an answer, a summary.
 LLAMA = dataclasses.replace(PRESETS["llama-3.1-8b"], dtype="bfloat16", remat="full")
 L, D, N, KV, H, F, V = 32, 4096, 32, 8, 128, 14336, 128256
 USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 2048, 256, 512, 128, 8, 16
@@ -128,11 +142,12 @@ OF_HEAD = 2 * D * V  # for the logits of one token
 
 
 def seen(levels: list[tuple[int, int, int]]) -> int:
-    """Pairs of a query and a key whose score is computed. levels: (nodes, slots of each, slots above each).
+    """Pairs of a query and a key whose score is computed. levels: (nodes, slots of each, slots
+    above each).
 
-    Of its own node a chunk of queries scores the slots up to its own end: of a node up to 128 slots long all of them,
-    of a longer one those before the end of each part of 128 queries, or of 1/16 of the level where that is more.
-    """
+    Of its own node a chunk of queries scores the slots up to its own end: of a node up to 128 slots
+    long all of them, of a longer one those before the end of each part of 128 queries, or of 1/16
+    of the level where that is more."""
     total = 0
     for nodes, length, above in levels:
         part = max(128, -(-nodes * length // 16))
@@ -145,7 +160,8 @@ def seen(levels: list[tuple[int, int, int]]) -> int:
 
 
 def tree(context: int, turns: int, turn: int, answers: int, answer: int) -> tuple[int, int]:
-    """(tokens, pairs that see each other) of answers to turns behind one context; the last token is not read."""
+    """(tokens, pairs that see each other) of answers to turns behind one context; the last token is
+    not read."""
     read, below = answer - 1, turns * answers
     levels = [(1, context, 0), (turns, turn, context), (below, read, context + turn)]
     return context + turns * turn + below * read, seen(levels)
@@ -157,19 +173,22 @@ def forward(tokens: int, pairs: int) -> int:
 
 
 def backward(tokens: int, pairs: int) -> int:
-    """Two products for each of the forward pass; before that all of the forward pass again but the last product, whose
-    result no gradient needs, and within it attention once more, as the scores of a chunk are not kept either."""
+    """Two products for each of the forward pass; before that all of the forward pass again but the
+    last product, whose result no gradient needs, and within it attention once more, as the scores
+    of a chunk are not kept either."""
     return L * (2 * tokens * (3 * MATRICES - D * F) + 4 * 4 * N * H * pairs)
 
 
 def pairs_of_users(context: int, *, trained: bool) -> int:
-    """Log-probs of the replies behind one context per user; with a gradient the head computes its logits twice."""
+    """Log-probs of the replies behind one context per user; with a gradient the head computes its
+    logits twice."""
     packed, logits = tree(context, PAIRS, T, 2, A), PAIRS * 2 * A * OF_HEAD
     return USERS * (forward(*packed) + logits + (backward(*packed) + 3 * logits if trained else 0))
 
 
 def drawn(group: int) -> int:
-    """Summaries of full length: one pass over the signals, then a token of every sample at a time."""
+    """Summaries of full length: one pass over the signals, then a token of every sample at a
+    time."""
     step = L * (2 * MATRICES + 4 * N * H * (C + INSTRUCTION + Z + 1)) + OF_HEAD
     prefill = forward(C + INSTRUCTION, seen([(1, C, 0), (1, INSTRUCTION, C)])) + OF_HEAD
     return USERS * (prefill + group * Z * step)
@@ -205,12 +224,15 @@ def traced(phases: str) -> jax.extend.core.Jaxpr:
 
 def test_the_generators_turn_by_hand() -> None:
     """A summary of each user, the reference behind no summary, and the preference step."""
-    expected = drawn(1) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
+    expected = (
+        drawn(1) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
+    )
     assert of_jaxpr(traced("generator 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
 
 
 def test_of_both_turns_the_dearer_counts() -> None:
-    """That of the inference model: behind each summary the generator scores the replies without a gradient."""
+    """That of the inference model: behind each summary the generator scores the replies without a
+    gradient."""
     rewards = GROUP * pairs_of_users(PREFIX + Z, trained=False)
     expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + rewards + summaries_trained()
     assert of_jaxpr(traced("alternate 1:1 2"), while_trips=Z) == pytest.approx(expected, rel=0.01)

@@ -1,4 +1,5 @@
-"""What each starter would run, that shell scripts are sound, that GKE's file fits the APIs of Kubernetes and JobSet."""
+"""What each starter would run, that shell scripts are sound, that GKE's file fits the APIs of
+Kubernetes and JobSet."""
 
 import copy
 import os
@@ -19,7 +20,9 @@ QUOTED = "ARGS=--config.seed=3 --config.name='a b' \\ \"c\" $(x)"  # must arrive
 GKE = ("run1", "tpu-v6e-slice", "4x4", "2", "registry/image", "gs://bucket/")
 
 
-def start(script: str, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    script: str, *args: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     env = {"PATH": os.environ["PATH"], **(env or {})}
     return subprocess.run([LAUNCH / script, *args], env=env, capture_output=True, text=True)
 
@@ -37,7 +40,8 @@ def jobset(*args: str, env: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def check_jobset(document: dict[str, Any]) -> None:
-    """Raises when a field has a wrong type, is missing or unknown: the models leave out what they do not know."""
+    """Raises when a field has a wrong type, is missing or unknown: the models leave out what they
+    do not know."""
     assert JobsetV1alpha2JobSet.from_dict(document).to_dict() == document
 
 
@@ -62,7 +66,11 @@ def test_slurm_starts_one_process_per_node() -> None:
     words = printed("slurm.sh", "make", "train", QUOTED)
     assert words[0] == "srun" and words[-3:] == ["make", "train", QUOTED]
     assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(words[1:-3])
-    options = [line for line in (LAUNCH / "slurm.sh").read_text().splitlines() if line.startswith("#SBATCH ")]
+    options = [
+        line
+        for line in (LAUNCH / "slurm.sh").read_text().splitlines()
+        if line.startswith("#SBATCH ")
+    ]
     assert "#SBATCH --requeue" in options and "#SBATCH --ntasks-per-node=1" in options
 
 
@@ -80,10 +88,25 @@ def test_gpu_node_starts_the_command_without_traces_of_a_launcher() -> None:
 
 
 def test_xpk_submits_a_workload() -> None:
-    words = printed("xpk.sh", "run1", "cluster", "v6e-16", "2", "image", "make", "train", QUOTED, env={"ZONE": "z"})
+    words = printed(
+        "xpk.sh",
+        "run1",
+        "cluster",
+        "v6e-16",
+        "2",
+        "image",
+        "make",
+        "train",
+        QUOTED,
+        env={"ZONE": "z"},
+    )
     assert words[:3] == ["xpk", "workload", "create"]
     options = dict(word[2:].split("=", 1) for word in words[3:] if "=" in word)
-    assert options | {"workload": "run1", "tpu-type": "v6e-16", "num-slices": "2", "max-restarts": "50"} == options
+    assert (
+        options
+        | {"workload": "run1", "tpu-type": "v6e-16", "num-slices": "2", "max-restarts": "50"}
+        == options
+    )
     assert shlex.split(options["command"]) == ["make", "train", QUOTED]
     assert (options["zone"], options["docker-image"]) == ("z", "image") and "project" not in options
 
@@ -94,13 +117,20 @@ def test_gke_fills_in_the_jobset() -> None:
     assert document["spec"]["failurePolicy"] == {"maxRestarts": 7}
     (job,) = document["spec"]["replicatedJobs"]
     hosts = job["template"]["spec"]
-    assert (job["replicas"], hosts["parallelism"], hosts["completions"], hosts["backoffLimit"]) == (2, 4, 4, 0)
+    assert (job["replicas"], hosts["parallelism"], hosts["completions"], hosts["backoffLimit"]) == (
+        2,
+        4,
+        4,
+        0,
+    )
     pod = hosts["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
     (container,) = pod["containers"]
     assert container["command"] == ["make", "train", QUOTED, "WORKDIR=gs://bucket/run1"]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://bucket/compiled"} in container["env"]
+    assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://bucket/compiled"} in container[
+        "env"
+    ]
     assert "@" not in yaml.safe_dump(document)
 
 

@@ -1,4 +1,5 @@
-"""Who may import whom, as docs/design.md says; and the environment that conftest.py promises to every test."""
+"""Who may import whom, as docs/design.md says; and the environment that conftest.py promises to
+every test."""
 
 import ast
 import graphlib
@@ -16,7 +17,17 @@ ALLOWED = {
     "errors": set(),
     "flops": set(),
     "planning": {
-        *("arrays", "build", "config", "config_check", "errors", "flops", "models", "sharding", "training"),
+        *(
+            "arrays",
+            "build",
+            "config",
+            "config_check",
+            "errors",
+            "flops",
+            "models",
+            "sharding",
+            "training",
+        )
     },
     "arrays": set(),
     "config": set(),
@@ -28,7 +39,17 @@ ALLOWED = {
     "progress": set(),
     "distributed": {"errors"},
     "build": {
-        *("arrays", "checkpoints", "config", "config_check", "data", "distributed", "errors", "models", "sharding"),
+        *(
+            "arrays",
+            "checkpoints",
+            "config",
+            "config_check",
+            "data",
+            "distributed",
+            "errors",
+            "models",
+            "sharding",
+        ),
         "training",
     },
     "sharding": {"arrays", "config", "errors"},
@@ -38,7 +59,18 @@ ALLOWED = {
     "checkpoints": {"arrays", "errors", "sharding", "models", "config"},
     "training": {"arrays", "config", "errors", "sharding", "models", "losses", "objectives"},
     "finished_run": {
-        *("arrays", "build", "checkpoints", "config", "config_check", "data", "errors", "evals", "models", "progress"),
+        *(
+            "arrays",
+            "build",
+            "checkpoints",
+            "config",
+            "config_check",
+            "data",
+            "errors",
+            "evals",
+            "models",
+            "progress",
+        ),
         *("sharding", "training"),
     },
     "evals": {"arrays", "config", "errors", "sharding", "models", "losses", "data", "objectives"},
@@ -60,11 +92,22 @@ ALSO = {
     "evals/report.py": {"build", "progress"},
 }
 FLAX = {"models/transformer.py", "sharding.py"}
-HEAVY = {"jax", "numpy", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tokenizers", "safetensors"}
+HEAVY = {
+    "jax",
+    "numpy",
+    "flax",
+    "optax",
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "tokenizers",
+    "safetensors",
+}
 
 
 def imports(path: pathlib.Path, *, top_level_only: bool = False) -> set[str]:
-    """The dotted names that a file imports, with those behind `from x import`, without those for type checkers only."""
+    """The dotted names that a file imports, with those behind `from x import`, without those for
+    type checkers only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found: set[str] = set()
     pending: list[ast.AST] = list(tree.body)
@@ -113,16 +156,24 @@ def test_modules_are_short_and_named_after_what_they_hold(path: pathlib.Path) ->
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 
 
-@pytest.mark.parametrize("name", (*ENTRY_POINTS, "cli", "config", "config_check", "errors", "__init__"))
+@pytest.mark.parametrize(
+    "name", (*ENTRY_POINTS, "cli", "config", "config_check", "errors", "__init__")
+)
 def test_what_runs_before_main_imports_nothing_heavy(name: str) -> None:
     path = PACKAGE / f"{name}.py"
     roots = {module.split(".")[0] for module in imports(path, top_level_only=True)}
     assert not roots & HEAVY
-    ours = {module.split(".")[1] for module in imports(path, top_level_only=True) if module.startswith("popi_jax.")}
+    ours = {
+        module.split(".")[1]
+        for module in imports(path, top_level_only=True)
+        if module.startswith("popi_jax.")
+    }
     assert ours <= {"cli", "config", "config_check", "errors"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name
+)
 def test_configs_import_no_package_of_ours_and_no_jax(path: pathlib.Path) -> None:
     roots = {module.split(".")[0] for module in imports(path)}
     assert not roots & {"popi_jax", *HEAVY}
@@ -130,12 +181,18 @@ def test_configs_import_no_package_of_ours_and_no_jax(path: pathlib.Path) -> Non
 
 def test_no_cycles() -> None:
     names = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.stem != "__init__"
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in MODULES
+        if path.stem != "__init__"
     }
 
     def uses(name: str) -> set[str]:
         found = imports(names[name])
-        return {other for other in names if other in found or any(i.startswith(f"{other}.") for i in found)}
+        return {
+            other
+            for other in names
+            if other in found or any(i.startswith(f"{other}.") for i in found)
+        }
 
     graphlib.TopologicalSorter({name: uses(name) for name in names}).prepare()  # raises CycleError
 

@@ -12,10 +12,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def make(*args: str, cwd: pathlib.Path = ROOT, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs make without the environment of this process that could change it; pip may not use the network."""
-    env = {"PATH": path or os.environ["PATH"], "HOME": str(cwd), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
-    return subprocess.run(["make", "--no-print-directory", *args], cwd=cwd, env=env, capture_output=True, text=True)
+def make(
+    *args: str, cwd: pathlib.Path = ROOT, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs make without the environment of this process that could change it; pip may not use the
+    network."""
+    env = {
+        "PATH": path or os.environ["PATH"],
+        "HOME": str(cwd),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    return subprocess.run(
+        ["make", "--no-print-directory", *args], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 def command(*args: str) -> str:
@@ -30,7 +40,13 @@ def command(*args: str) -> str:
     [
         (["train"], "popi_jax.train --config=prism --config.workdir='work/prism' "),
         (
-            ["train", "CONFIG=configs/smoke.py", "MODEL=small", "SCHEDULE=short", "ARGS=--config.seed=3"],
+            [
+                "train",
+                "CONFIG=configs/smoke.py",
+                "MODEL=small",
+                "SCHEDULE=short",
+                "ARGS=--config.seed=3",
+            ],
             "popi_jax.train --config=configs/smoke.py:model=small,schedule=short"
             " --config.workdir='work/smoke' --config.seed=3",
         ),
@@ -38,12 +54,21 @@ def command(*args: str) -> str:
             ["train", "SCALE=v5e-8", "WORKDIR=gs://b/r"],
             "popi_jax.train --config=prism:scale=v5e-8 --config.workdir='gs://b/r' ",
         ),
-        (["data", "CONFIG=jsonl"], "popi_jax.prepare --config=jsonl --config.workdir='work/jsonl' "),
+        (
+            ["data", "CONFIG=jsonl"],
+            "popi_jax.prepare --config=jsonl --config.workdir='work/jsonl' ",
+        ),
         (["eval"], "popi_jax.evaluate --config=prism --config.workdir='work/prism' "),
-        (["summarize", "ARGS=--users=a"], "popi_jax.summarize --config=prism --config.workdir='work/prism' --users=a"),
+        (
+            ["summarize", "ARGS=--users=a"],
+            "popi_jax.summarize --config=prism --config.workdir='work/prism' --users=a",
+        ),
         (["generate"], "popi_jax.generate --config=prism --config.workdir='work/prism' "),
         (["export"], "popi_jax.export --config=prism --config.workdir='work/prism' "),
-        (["print-config"], "popi_jax.train --config=prism --config.workdir='work/prism'  --print_config"),
+        (
+            ["print-config"],
+            "popi_jax.train --config=prism --config.workdir='work/prism'  --print_config",
+        ),
         (["test"], "pytest -q -n 2 "),
         (["bench", "ARGS=--rounds=3"], "benchmarks.bench --rounds=3"),
         (["bench-compare", "BASE=v1"], "benchmarks.compare --base='v1' "),
@@ -91,7 +116,9 @@ def project(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_installs_once_again_after_a_change_and_leaves_no_stamp_when_it_fails(project: pathlib.Path) -> None:
+def test_installs_once_again_after_a_change_and_leaves_no_stamp_when_it_fails(
+    project: pathlib.Path,
+) -> None:
     stamp, lock = project / ".venv" / ".installed-cpu", project / "requirements.lock"
     python = f"PYTHON={sys.executable}"
     assert make("setup", python, cwd=project).returncode == 0
@@ -100,7 +127,11 @@ def test_installs_once_again_after_a_change_and_leaves_no_stamp_when_it_fails(pr
     lock.write_text("no-such-package==1\n")
     os.utime(lock, (stamp.stat().st_mtime + 10,) * 2)
     failed = make("setup", python, cwd=project)
-    assert failed.returncode != 0 and "error: installing failed" in failed.stderr and "no-such-package" in failed.stderr
+    assert (
+        failed.returncode != 0
+        and "error: installing failed" in failed.stderr
+        and "no-such-package" in failed.stderr
+    )
     assert not stamp.exists()
 
 
@@ -126,7 +157,11 @@ def test_broken_newest_python_is_passed_over(project: pathlib.Path) -> None:
 
 
 def test_lock_has_exact_versions_of_everything_required() -> None:
-    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     locked = dict(line.split("==") for line in lines)
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):

@@ -1,7 +1,8 @@
-"""Two real processes on this machine: a Slurm launch, the loss of one, and that an update does not depend on them.
+"""Two real processes on this machine: a Slurm launch, the loss of one, and that an update does not
+depend on them.
 
-Each process has four simulated devices. What Gloo prints on stdout is never read: results are files.
-"""
+Each process has four simulated devices. What Gloo prints on stdout is never read: results are
+files."""
 
 import json
 import os
@@ -47,9 +48,14 @@ OWN = {
 
 
 def environment(num_devices: int) -> dict[str, str]:
-    """That of a user who has simulated devices; compiling with little optimisation takes half the time."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "POPI_"))}
-    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    """That of a user who has simulated devices; compiling with little optimisation takes half the
+    time."""
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "POPI_"))
+    }
+    flags = (
+        f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    )
     return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
@@ -77,13 +83,20 @@ class Launch:
         tools = folder / "tools"
         tools.mkdir(exist_ok=True)
         shutil.copy(ROOT / "tests" / "fake_srun.sh", tools / "srun")
-        own = {**OWN, "workdir": self.workdir, "data.path": folder / "raw", "data.prepared": CACHE / "prepared"}
+        own = {
+            **OWN,
+            "workdir": self.workdir,
+            "data.path": folder / "raw",
+            "data.prepared": CACHE / "prepared",
+        }
         env = environment(4) | {
             "PATH": f"{tools}:{os.environ['PATH']}",
             "PIDS": str(self.tasks),
             "TASKS": "2",
             "SLURM_JOB_ID": "7",
-            "JAX_COORDINATOR_PORT": str(free_port()),  # Slurm's job ids differ, so do the ports; tests may run together
+            "JAX_COORDINATOR_PORT": str(
+                free_port()
+            ),  # Slurm's job ids differ, so do the ports; tests may run together
             "POPI_JAX_LOST_S": str(LOST_S),
         }
         command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop"]
@@ -113,7 +126,9 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
     first = Launch(folder, "first")
     try:
         saved = first.workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
-        wait_until(lambda: saved.exists() or first.script.poll() is not None, "the first checkpoint")
+        wait_until(
+            lambda: saved.exists() or first.script.poll() is not None, "the first checkpoint"
+        )
         assert first.script.poll() is None, first.stderr(0) + first.stderr(1)
         first.kill(1)
         took = wait_until(lambda: first.script.poll() is not None, "the end of the other process")
@@ -123,7 +138,10 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
     statuses = [int((first.tasks / f"status.{task}").read_text()) for task in range(2)]
     assert statuses[0] not in (0, 128 + signal.SIGKILL) and statuses[1] == 128 + signal.SIGKILL
     last = first.stderr(0).splitlines()[-1]
-    assert last.startswith(f"error: process 0 of 2 {LAST_LINE}") and "continues from the last checkpoint" in last
+    assert (
+        last.startswith(f"error: process 0 of 2 {LAST_LINE}")
+        and "continues from the last checkpoint" in last
+    )
 
     second = Launch(folder, "second")
     try:
@@ -133,10 +151,13 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
     assert second.script.returncode == 0, second.stderr(0) + second.stderr(1)
     told = second.stderr(0)
     assert (
-        "Continuing at step" in told and "8 device(s), mesh {'data': 2, 'fsdp': 4, 'tensor': 1, 'sequence': 1}" in told
+        "Continuing at step" in told
+        and "8 device(s), mesh {'data': 2, 'fsdp': 4, 'tensor': 1, 'sequence': 1}" in told
     )
     assert LAST_LINE not in told
-    assert not set(told.splitlines()) & set(second.stderr(1).splitlines())  # the first process alone speaks
+    assert not set(told.splitlines()) & set(
+        second.stderr(1).splitlines()
+    )  # the first process alone speaks
     steps = [row["step"] for row in read_jsonl(second.workdir / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
     results = json.loads((second.workdir / "results.json").read_text())
@@ -181,19 +202,29 @@ if distributed.is_main_process():
 
 def update_on(out: Path, num_processes: int, num_devices: int) -> list[subprocess.Popen]:
     env = environment(num_devices // num_processes)
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(CACHE / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     if num_processes > 1:
-        env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(num_processes)}
+        env |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+            "JAX_NUM_PROCESSES": str(num_processes),
+        }
     command = [sys.executable, "-c", UPDATE, str(out)]
     return [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL
+        )
         for i in range(num_processes)
     ]
 
 
 def test_an_update_does_not_depend_on_processes_and_devices(tmp_path: Path) -> None:
     outs = [tmp_path / f"{number}.npz" for number in range(3)]
-    started = [update_on(out, *place) for out, place in zip(outs, ((1, 1), (1, 8), (2, 8)), strict=True)]
+    started = [
+        update_on(out, *place) for out, place in zip(outs, ((1, 1), (1, 8), (2, 8)), strict=True)
+    ]
     try:
         assert [process.wait(timeout=150) for many in started for process in many] == [0, 0, 0, 0]
     finally:
@@ -201,8 +232,14 @@ def test_an_update_does_not_depend_on_processes_and_devices(tmp_path: Path) -> N
             process.kill()
     alone, devices, processes = (dict(np.load(out)) for out in outs)
     assert alone.keys() == devices.keys() == processes.keys()
-    assert {"metric generator/loss", "metric inference/reward", "sampled ids"} <= alone.keys() and len(alone) > 30
+    assert {
+        "metric generator/loss",
+        "metric inference/reward",
+        "sampled ids",
+    } <= alone.keys() and len(alone) > 30
     for other in (devices, processes):
         for name, value in alone.items():
-            tolerance = {"sampled": (0, 0), "metric": (1e-5, 1e-4), "param": (1e-5, 0)}[name.split()[0]]
+            tolerance = {"sampled": (0, 0), "metric": (1e-5, 1e-4), "param": (1e-5, 0)}[
+                name.split()[0]
+            ]
             np.testing.assert_allclose(other[name], value, *tolerance[::-1], err_msg=name)

@@ -37,7 +37,12 @@ def test_resume_before_anything_was_written(tmp_path: pathlib.Path) -> None:
 def test_non_finite_values_are_null_so_that_the_file_stays_json(tmp_path: pathlib.Path) -> None:
     with MetricWriter(tmp_path) as writer:
         writer.write(3, {"loss": math.nan, "reward": math.inf, "kl": 0.0})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": None, "reward": None, "kl": 0.0}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 3,
+        "loss": None,
+        "reward": None,
+        "kl": 0.0,
+    }
 
 
 def test_tensorboard_files_are_written(tmp_path: pathlib.Path) -> None:
@@ -88,11 +93,20 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     with Progress(4, label="train", stream=stream) as progress:
         progress.update(2, {"loss": 0.5})
         progress.update(4, {"loss": 0.25})
-    assert "\r" in stream.getvalue() and "loss 0.25" in stream.getvalue() and "4/4" in stream.getvalue()
+    assert (
+        "\r" in stream.getvalue()
+        and "loss 0.25" in stream.getvalue()
+        and "4/4" in stream.getvalue()
+    )
 
 
 def test_format_number() -> None:
-    assert [format_number(x) for x in (0.0, -1234.0, 2.5e6, 0.00012)] == ["0", "-1.23k", "2.5M", "0.00012"]
+    assert [format_number(x) for x in (0.0, -1234.0, 2.5e6, 0.00012)] == [
+        "0",
+        "-1.23k",
+        "2.5M",
+        "0.00012",
+    ]
 
 
 def test_a_bucket_gets_copies_and_a_resumed_run_continues_them(bucket: str) -> None:

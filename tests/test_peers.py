@@ -48,7 +48,9 @@ def test_worker_answers_line_by_line_and_goes_on_after_a_failure() -> None:
     assert done.returncode == 0, done.stderr
     ready, dpo, grpo, stored = map(json.loads, done.stdout.splitlines())
     assert ready == {"ready": {"name": "fake", "versions": {"fake": "1"}}}
-    assert dpo["steps"] == [{"cpu": 1.0, "wall": 2.0, "parts": {}}] * 2 and dpo["counts"] == {"pairs": 8}
+    assert dpo["steps"] == [{"cpu": 1.0, "wall": 2.0, "parts": {}}] * 2 and dpo["counts"] == {
+        "pairs": 8
+    }
     assert grpo == {"workload": "grpo", "error": "ValueError: cannot"}
     assert stored["steps"] == [] and stored["notes"] == ["stored"]
 

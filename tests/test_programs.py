@@ -1,4 +1,5 @@
-"""Stored executables: found again without tracing, never found when anything differs, never an obstacle."""
+"""Stored executables: found again without tracing, never found when anything differs, never an
+obstacle."""
 
 import dataclasses
 import hashlib
@@ -31,11 +32,15 @@ from tests.oracles.plain import RULES
 from tests.training import small
 
 ROOT = Path(__file__).parents[1]
-TRACING, COMPILING = "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration"
+TRACING, COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
 
 
 class State(NamedTuple):
-    """With what a state of training has: an array that is split, a counter, a key, something absent."""
+    """With what a state of training has: an array that is split, a counter, a key, something
+    absent."""
 
     x: jax.Array
     step: jax.Array
@@ -43,7 +48,9 @@ class State(NamedTuple):
     nothing: None = None
 
 
-def update(state: State, other: jax.Array, *, scale: float = 2.0) -> tuple[State, dict[str, jax.Array]]:
+def update(
+    state: State, other: jax.Array, *, scale: float = 2.0
+) -> tuple[State, dict[str, jax.Array]]:
     noise = jax.random.normal(jax.random.fold_in(state.key, state.step), state.x.shape)
     x = jnp.tanh(state.x @ state.x.T) @ state.x * scale + noise
     return State(x, state.step + 1, state.key), {"mean": jnp.mean(x)}
@@ -80,29 +87,46 @@ def layout(mesh: Mesh) -> Any:
 
 
 def stored(
-    folder: Path, mesh: Mesh, *, function: Any = update, settings: str = "", donate: Any = (0,), early: bool = False
+    folder: Path,
+    mesh: Mesh,
+    *,
+    function: Any = update,
+    settings: str = "",
+    donate: Any = (0,),
+    early: bool = False,
 ) -> Any:
-    store, fresh = Store(folder, mesh, settings), partial(function)  # for which this process has nothing in memory
+    store, fresh = (
+        Store(folder, mesh, settings),
+        partial(function),
+    )  # for which this process has nothing in memory
     options: Any = {"donate_argnums": donate, "out_shardings": layout(mesh)}
     found = load_early("main", store) if early else None
     return StoredProgram(fresh, name="main", store=store, early=found, **options)
 
 
-def counted(events: Counter, program: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
+def counted(
+    events: Counter, program: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Any, tuple[int, ...]]:
     """The result, and how many programs were traced, compiled, loaded and stored for it."""
     jax.block_until_ready(args)
     before = events.copy()
     result = program(*args)
-    return result, tuple(events[name] - before[name] for name in (TRACING, COMPILING, LOADING, STORING))
+    return result, tuple(
+        events[name] - before[name] for name in (TRACING, COMPILING, LOADING, STORING)
+    )
 
 
 def assert_same(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(small.copied(x), small.copied(y)), a, b)
-    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(f"{x.sharding} {y.sharding}"), a, b)
+    jax.tree.map(
+        lambda x, y: x.sharding == y.sharding or pytest.fail(f"{x.sharding} {y.sharding}"), a, b
+    )
 
 
-def test_a_second_start_neither_traces_nor_compiles(tmp_path: Path, mesh: Mesh, events: Counter) -> None:
+def test_a_second_start_neither_traces_nor_compiles(
+    tmp_path: Path, mesh: Mesh, events: Counter
+) -> None:
     expected = jax.jit(update, out_shardings=layout(mesh))(*arguments(mesh))
     first, counts = counted(events, stored(tmp_path, mesh), arguments(mesh))
     assert counts[0] > 0 and counts[1:] == (1, 0, 1)
@@ -141,12 +165,16 @@ def test_what_only_may_change_the_program_is_traced_again(
     _, counts = counted(events, stored(tmp_path, mesh, settings=settings), arguments(mesh))
     assert counts == (0, 0, 1, 0)
     rescaled = partial(update, scale=3.0)
-    other, counts = counted(events, stored(tmp_path, mesh, function=rescaled, settings="third"), arguments(mesh))
+    other, counts = counted(
+        events, stored(tmp_path, mesh, function=rescaled, settings="third"), arguments(mesh)
+    )
     assert counts[1:] == (1, 0, 1)
     assert not np.array_equal(other[0].x, expected[0].x)
 
 
-def test_what_is_loaded_early_is_used_only_where_it_fits(tmp_path: Path, mesh: Mesh, events: Counter) -> None:
+def test_what_is_loaded_early_is_used_only_where_it_fits(
+    tmp_path: Path, mesh: Mesh, events: Counter
+) -> None:
     def early(args: Any) -> tuple[Any, tuple[int, ...]]:
         return counted(events, stored(tmp_path, mesh, early=True), args)
 
@@ -168,7 +196,9 @@ def test_what_is_loaded_early_is_used_only_where_it_fits(tmp_path: Path, mesh: M
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "processor": other_processor,
     "cores": lambda patch, _: patch.setattr(os, "cpu_count", lambda: 77),
-    "flags of XLA": lambda patch, _: patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_max_isa=AVX"),
+    "flags of XLA": lambda patch, _: patch.setenv(
+        "XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_max_isa=AVX"
+    ),
     "flags of libtpu": lambda patch, _: patch.setenv("LIBTPU_INIT_ARGS", "--xla_some=1"),
     "version": lambda patch, _: patch.setattr(programs.metadata, "version", lambda name: "0.0"),
 }
@@ -184,7 +214,9 @@ def test_another_environment_compiles(
     assert counts[1:] == (1, 0, 1)
 
 
-def test_other_arguments_options_or_settings_of_jax_compile(tmp_path: Path, mesh: Mesh, events: Counter) -> None:
+def test_other_arguments_options_or_settings_of_jax_compile(
+    tmp_path: Path, mesh: Mesh, events: Counter
+) -> None:
     def compiles(program: Any, args: Any) -> bool:
         return counted(events, program, args)[1][1:3] == (1, 0)
 
@@ -246,7 +278,9 @@ def test_a_file_that_cannot_be_used_is_replaced(
     assert counts[1:] == (1, 0, 1)
     assert_same(result, expected)
     assert caplog.text.count("cannot be used") == 1
-    assert ("damaged" in caplog.text) == (not is_sealed(damage(whole)))  # nothing unpickles or loads it
+    assert ("damaged" in caplog.text) == (
+        not is_sealed(damage(whole))
+    )  # nothing unpickles or loads it
     _, counts = counted(events, stored(tmp_path, mesh), arguments(mesh))
     assert counts == (0, 0, 1, 0) and list(tmp_path.iterdir()) == [path]
 
@@ -261,11 +295,15 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
     assert caplog.text.count("is not kept") == 1
 
 
-def test_only_the_newest_files_stay(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_newest_files_stay(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(programs, "MOST_FILES", 2)
     for number, settings in enumerate(("a", "b")):
         before = set(tmp_path.iterdir())
-        stored(tmp_path, mesh, function=partial(update, scale=float(number)), settings=settings)(*arguments(mesh))
+        stored(tmp_path, mesh, function=partial(update, scale=float(number)), settings=settings)(
+            *arguments(mesh)
+        )
         (made,) = set(tmp_path.iterdir()) - before
         os.utime(made, (number, number))
     newest = made
@@ -284,8 +322,12 @@ def test_a_source_edited_since_the_start_is_not_taken_for_what_was_traced(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting", ["jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "processes"])
-def test_nothing_is_kept(setting: str, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "setting", ["jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "processes"]
+)
+def test_nothing_is_kept(
+    setting: str, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = arguments(mesh)
     expected = jax.jit(update, out_shardings=layout(mesh))(*args)
     if setting == "processes":
@@ -320,12 +362,15 @@ print(len(loads), np.asarray(state.x).tobytes().hex(), np.asarray(metrics["mean"
 
 
 def test_a_program_that_lies_in_the_cache_of_jax_can_be_stored_too(tmp_path: Path) -> None:
-    """An executable that was read from that cache would, once stored, load in another process and fail when run."""
+    """An executable that was read from that cache would, once stored, load in another process and
+    fail when run."""
 
     def process(how: str) -> list[str]:
         command = [sys.executable, "-c", PROCESS, how, str(tmp_path / "programs")]
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
@@ -335,13 +380,18 @@ def test_a_program_that_lies_in_the_cache_of_jax_can_be_stored_too(tmp_path: Pat
     assert jitted[1:] == first[1:] == second[1:]
 
 
-def test_training_through_stored_programs_is_bitwise_that_through_jit(tmp_path: Path, mesh: Mesh) -> None:
+def test_training_through_stored_programs_is_bitwise_that_through_jit(
+    tmp_path: Path, mesh: Mesh
+) -> None:
     parts = small.make_parts(small.make_config())
     made = partial(popi_update, parts=parts, phases=parse_phases(("joint 4",)))
 
     def run(how: str) -> tuple[Any, list[Any]]:
         state, frozen = small.make_state(parts, mesh)
-        options: Any = {"donate_argnums": (0,), "out_shardings": (jax.tree.map(lambda x: x.sharding, state), None)}
+        options: Any = {
+            "donate_argnums": (0,),
+            "out_shardings": (jax.tree.map(lambda x: x.sharding, state), None),
+        }
         store = Store(tmp_path, mesh, "")
         program: Any = jax.jit(made, **options) if how == "jit" else None
         metrics = []
@@ -359,7 +409,11 @@ def test_training_through_stored_programs_is_bitwise_that_through_jit(tmp_path: 
 
 def changed(cfg: Config, field: str, value: Any) -> Config:
     section, _, name = field.rpartition(".")
-    return small.replace(cfg, section, **{name: value}) if section else dataclasses.replace(cfg, **{name: value})
+    return (
+        small.replace(cfg, section, **{name: value})
+        if section
+        else dataclasses.replace(cfg, **{name: value})
+    )
 
 
 def test_which_settings_programs_depend_on() -> None:
@@ -370,13 +424,26 @@ def test_which_settings_programs_depend_on() -> None:
     def same(field: str, value: Any) -> bool:
         config = changed(built.config, field, value)
         other = built._replace(config=config)
-        assert loop.make_parts(other)[0].cfg == loop.program_config(config)  # what is left out is not seen either
+        assert loop.make_parts(other)[0].cfg == loop.program_config(
+            config
+        )  # what is left out is not seen either
         return loop.program_store(other).settings == own.settings
 
-    free = {"seed": 9, "workdir": "/elsewhere", "name": "x", "schedule.log_every": 7, "schedule.save_every": 7}
+    free = {
+        "seed": 9,
+        "workdir": "/elsewhere",
+        "name": "x",
+        "schedule.log_every": 7,
+        "schedule.save_every": 7,
+    }
     free |= {"schedule.keep": 7, "data.workers": 2, "evaluation.max_users": 7}
     assert all(same(field, value) for field, value in free.items())
-    told = {"generator.beta": 0.7, "inference.learning_rate": 0.5, "batch.users": 2, "data.summary_len": 5}
+    told = {
+        "generator.beta": 0.7,
+        "inference.learning_rate": 0.5,
+        "batch.users": 2,
+        "data.summary_len": 5,
+    }
     told |= {"warmup.learning_rate": 0.5, "schedule.phases": ("joint 7",), "model.remat": "full"}
     assert not any(same(field, value) for field, value in told.items())
     assert loop.program_store(built._replace(glue=small.GLUE)).settings != own.settings

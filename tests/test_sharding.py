@@ -1,4 +1,5 @@
-"""The mesh, the rules as data, and that a layout which would not do is refused by the name of the parameter."""
+"""The mesh, the rules as data, and that a layout which would not do is refused by the name of the
+parameter."""
 
 import dataclasses
 from functools import partial
@@ -23,7 +24,9 @@ from tests.oracles.plain import MODEL, ROLLOUT_RULES, RULES
 FSDP = Rules(**parse_rules(scales.FSDP_RULES, "rules"))
 
 
-def layout(rules: Rules, shape: tuple[int, int, int, int] = (1, 4, 2, 1), model: TransformerConfig = MODEL) -> dict:
+def layout(
+    rules: Rules, shape: tuple[int, int, int, int] = (1, 4, 2, 1), model: TransformerConfig = MODEL
+) -> dict:
     boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.eval_shape(jax.random.key, 0))
     return param_shardings(boxed, make_mesh(*shape), rules)
 
@@ -50,24 +53,35 @@ def test_every_parameter_lies_as_the_rules_say(rules: Rules, q: P, embedding: P)
 
 def test_what_would_not_do_is_refused_by_name() -> None:
     with pytest.raises(
-        UserError, match=r"parameter embed/embedding: its axis vocab_embed of 36 .* 8 devices .*; at most 4"
+        UserError,
+        match=r"parameter embed/embedding: its axis vocab_embed of 36 .* 8 devices .*; at most 4",
     ):
         layout(RULES, (1, 8, 1, 1), dataclasses.replace(MODEL, embed_dim=36))
     with pytest.raises(
-        UserError, match=r"parameter layers/attention/k/kernel .* split two of its axes by mesh axis tensor"
+        UserError,
+        match=r"parameter layers/attention/k/kernel .* split two of its axes by mesh axis tensor",
     ):
-        layout(RULES._replace(embed=("tensor",), vocab_embed=("fsdp",)), model=dataclasses.replace(MODEL, mlp_dim=64))
-    with pytest.raises(UserError, match=r"parameter embed/embedding .* would be whole on every device"):
+        layout(
+            RULES._replace(embed=("tensor",), vocab_embed=("fsdp",)),
+            model=dataclasses.replace(MODEL, mlp_dim=64),
+        )
+    with pytest.raises(
+        UserError, match=r"parameter embed/embedding .* would be whole on every device"
+    ):
         layout(RULES._replace(vocab=(), vocab_embed=()))
     assert layout(sharding.UNSPLIT)  # nothing split is a choice
     with pytest.raises(KeyError, match="head_dimension"):
         sharding.spec(("embed", "head_dimension"), RULES)
-    with pytest.raises(UserError, match="the 2 KV heads of the model do not divide over so many devices; at most 2"):
+    with pytest.raises(
+        UserError, match="the 2 KV heads of the model do not divide over so many devices; at most 2"
+    ):
         sharding.check_heads(2, make_mesh(1, 2, 2, 2), RULES)
 
 
 def test_a_mesh_fills_its_devices() -> None:
-    with pytest.raises(ValueError, match="data x fsdp x tensor x sequence = 1 x 3 x 2 x 1 does not fill 8 devices"):
+    with pytest.raises(
+        ValueError, match="data x fsdp x tensor x sequence = 1 x 3 x 2 x 1 does not fill 8 devices"
+    ):
         make_mesh(1, 3, 2)
 
 
@@ -80,7 +94,9 @@ def test_data_goes_across_slices() -> None:
         )  # fmt: skip
 
     devices = [chip(number) for number in range(8)]
-    with pytest.raises(UserError, match="config.mesh.data = 1: must be a multiple of 2, the TPU slices"):
+    with pytest.raises(
+        UserError, match="config.mesh.data = 1: must be a multiple of 2, the TPU slices"
+    ):
         make_mesh(1, 4, 2, devices=devices)
     array = sharding.device_array((2, 2, 2, 1), devices)
     assert [{device.slice_index for device in part.flat} for part in array] == [{0}, {1}]
@@ -104,8 +120,14 @@ def test_laid_out_anew_it_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (("batsh data",), r'mesh.rules\[0\] = "batsh data": must begin with one of batch, .*Did you mean "batch"'),
-        (("batch data", "embed fspd"), r'mesh.rules\[1\] = "embed fspd": fspd is no mesh axis; .*Did you mean "fsdp"'),
+        (
+            ("batsh data",),
+            r'mesh.rules\[0\] = "batsh data": must begin with one of batch, .*Did you mean "batch"',
+        ),
+        (
+            ("batch data", "embed fspd"),
+            r'mesh.rules\[1\] = "embed fspd": fspd is no mesh axis; .*Did you mean "fsdp"',
+        ),
         (("batch data", "batch fsdp"), "batch has a rule already"),
         (("embed fsdp fsdp",), "names a mesh axis twice"),
         (("",), "must begin with one of"),

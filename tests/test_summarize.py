@@ -10,7 +10,16 @@ from popi_jax.data import jsonl
 from popi_jax.data.jsonl import read_users
 from popi_jax.data.records import Comment, Shot
 from popi_jax.errors import UserError
-from tests.tiny_run import STEP, Run, command, config_of, flags_set, on_devices, read_jsonl, shared_run
+from tests.tiny_run import (
+    STEP,
+    Run,
+    command,
+    config_of,
+    flags_set,
+    on_devices,
+    read_jsonl,
+    shared_run,
+)
 
 summarize = command("summarize")
 
@@ -32,7 +41,8 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
-    """The same people, from the data of the run and from a file in another order: same summaries, order of the file."""
+    """The same people, from the data of the run and from a file in another order: same summaries,
+    order of the file."""
     with flags_set():
         summarize.main(config_of(run.workdir))
     of_run = read_jsonl(run.workdir / "summaries_test.jsonl")
@@ -41,10 +51,15 @@ def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
     assert len({row["summary"] for row in of_run}) > 1
     words = run.built.tokenizer
     assert all(0 <= row["tokens"] <= 24 for row in of_run)
-    assert f"summaries of {len(users)} users by the inference model of step {STEP}" in capsys.readouterr().out
+    assert (
+        f"summaries of {len(users)} users by the inference model of step {STEP}"
+        in capsys.readouterr().out
+    )
 
     path = tmp_path / "people.jsonl"
-    jsonl.write([dataclasses.replace(user, oracle="") for user in reversed(users)], path)  # a line for each pair
+    jsonl.write(
+        [dataclasses.replace(user, oracle="") for user in reversed(users)], path
+    )  # a line for each pair
     out = tmp_path / "deep" / "out.jsonl"
     with flags_set(f"--users={path}", f"--out={out}"):
         summarize.main(config_of(run.workdir))
@@ -59,14 +74,17 @@ def test_sampling_differs_from_greedy_and_repeats(run):
 
     def texts(temperature: float) -> list[str]:
         with jax.set_mesh(run.built.mesh):
-            rows = finished_run.summaries_of(users, run.built, params, lengths=config, temperature=temperature)
+            rows = finished_run.summaries_of(
+                users, run.built, params, lengths=config, temperature=temperature
+            )
         return [row["summary"] for row in rows]
 
     assert texts(1.0) == texts(1.0) != texts(0.0)
 
 
 def test_signals_longer_than_any_of_training_are_read(run, monkeypatch):
-    """The padded length of the run fits its training users; a longer user is cut at the limit that was configured."""
+    """The padded length of the run fits its training users; a longer user is cut at the limit that
+    was configured."""
     seen = []
 
     def spy(program, params, placed, num_users, advance):
@@ -86,11 +104,24 @@ def test_reading_a_file_of_users(tmp_path):
     path = write(
         tmp_path / "people.jsonl",
         {"user_id": "bo", "signals": {"fewshot": [shot, shot | {"prompt": "milk?"}]}},
-        {"user_id": "ann", "signals": {"profile": " a nurse ", "comments": [{"prompt": "", "comment": "no"}]}},
-        {"user_id": "bo", "signals": {"fewshot": [shot, shot | {"prompt": "milk?"}]}, "chosen": 5, "meta": "x"},
+        {
+            "user_id": "ann",
+            "signals": {"profile": " a nurse ", "comments": [{"prompt": "", "comment": "no"}]},
+        },
+        {
+            "user_id": "bo",
+            "signals": {"fewshot": [shot, shot | {"prompt": "milk?"}]},
+            "chosen": 5,
+            "meta": "x",
+        },
     )
     bo, ann = read_users(path, num_shots=1)
-    assert (bo.user_id, bo.shots, bo.pairs, bo.oracle) == ("bo", (Shot("tea?", "yes", "no"),), (), "")
+    assert (bo.user_id, bo.shots, bo.pairs, bo.oracle) == (
+        "bo",
+        (Shot("tea?", "yes", "no"),),
+        (),
+        "",
+    )
     assert (ann.profile, ann.comments) == ("a nurse", (Comment("", "no"),))
 
 
@@ -98,11 +129,23 @@ def test_reading_a_file_of_users(tmp_path):
     ("row", "message"),
     [
         ({"user_id": "bo"}, r'people.jsonl:2: no field "signals"'),
-        ({"user_id": "bo", "signals": {}}, r'people.jsonl:2: field "signals": found \{\}.*profile, survey'),
+        (
+            {"user_id": "bo", "signals": {}},
+            r'people.jsonl:2: field "signals": found \{\}.*profile, survey',
+        ),
         ({"user_id": "", "signals": {"profile": "x"}}, r'people.jsonl:2: field "user_id"'),
-        ({"user_id": "bo", "signal": {"profile": "x"}}, r'people.jsonl:2: unknown field "signal".*"signals"'),
-        ({"user_id": "bo", "signals": {"profil": "x"}}, r'unknown field "signals.profil".*"profile"'),
-        ({"user_id": "bo", "signals": {"fewshot": [{"prompt": "x"}]}}, r'no field "signals.fewshot\[0\].chosen"'),
+        (
+            {"user_id": "bo", "signal": {"profile": "x"}},
+            r'people.jsonl:2: unknown field "signal".*"signals"',
+        ),
+        (
+            {"user_id": "bo", "signals": {"profil": "x"}},
+            r'unknown field "signals.profil".*"profile"',
+        ),
+        (
+            {"user_id": "bo", "signals": {"fewshot": [{"prompt": "x"}]}},
+            r'no field "signals.fewshot\[0\].chosen"',
+        ),
         ({"user_id": "bo", "signals": {"comments": {}}}, r'field "signals.comments"'),
     ],
 )
@@ -114,9 +157,15 @@ def test_a_bad_line_is_told(tmp_path, row, message):
 
 
 def test_a_missing_file_and_a_target_that_is_the_source(run, tmp_path):
-    with flags_set(f"--users={tmp_path}/none.jsonl"), pytest.raises(UserError, match=r"none.jsonl: no such file"):
+    with (
+        flags_set(f"--users={tmp_path}/none.jsonl"),
+        pytest.raises(UserError, match=r"none.jsonl: no such file"),
+    ):
         summarize.main(config_of(run.workdir))
     path = write(tmp_path / "people.jsonl", {"user_id": "ann", "signals": {"profile": "x"}})
-    with flags_set(f"--users={path}", f"--out={path}"), pytest.raises(UserError, match="is the file of --users"):
+    with (
+        flags_set(f"--users={path}", f"--out={path}"),
+        pytest.raises(UserError, match="is the file of --users"),
+    ):
         summarize.main(config_of(run.workdir))
     assert len(read_jsonl(path)) == 1

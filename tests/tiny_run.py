@@ -1,4 +1,5 @@
-"""A run with random weights on a few made people, as training leaves it, for the tests of what uses a run."""
+"""A run with random weights on a few made people, as training leaves it, for the tests of what uses
+a run."""
 
 import atexit
 import contextlib
@@ -27,11 +28,14 @@ from popi_jax.training.loop import make_parts
 from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
 
 STEP = 7
-CACHE = Path(__file__).parents[1] / ".pytest_cache"  # beside prepared data, `build` keeps what was compiled
+CACHE = (
+    Path(__file__).parents[1] / ".pytest_cache"
+)  # beside prepared data, `build` keeps what was compiled
 
 
 class Run(NamedTuple):
-    """The two roles, now and at the start of the main stage, have four different sets of weights."""
+    """The two roles, now and at the start of the main stage, have four different sets of
+    weights."""
 
     workdir: Path
     built: Built
@@ -53,12 +57,15 @@ def config_of(workdir: Path, *overrides: str) -> Config:
         "mesh.num_devices": 0,
         "evaluation.max_users": 0,
     }
-    return cli.load_config("smoke:scale=laptop", [*(f"--config.{k}={v}" for k, v in own.items()), *overrides])
+    return cli.load_config(
+        "smoke:scale=laptop", [*(f"--config.{k}={v}" for k, v in own.items()), *overrides]
+    )
 
 
 @contextlib.contextmanager
 def on_devices(count: int) -> Iterator[None]:
-    """Lets `build` see so many of the simulated devices, and at the end undoes what it sets for a whole process."""
+    """Lets `build` see so many of the simulated devices, and at the end undoes what it sets for a
+    whole process."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
 
@@ -75,15 +82,20 @@ def on_devices(count: int) -> Iterator[None]:
 
 @functools.cache
 def shared_run(num_devices: int) -> Run:
-    """One run for all tests of a process; it has the checkpoint, the reference and the tokenizer."""
+    """One run for all tests of a process; it has the checkpoint, the reference and the
+    tokenizer."""
     workdir = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, workdir, ignore_errors=True)
     config = config_of(workdir)
     with on_devices(num_devices):
         built = builds.build(config, to_json(config))
         parts, _ = make_parts(built)
-        layout = shardings_of(abstract_state(built.model, parts.transforms, built.mesh, cfg=built.config))
-        init = functools.partial(init_state, model=built.model, transforms=parts.transforms, cfg=built.config)
+        layout = shardings_of(
+            abstract_state(built.model, parts.transforms, built.mesh, cfg=built.config)
+        )
+        init = functools.partial(
+            init_state, model=built.model, transforms=parts.transforms, cfg=built.config
+        )
         program = jax.jit(init, out_shardings=layout)
         now, before = program(jnp.int32(1)), program(jnp.int32(2))
         frozen = Frozen(before.inference.params, before.generator.params)
@@ -95,7 +107,8 @@ def shared_run(num_devices: int) -> Run:
 
 
 def command(name: str) -> ModuleType:
-    """Imports an entry point. Two of them may define a flag of one name: a process of a user runs only one."""
+    """Imports an entry point. Two of them may define a flag of one name: a process of a user runs
+    only one."""
     for flag in flags.FLAGS:
         flags.FLAGS[flag].allow_override = True
     return importlib.import_module(f"popi_jax.{name}")

@@ -1,8 +1,9 @@
-"""Times the programs of popi_jax. Runs with the Python of .venv: `python -m benchmarks.peers.popi_worker`.
+"""Times the programs of popi_jax. Runs with the Python of .venv: `python -m
+benchmarks.peers.popi_worker`.
 
-A step is one call of one jitted program: a preference step, samples with their policy-gradient step, or the fused
-update of both roles. What happens inside such a program cannot be timed from outside, so "parts" are programs of their
-own that run after the step and do not count towards it.
+A step is one call of one jitted program: a preference step, samples with their policy-gradient
+step, or the fused update of both roles. What happens inside such a program cannot be timed from
+outside, so "parts" are programs of their own that run after the step and do not count towards it.
 """
 
 import os
@@ -54,8 +55,12 @@ def open_workload(name: str, geometry: Geometry) -> Running:
         return {**cost, "parts": {part: timed.cost() for part, timed in parts.items()}}
 
     counts: dict[str, Any] = {"distinct_tokens": work.tokens}
-    return Running(one, counts, [f"the step is {step_name}; parts are timed apart and are not in it"])
+    return Running(
+        one, counts, [f"the step is {step_name}; parts are timed apart and are not in it"]
+    )
 
 
 if __name__ == "__main__":
-    protocol.serve("popi_jax", open_workload, {"jax": jax.__version__, "jaxlib": jax.lib.__version__})
+    protocol.serve(
+        "popi_jax", open_workload, {"jax": jax.__version__, "jaxlib": jax.lib.__version__}
+    )

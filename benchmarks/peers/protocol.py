@@ -1,19 +1,21 @@
-"""How the driver and its workers talk, and how a worker times a trainer that owns its loop. Standard library only.
+"""How the driver and its workers talk, and how a worker times a trainer that owns its loop.
+Standard library only.
 
-A worker is a process that answers each line of JSON on its standard input by one on its standard output:
+A worker is a process that answers each line of JSON on its standard input by one on its standard
+output:
 
-    worker                {"ready": {"name": "trl", "versions": {"trl": "1.16.0", ...}}}
-    driver                {"workload": "dpo", "steps": 3}
-    worker                {"workload": "dpo", "steps": [{"cpu": 1.9, "wall": 1.1, "parts": {}}, ...],
+    worker                {"ready": {"name": "trl", "versions": {"trl": "1.16.0", ...}}} driver
+    {"workload": "dpo", "steps": 3} worker                {"workload": "dpo", "steps": [{"cpu": 1.9,
+    "wall": 1.1, "parts": {}}, ...],
                            "counts": {...}, "notes": [...]}
     worker, on a failure  {"workload": "dpo", "error": "ValueError: ..."}
 
-The first request for a workload builds it and makes its first step, which is not among the timed ones; "steps": 0 does
-that alone. "cpu" is what all threads of the process used, in seconds. "parts" holds shares of the step under "rollout",
-"reward", "grpo" and "dpo", each with its "cpu" and "wall", where the trainer allows to tell them apart. "counts" says
-what the models were given in the first step. What libraries print goes to the standard error. A worker ends when its
-standard input does.
-"""
+The first request for a workload builds it and makes its first step, which is not among the timed
+ones; "steps": 0 does that alone. "cpu" is what all threads of the process used, in seconds. "parts"
+holds shares of the step under "rollout", "reward", "grpo" and "dpo", each with its "cpu" and
+"wall", where the trainer allows to tell them apart. "counts" says what the models were given in the
+first step. What libraries print goes to the standard error. A worker ends when its standard input
+does."""
 
 import argparse
 import functools
@@ -74,7 +76,9 @@ class Parts:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             start = now()
             result = function(*args, **kwargs)
-            self._costs[name] = added(self._costs.get(name, {"cpu": 0.0, "wall": 0.0}), cost_since(start))
+            self._costs[name] = added(
+                self._costs.get(name, {"cpu": 0.0, "wall": 0.0}), cost_since(start)
+            )
             return result
 
         return wrapped
@@ -88,9 +92,8 @@ class Parts:
 class Paused:
     """A loop that someone else owns, run in a thread of its own and let go one step at a time.
 
-    `loop` is called with a function that it must call before the first step and after each: that blocks until the next
-    step is asked for. The times are taken where it is called.
-    """
+    `loop` is called with a function that it must call before the first step and after each: that
+    blocks until the next step is asked for. The times are taken where it is called."""
 
     def __init__(self, loop: Callable[[Pause], None], parts: Parts | None = None) -> None:
         self._parts = parts or Parts()
@@ -138,10 +141,15 @@ def resolve(name: str) -> tuple[Workload, bool]:
     return WORKLOADS[name.removesuffix(STORED_REFERENCE)], name.endswith(STORED_REFERENCE)
 
 
-def serve(name: str, open_workload: Callable[[str, Geometry], Running], versions: dict[str, str]) -> None:
-    """Answers requests until the standard input ends. `open_workload` builds a workload and makes its first step."""
+def serve(
+    name: str, open_workload: Callable[[str, Geometry], Running], versions: dict[str, str]
+) -> None:
+    """Answers requests until the standard input ends. `open_workload` builds a workload and makes
+    its first step."""
     parser = argparse.ArgumentParser(description=f"A worker of benchmarks.peers.run: times {name}.")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of the model (tiny)")
+    parser.add_argument(
+        "--geometry", choices=GEOMETRIES, default="tiny", help="of the model (tiny)"
+    )
     geometry = GEOMETRIES[parser.parse_args().geometry]
 
     answers = os.fdopen(os.dup(1), "w")
@@ -162,10 +170,22 @@ def serve(name: str, open_workload: Callable[[str, Geometry], Running], versions
                 opened[workload] = open_workload(workload, geometry)
             running = opened[workload]
             steps = [running.step() for _ in range(request["steps"])]
-            answer({"workload": workload, "steps": steps, "counts": running.counts, "notes": running.notes})
+            answer(
+                {
+                    "workload": workload,
+                    "steps": steps,
+                    "counts": running.counts,
+                    "notes": running.notes,
+                }
+            )
         except Exception as error:
             traceback.print_exc()
             text = str(error).strip().splitlines()
-            answer({"workload": workload, "error": f"{type(error).__name__}: {text[0] if text else ''}"})
+            answer(
+                {
+                    "workload": workload,
+                    "error": f"{type(error).__name__}: {text[0] if text else ''}",
+                }
+            )
     answers.close()
     os._exit(0)  # the loops of the trainers still wait in their threads

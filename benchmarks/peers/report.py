@@ -10,7 +10,8 @@ Result = dict[str, Any]  # of one workload, as run.time_workload makes it
 
 
 def seconds(step: dict[str, Any], what: str, unit: str) -> float | None:
-    """CPU or wall seconds of a step or of a part of it; None where the worker does not tell them apart."""
+    """CPU or wall seconds of a step or of a part of it; None where the worker does not tell them
+    apart."""
     parts = step["parts"]
     if what == "step":
         return step[unit]
@@ -23,7 +24,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def pairwise(peer: list[Any], ours: list[Any], what: str, our_what: str, unit: str) -> dict[str, float] | None:
+def pairwise(
+    peer: list[Any], ours: list[Any], what: str, our_what: str, unit: str
+) -> dict[str, float] | None:
     """What the peer took over what popi_jax took, round by round: above 1 popi_jax took less."""
     ratios = []
     for theirs, our in zip(peer, ours, strict=True):
@@ -67,7 +70,9 @@ def medians(workloads: dict[str, Result]) -> str:
     for name, result in workloads.items():
         for worker, steps in result["steps"].items():
             for what in ("step", "rollout", "reward", "grpo", "dpo", WITHOUT_REWARD):
-                costs = {unit: [seconds(step, what, unit) for step in steps] for unit in ("cpu", "wall")}
+                costs = {
+                    unit: [seconds(step, what, unit) for step in steps] for unit in ("cpu", "wall")
+                }
                 if not steps or None in costs["cpu"]:
                     continue
                 if name != "popi" and what in ("reward", WITHOUT_REWARD):
@@ -82,7 +87,12 @@ def medians(workloads: dict[str, Result]) -> str:
 
 def ratio_rows(workloads: dict[str, Result]) -> list[list[str]]:
     return [
-        [name, peer, what, *(f"{units[u][k]:.2f}" for u in ("cpu", "wall") for k in ("min", "median", "max"))]
+        [
+            name,
+            peer,
+            what,
+            *(f"{units[u][k]:.2f}" for u in ("cpu", "wall") for k in ("min", "median", "max")),
+        ]
         for name, peers in all_ratios(workloads).items()
         for peer, parts in peers.items()
         for what, units in parts.items()
@@ -100,7 +110,8 @@ def markdown(results: dict[str, Any]) -> str:
         f" load {machine['load_before']:.1f} before"
         f" and {machine['load_after']:.1f} after; commit {machine['commit']}, {machine['date']}.",
         "\n".join(
-            f"- {worker}: " + ", ".join(f"{package} {version}" for package, version in packages.items())
+            f"- {worker}: "
+            + ", ".join(f"{package} {version}" for package, version in packages.items())
             for worker, packages in versions.items()
         ),
         f"Model: {', '.join(f'{key} {value}' for key, value in results['geometry'].items())}; float32.",
@@ -108,7 +119,12 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     rows = ratio_rows(workloads)
     if rows:
-        header = ["workload", "peer", "what", *(f"{u} {k}" for u in ("CPU", "wall") for k in ("min", "median", "max"))]
+        header = [
+            "workload",
+            "peer",
+            "what",
+            *(f"{u} {k}" for u in ("CPU", "wall") for k in ("min", "median", "max")),
+        ]
         text.append(
             "## Ratios, round by round\n\nThe peer's cost over that of popi_jax: above 1 popi_jax took less. A step"
             " without reward is held against the whole step of popi_jax.\n\n" + table(header, rows)
@@ -122,7 +138,9 @@ def markdown(results: dict[str, Any]) -> str:
     if notes:
         text.append("## Notes\n\n" + "\n".join(notes))
     failures = [
-        f"- {name}, {worker}: {why}" for name, result in workloads.items() for worker, why in result["failures"].items()
+        f"- {name}, {worker}: {why}"
+        for name, result in workloads.items()
+        for worker, why in result["failures"].items()
     ]
     if failures:
         text.append("## Not measured\n\n" + "\n".join(failures))

@@ -1,16 +1,17 @@
-"""Times popi_jax and the trainers of TRL and Tunix on the same work, each in a process of its own environment.
+"""Times popi_jax and the trainers of TRL and Tunix on the same work, each in a process of its own
+environment.
 
     python -m benchmarks.peers.run --workloads=dpo,grpo --rounds=5
 
-For each workload the workers are started, make their first step one after the other (this is where compilers work),
-and then take turns: one step each, round after round, so that what else the machine does falls on all of them alike.
-A worker that waits uses no processor. Results go to OUT/results.json and OUT/results.md, what the workers print to
-OUT/logs.
+For each workload the workers are started, make their first step one after the other (this is where
+compilers work), and then take turns: one step each, round after round, so that what else the
+machine does falls on all of them alike. A worker that waits uses no processor. Results go to
+OUT/results.json and OUT/results.md, what the workers print to OUT/logs.
 
-All workers run with an allocator that keeps freed memory instead of giving it back to the system: this takes about a
-third off the processor time of large steps of TRL and of Tunix. The three workers together need up to 20 GB: Tunix
-takes 13 for "popi_dpo". With less memory give one peer at a time: --workers=popi_jax,tunix.
-"""
+All workers run with an allocator that keeps freed memory instead of giving it back to the system:
+this takes about a third off the processor time of large steps of TRL and of Tunix. The three
+workers together need up to 20 GB: Tunix takes 13 for "popi_dpo". With less memory give one peer at
+a time: --workers=popi_jax,tunix."""
 
 import argparse
 import json
@@ -34,7 +35,11 @@ PEERS = pathlib.Path(".venv-peers")
 WORKERS = {"popi_jax": "popi_worker", "trl": "trl_worker", "tunix": "tunix_worker"}
 NAMES = [
     *WORKLOADS,
-    *(f"{name}{STORED_REFERENCE}" for name, workload in WORKLOADS.items() if workload.kind == "dpo"),
+    *(
+        f"{name}{STORED_REFERENCE}"
+        for name, workload in WORKLOADS.items()
+        if workload.kind == "dpo"
+    ),
 ]
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
@@ -54,10 +59,17 @@ class Worker:
     def __init__(self, name: str, geometry: str, log: pathlib.Path, timeout: float) -> None:
         self.name, self._log, self._timeout = name, log, timeout
         self._answers: queue.Queue[str] = queue.Queue()
-        self._scratch = tempfile.TemporaryDirectory(prefix=f"peers-{name}-")  # a killed process leaves its files
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix=f"peers-{name}-"
+        )  # a killed process leaves its files
         with log.open("w") as stream:
             self._process = subprocess.Popen(
-                [interpreter(name), "-m", f"benchmarks.peers.{WORKERS[name]}", f"--geometry={geometry}"],
+                [
+                    interpreter(name),
+                    "-m",
+                    f"benchmarks.peers.{WORKERS[name]}",
+                    f"--geometry={geometry}",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -82,10 +94,16 @@ class Worker:
         try:
             line = self._answers.get(timeout=self._timeout)
         except queue.Empty:
-            raise Failed(f"no answer within {self._timeout:.0f} s; see logs/{self._log.name}") from None
+            raise Failed(
+                f"no answer within {self._timeout:.0f} s; see logs/{self._log.name}"
+            ) from None
         if not line:
             code = self._process.wait()
-            why = "killed, as the system does when memory runs out" if code == -9 else f"ended with {code}"
+            why = (
+                "killed, as the system does when memory runs out"
+                if code == -9
+                else f"ended with {code}"
+            )
             raise Failed(f"{why}: {last_line(self._log)}; see logs/{self._log.name}")
         return json.loads(line)
 
@@ -121,7 +139,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def open_worker(worker_name: str, workload: str, args: argparse.Namespace) -> tuple[Worker, dict[str, Any]]:
+def open_worker(
+    worker_name: str, workload: str, args: argparse.Namespace
+) -> tuple[Worker, dict[str, Any]]:
     """A worker after its first step, and its answer to that."""
     log = args.out / "logs" / f"{workload}.{worker_name}.txt"
     worker = Worker(worker_name, args.geometry, log, args.timeout)
@@ -135,7 +155,14 @@ def open_worker(worker_name: str, workload: str, args: argparse.Namespace) -> tu
 
 def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
     """Steps of each worker, one of each per round, and why a worker has none."""
-    result: dict[str, Any] = {"steps": {}, "failures": {}, "counts": {}, "notes": {}, "versions": {}, "first_step": {}}
+    result: dict[str, Any] = {
+        "steps": {},
+        "failures": {},
+        "counts": {},
+        "notes": {},
+        "versions": {},
+        "first_step": {},
+    }
     workers: dict[str, Worker] = {}
 
     def failed(worker_name: str, failure: Failed) -> None:
@@ -156,7 +183,10 @@ def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
                 continue
             result["first_step"][worker_name] = time.perf_counter() - began
             result["versions"][worker_name] = workers[worker_name].versions
-            result["counts"][worker_name], result["notes"][worker_name] = answer["counts"], answer["notes"]
+            result["counts"][worker_name], result["notes"][worker_name] = (
+                answer["counts"],
+                answer["notes"],
+            )
             result["steps"][worker_name] = []
         for number in range(1, args.rounds + 1):
             shown = []
@@ -168,7 +198,9 @@ def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 result["steps"][worker_name].append(step)
                 shown.append(f"{worker_name} {step['cpu']:.2f} s")
-            say(f"{workload}: round {number} of {args.rounds}, processor time: {', '.join(shown) or 'none'}")
+            say(
+                f"{workload}: round {number} of {args.rounds}, processor time: {', '.join(shown) or 'none'}"
+            )
     finally:
         for worker in workers.values():
             worker.close()
@@ -181,12 +213,18 @@ def machine() -> dict[str, Any]:
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         model = models[0] if models else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "processor": model,
@@ -206,7 +244,9 @@ def choices(allowed: list[str]) -> Any:
         names = [name for name in text.split(",") if name]
         unknown = [name for name in names if name not in allowed]
         if unknown or not names:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: must be of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown) or 'nothing'}: must be of {', '.join(allowed)}"
+            )
         return names
 
     return parse
@@ -218,20 +258,37 @@ def parse_arguments() -> argparse.Namespace:
         description=(__doc__ or "").replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workloads", type=choices(NAMES), default=NAMES, help=f"of {', '.join(NAMES)} (all)")
     parser.add_argument(
-        "--workers", type=choices([*WORKERS]), default=[*WORKERS], help=f"of {', '.join(WORKERS)} (all)"
+        "--workloads", type=choices(NAMES), default=NAMES, help=f"of {', '.join(NAMES)} (all)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=choices([*WORKERS]),
+        default=[*WORKERS],
+        help=f"of {', '.join(WORKERS)} (all)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each worker (5)")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of the model (tiny)")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds that a worker may take for an answer (900)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("work/peers"), help="folder (work/peers)")
+    parser.add_argument(
+        "--geometry", choices=GEOMETRIES, default="tiny", help="of the model (tiny)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        help="seconds that a worker may take for an answer (900)",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("work/peers"), help="folder (work/peers)"
+    )
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds: must be at least 1")
     missing = [name for name in args.workers if not pathlib.Path(interpreter(name)).exists()]
     if missing:
-        parser.exit(1, f"error: no environment for {' and '.join(missing)} in {PEERS}: run make bench-peers-setup\n")
+        parser.exit(
+            1,
+            f"error: no environment for {' and '.join(missing)} in {PEERS}: run make bench-peers-setup\n",
+        )
     return args
 
 

@@ -2,33 +2,38 @@
 
     python -m benchmarks.peers.trl_worker
 
-Only the public interface is used: configurations, data, reward functions, callbacks, and the generator's own forward
-in the reward of "popi". The trainers' loops run as they are; they pause in a callback at the end of each step. A step
-is all that `trainer.train()` does from one such pause to the next: batch, rollout, rewards, reference, gradient,
-clipping, AdamW.
+Only the public interface is used: configurations, data, reward functions, callbacks, and the
+generator's own forward in the reward of "popi". The trainers' loops run as they are; they pause in
+a callback at the end of each step. A step is all that `trainer.train()` does from one such pause to
+the next: batch, rollout, rewards, reference, gradient, clipping, AdamW.
 
 What is set for speed, or against waste:
 - float32, torch on all cores, `attn_implementation="sdpa"`, fused AdamW (the default);
-- gradient checkpointing off (TRL turns it on), no logging, saving or evaluation, data in the same process;
-- generation with the KV cache, no filter of the sampled distribution (top_k 0, top_p 1), no vLLM; a static cache
-  costs the same here (15.9 against 15.5 CPU seconds for a step of "popi_grpo");
-- log-probs by TRL's fused head, which never holds the logits of a batch; it scores all positions on a processor;
+- gradient checkpointing off (TRL turns it on), no logging, saving or evaluation, data in the same
+  process;
+- generation with the KV cache, no filter of the sampled distribution (top_k 0, top_p 1), no vLLM; a
+  static cache costs the same here (15.9 against 15.5 CPU seconds for a step of "popi_grpo");
+- log-probs by TRL's fused head, which never holds the logits of a batch; it scores all positions on
+  a processor;
 - one optimizer step per rollout, so no forward for the old policy; all sequences in one batch;
-- "+stored_reference": `precompute_ref_log_probs=True`, computed before the first step and not timed;
-- the reward of "popi": all pairs of a user at once, without gradient, `logits_to_keep` for the replies alone.
-Not set: Liger kernels (they need Triton); `torch_compile` (off by default; compiling "dpo" takes 84 s and gains
-nothing).
+- "+stored_reference": `precompute_ref_log_probs=True`, computed before the first step and not
+  timed;
+- the reward of "popi": all pairs of a user at once, without gradient, `logits_to_keep` for the
+  replies alone.
+Not set: Liger kernels (they need Triton); `torch_compile` (off by default; compiling "dpo" takes 84
+s and gains nothing).
 
-Texts are words of a tokenizer that knows one word per id, so lengths are exact. Replies end in EOS, because
-DPOTrainer adds one where it is missing; samples cannot end early (`min_new_tokens`).
-"""
+Texts are words of a tokenizer that knows one word per id, so lengths are exact. Replies end in EOS,
+because DPOTrainer adds one where it is missing; samples cannot end early (`min_new_tokens`)."""
 
 import os
 import tempfile
 from collections import Counter
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+)
 
 import datasets
 import numpy as np
@@ -56,7 +61,8 @@ def make_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def save_model(geometry: Geometry, folder: str) -> None:
-    """Random weights in a folder: the trainers load their reference from where the model came from."""
+    """Random weights in a folder: the trainers load their reference from where the model came
+    from."""
     config = transformers.LlamaConfig(
         vocab_size=geometry.vocab_size,
         hidden_size=geometry.embed_dim,
@@ -101,7 +107,11 @@ def preference_rows(work: Workload, texts: Texts) -> datasets.Dataset:
         for _ in range(work.pairs):
             prompt = f"{shared} {texts.words(work.prompt_len)}".strip()
             rows.append(
-                {"prompt": prompt, "chosen": texts.reply(work.answer_len), "rejected": texts.reply(work.answer_len)}
+                {
+                    "prompt": prompt,
+                    "chosen": texts.reply(work.answer_len),
+                    "rejected": texts.reply(work.answer_len),
+                }
             )
     return datasets.Dataset.from_list(rows)
 
@@ -200,7 +210,8 @@ class Trainers:
     def grpo(self, reward: Any) -> trl.GRPOTrainer:
         work = self.work
         rows = [
-            {"prompt": self.texts.words(work.signals_len), "user": i % work.users} for i in range(BATCHES * work.users)
+            {"prompt": self.texts.words(work.signals_len), "user": i % work.users}
+            for i in range(BATCHES * work.users)
         ]
         return trl.GRPOTrainer(
             model=self.load(),
@@ -231,7 +242,8 @@ def mean_id(completion_ids: list[list[int]]) -> list[float]:
 
 
 def margin_reward(work: Workload, generator: transformers.PreTrainedModel, texts: Texts) -> Any:
-    """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind the summary."""
+    """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind
+    the summary."""
     turns = texts.ids(work.users, 2, work.pairs, work.prompt_len + work.answer_len)
     pairs = torch.from_numpy(turns).flatten(1, 2)  # users, chosen then rejected, tokens
 
@@ -240,15 +252,23 @@ def margin_reward(work: Workload, generator: transformers.PreTrainedModel, texts
         turns = pairs[torch.tensor(user)]  # samples, 2 * pairs, tokens
         rows = torch.cat([summaries[:, None].expand(-1, turns.shape[1], -1), turns], dim=-1)
         margins = []
-        for part in rows.split(work.group):  # the samples of one user at a time: activations stay in the cache
+        for part in rows.split(
+            work.group
+        ):  # the samples of one user at a time: activations stay in the cache
             ids = part.flatten(0, 1)
             with torch.no_grad():
-                logits = generator(input_ids=ids, use_cache=False, logits_to_keep=work.answer_len + 1).logits[:, :-1]
+                logits = generator(
+                    input_ids=ids, use_cache=False, logits_to_keep=work.answer_len + 1
+                ).logits[:, :-1]
             logps = -torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), ids[:, -work.answer_len :].flatten(), reduction="none"
             )
-            chosen, rejected = logps.view(len(part), 2, work.pairs, work.answer_len).sum(-1).unbind(1)
-            margins.append(torch.nn.functional.logsigmoid(protocol.DPO_BETA * (chosen - rejected)).mean(-1))
+            chosen, rejected = (
+                logps.view(len(part), 2, work.pairs, work.answer_len).sum(-1).unbind(1)
+            )
+            margins.append(
+                torch.nn.functional.logsigmoid(protocol.DPO_BETA * (chosen - rejected)).mean(-1)
+            )
         return torch.cat(margins).tolist()
 
     return reward
@@ -309,4 +329,6 @@ def open_workload(name: str, geometry: Geometry) -> Running:
 
 if __name__ == "__main__":
     packages = {"trl": trl, "torch": torch, "transformers": transformers}
-    protocol.serve("trl", open_workload, {name: module.__version__ for name, module in packages.items()})
+    protocol.serve(
+        "trl", open_workload, {name: module.__version__ for name, module in packages.items()}
+    )

@@ -3,26 +3,29 @@
     python -m benchmarks.peers.tunix_worker
 
 Only the public interface is used: configurations, data, reward functions, and
-`tunix.rl.common.compute_per_token_logps` in the reward of "popi". The trainers' loops run as they are; they pause
-where they ask for the next batch, once all that was dispatched is done. A step is all that happens from one such
-request to the next.
+`tunix.rl.common.compute_per_token_logps` in the reward of "popi". The trainers' loops run as they
+are; they pause where they ask for the next batch, once all that was dispatched is done. A step is
+all that happens from one such request to the next.
 
 What is set for speed, or against waste:
-- float32, all steps under jit (the default), one device and one mesh, so rollout and trainer share their weights;
+- float32, all steps under jit (the default), one device and one mesh, so rollout and trainer share
+  their weights;
 - the model is Tunix's Llama3 with tied weights, no rematerialisation (the default);
-- generation with a KV cache of exactly the tokens that there will be, no filter of the sampled distribution, Tunix's
-  own sampler (no vLLM, no SGLang);
+- generation with a KV cache of exactly the tokens that there will be, no filter of the sampled
+  distribution, Tunix's own sampler (no vLLM, no SGLang);
 - one optimizer step per rollout, so no forward for the old policy; all sequences in one batch;
 - no checkpoints, no evaluation, no metrics kept on disk;
 - the reward of "popi": all pairs of a user at once, without gradient.
-Tunix computes the logits of all positions and keeps those of the replies: it offers no other way for this model.
+Tunix computes the logits of all positions and keeps those of the replies: it offers no other way
+for this model.
 
-Tunix stores no log-probs of the reference. Under "+stored_reference" DPOTrainer has no reference model at all, which
-its interface allows: such a step computes what one with stored log-probs would, but for a subtraction per reply.
+Tunix stores no log-probs of the reference. Under "+stored_reference" DPOTrainer has no reference
+model at all, which its interface allows: such a step computes what one with stored log-probs would,
+but for a subtraction per reply.
 
-Texts are ids in digits with a tokenizer that reads them, so lengths are exact. The ids of padding and of the end lie
-outside the vocabulary: no sample can end early, and no sampled token is taken for padding.
-"""
+Texts are ids in digits with a tokenizer that reads them, so lengths are exact. The ids of padding
+and of the end lie outside the vocabulary: no sample can end early, and no sampled token is taken
+for padding."""
 
 import functools
 import importlib.metadata
@@ -90,14 +93,20 @@ def make_model(geometry: Geometry, seed: int) -> nnx.Module:
     state = nnx.state(model)
     nnx.update(
         model,
-        jax.tree.map(lambda x: jax.numpy.asarray(random.normal(0, 0.02, x.shape), x.dtype) if x.ndim > 1 else x, state),
+        jax.tree.map(
+            lambda x: (
+                jax.numpy.asarray(random.normal(0, 0.02, x.shape), x.dtype) if x.ndim > 1 else x
+            ),
+            state,
+        ),
     )
     return model
 
 
 def make_optimizer() -> optax.GradientTransformation:
     return optax.chain(
-        optax.clip_by_global_norm(protocol.MAX_GRAD_NORM), optax.adamw(protocol.LEARNING_RATE, weight_decay=0.0)
+        optax.clip_by_global_norm(protocol.MAX_GRAD_NORM),
+        optax.adamw(protocol.LEARNING_RATE, weight_decay=0.0),
     )
 
 
@@ -109,7 +118,9 @@ class Forwards:
         self._original = original = llama.Llama3.__call__
 
         @functools.wraps(original)
-        def noted(model: Any, input_tokens: Any, positions: Any, cache: Any, attention_mask: Any) -> Any:
+        def noted(
+            model: Any, input_tokens: Any, positions: Any, cache: Any, attention_mask: Any
+        ) -> Any:
             kind = "" if cache is None else " with cache"
             self._shapes.add(f"{input_tokens.shape[0]}x{input_tokens.shape[1]}{kind}")
             return original(model, input_tokens, positions, cache, attention_mask)
@@ -130,7 +141,9 @@ def preference_loop(
         model=policy,
         ref_model=None if stored_reference else nnx.clone(policy),
         optimizer=make_optimizer(),
-        training_config=dpo_trainer.DPOTrainingConfig(eval_every_n_steps=NEVER, beta=protocol.DPO_BETA),
+        training_config=dpo_trainer.DPOTrainingConfig(
+            eval_every_n_steps=NEVER, beta=protocol.DPO_BETA
+        ),
     )
     random = np.random.default_rng(0)
     shared_len = work.summary_len if work.kind == "popi" else work.signals_len
@@ -159,9 +172,13 @@ def preference_loop(
 
 
 def policy_loop(
-    work: Workload, geometry: Geometry, parts: Parts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    work: Workload,
+    geometry: Geometry,
+    parts: Parts,
+    reward: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> tuple[nnx.Module, Callable[[Pause], None]]:
-    """The model of a GRPOLearner and its loop. `reward` is given the ids of the samples and whose they are."""
+    """The model of a GRPOLearner and its loop. `reward` is given the ids of the samples and whose
+    they are."""
     tokenizer = Digits(geometry.vocab_size)
     policy = make_model(geometry, seed=0)
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -188,7 +205,9 @@ def policy_loop(
     )
     cluster.generate = parts.timed("rollout", cluster.generate)
 
-    def reward_samples(prompts: list[str], completions: list[str], user: np.ndarray, **kwargs: Any) -> list[float]:
+    def reward_samples(
+        prompts: list[str], completions: list[str], user: np.ndarray, **kwargs: Any
+    ) -> list[float]:
         samples = [tokenizer.encode(text) for text in completions]
         lengths = {len(ids) for ids in samples}
         if lengths != {work.summary_len} or len(samples) != work.users * work.group:
@@ -219,7 +238,8 @@ def policy_loop(
 def margin_reward(
     work: Workload, geometry: Geometry, generator: nnx.Module
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind the summary."""
+    """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind
+    the summary."""
     random = np.random.default_rng(1)
     tokenizer = Digits(geometry.vocab_size)
     shape = work.users, 2 * work.pairs, work.prompt_len + work.answer_len  # chosen, then rejected
@@ -254,7 +274,9 @@ def mean_id(samples: np.ndarray, user: np.ndarray) -> np.ndarray:
 
 
 def checksum(model: nnx.Module) -> float:
-    return float(sum(np.abs(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(nnx.state(model))))
+    return float(
+        sum(np.abs(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(nnx.state(model)))
+    )
 
 
 def open_workload(name: str, geometry: Geometry) -> Running:
@@ -280,10 +302,16 @@ def open_workload(name: str, geometry: Geometry) -> Running:
     unchanged = [kind for kind, model in trained.items() if checksum(model) == before[kind]]
     if unchanged:
         raise ValueError(f"a step changed no parameter of {unchanged}")
-    notes = ["no reference model at all: Tunix cannot store its log-probs"] if stored_reference else []
+    notes = (
+        ["no reference model at all: Tunix cannot store its log-probs"] if stored_reference else []
+    )
     return Running(step, counts, notes)
 
 
 if __name__ == "__main__":
     packages = ("google-tunix", "jax", "flax", "optax")
-    protocol.serve("tunix", open_workload, {package: importlib.metadata.version(package) for package in packages})
+    protocol.serve(
+        "tunix",
+        open_workload,
+        {package: importlib.metadata.version(package) for package in packages},
+    )

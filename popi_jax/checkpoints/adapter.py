@@ -1,4 +1,5 @@
-"""Writes adapters as a directory that `peft` loads onto the base: adapter_config.json, adapter_model.safetensors."""
+"""Writes adapters as a directory that `peft` loads onto the base: adapter_config.json,
+adapter_model.safetensors."""
 
 import json
 import math
@@ -13,13 +14,19 @@ from popi_jax.models.transformer import TransformerConfig
 
 
 def write_adapter(
-    folder: Path, lora: Params, cfg: TransformerConfig, *, alpha: float, base: str, decoder: str = "model"
+    folder: Path,
+    lora: Params,
+    cfg: TransformerConfig,
+    *,
+    alpha: float,
+    base: str,
+    decoder: str = "model",
 ) -> None:
-    """Writes into an existing folder, float32. peft multiplies by alpha / rank, so `lora` holds A and B without it.
+    """Writes into an existing folder, float32. peft multiplies by alpha / rank, so `lora` holds A
+    and B without it.
 
-    `base` is the name or folder of the base model; `decoder` is where its class keeps the decoder: "model" in all
-    text models, "model.language_model" in a Gemma 3 with a vision tower.
-    """
+    `base` is the name or folder of the base model; `decoder` is where its class keeps the decoder:
+    "model" in all text models, "model.language_model" in a Gemma 3 with a vision tower."""
     tensors: dict[str, np.ndarray] = {}
     modules: set[str] = set()
     rank = 0
@@ -32,13 +39,17 @@ def write_adapter(
         rank = a.shape[-1]
         fan_out, fan_in = row.stored_shape
         for i, stored in enumerate(row.names(cfg)):
-            module = stored.removesuffix(".weight").replace("model.", f"base_model.model.{decoder}.", 1)
+            module = stored.removesuffix(".weight").replace(
+                "model.", f"base_model.model.{decoder}.", 1
+            )
             modules.add(module.split(".")[-1])
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(fan_in, rank).T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(rank, fan_out).T)
     expected = 2 * cfg.num_layers * sum(len(members) for members in lora["layers"].values())
     if len(tensors) != expected:
-        raise ValueError(f"{len(tensors)} of {expected} adapter tensors belong to a kernel of this model")
+        raise ValueError(
+            f"{len(tensors)} of {expected} adapter tensors belong to a kernel of this model"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -55,5 +66,7 @@ def write_adapter(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

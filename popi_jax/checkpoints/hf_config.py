@@ -1,4 +1,5 @@
-"""config.json of Hugging Face models <-> TransformerConfig, in the spellings of transformers 4 and 5.
+"""config.json of Hugging Face models <-> TransformerConfig, in the spellings of transformers 4 and
+5.
 
 The only place that knows families by name. Refuses whatever transformer.py does not compute.
 """
@@ -25,27 +26,55 @@ class Family(NamedTuple):
 
 _GEMMA = {"norm_plus_one": True, "post_norms": True, "embed_scale": True}
 _GEMMA_DEFAULTS = {
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256},
-    **{"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "sliding_window": 4096},
-    **{"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "rms_norm_eps": 1e-6},
+    **{
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+    },
+    **{
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,
+    },
+    **{
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "rms_norm_eps": 1e-6,
+    },
 }
 FAMILIES = {  # an export without a named family becomes the first that computes it
     "llama": Family("LlamaForCausalLM", {}, {}),
     "mistral": Family("MistralForCausalLM", {}, {"sliding_window": 4096, "num_key_value_heads": 8}),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, {"sliding_window": 4096, "num_key_value_heads": 32}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", {"qkv_bias": True}, {"sliding_window": 4096, "num_key_value_heads": 32}
+    ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {"qk_norm": True}, {"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128}
+        "Qwen3ForCausalLM",
+        {"qk_norm": True},
+        {"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA,
-        {**_GEMMA_DEFAULTS, "vocab_size": 256000, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {
+            **_GEMMA_DEFAULTS,
+            "vocab_size": 256000,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
     ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", {**_GEMMA, "qk_norm": True}, {**_GEMMA_DEFAULTS, "vocab_size": 262208}, ("linear",)
+        "Gemma3ForCausalLM",
+        {**_GEMMA, "qk_norm": True},
+        {**_GEMMA_DEFAULTS, "vocab_size": 262208},
+        ("linear",),
     ),
 }
-MULTIMODAL = {"gemma3": "gemma3_text"}  # model_type of a whole -> that of the text model under its text_config
+MULTIMODAL = {
+    "gemma3": "gemma3_text"
+}  # model_type of a whole -> that of the text model under its text_config
 
 
 class Base(NamedTuple):
@@ -64,17 +93,19 @@ def read_base(folder: str | Path) -> Base:
 def read_config(
     folder: str | Path, *, dtype: str = "float32", remat: str = "none", attention: str = "auto"
 ) -> TransformerConfig:
-    """Returns the model that the config.json of a folder describes; the other arguments are of our compute.
+    """Returns the model that the config.json of a folder describes; the other arguments are of our
+    compute.
 
-    Of a folder with a vision tower the text model alone is described.
-    Raises: UserError if the file is absent or broken, or describes a model that transformer.py does not compute.
-    """
+    Of a folder with a vision tower the text model alone is described. Raises: UserError if the file
+    is absent or broken, or describes a model that transformer.py does not compute."""
     path, c = _text_config(Path(folder) / "config.json")
     family = FAMILIES[c["model_type"]]
     c = {**family.defaults, **c}
     _refuse(path, c)
     try:
-        heads, embed, layers = (int(c[n]) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+        heads, embed, layers = (
+            int(c[n]) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        )
         theta, scaling, local_theta = _read_rope(path, c, family)
         local = _read_local_layers(path, c, layers)
         return TransformerConfig(
@@ -102,20 +133,26 @@ def read_config(
             **family.switches,
         )
     except KeyError as e:
-        raise UserError(f"{path}: field {e} is missing; it is needed for a model_type {c['model_type']}") from e
+        raise UserError(
+            f"{path}: field {e} is missing; it is needed for a model_type {c['model_type']}"
+        ) from e
     except (TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: a field has the wrong type: {e}") from e
 
 
 def hf_config(
-    cfg: TransformerConfig, *, dtype: str, max_len: int, special_ids: dict[str, int], model_type: str = ""
+    cfg: TransformerConfig,
+    *,
+    dtype: str,
+    max_len: int,
+    special_ids: dict[str, int],
+    model_type: str = "",
 ) -> dict[str, Any]:
     """Returns the config.json of a model, in the spellings of transformers 4 and 5.
 
-    `max_len` is in tokens, `special_ids` maps `bos_token_id`, `eos_token_id`, `pad_token_id` to ids; absent means none.
-    `model_type` names the family; "" is the first that computes `cfg`.
-    Raises: ValueError if the family does not compute `cfg`.
-    """
+    `max_len` is in tokens, `special_ids` maps `bos_token_id`, `eos_token_id`, `pad_token_id` to
+    ids; absent means none. `model_type` names the family; "" is the first that computes `cfg`.
+    Raises: ValueError if the family does not compute `cfg`."""
     model_type = family_of(cfg, model_type)
     ids = {name: special_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = {
@@ -145,7 +182,10 @@ def hf_config(
         config["sliding_window"] = cfg.sliding_window
     if model_type in ("qwen2", "qwen3"):
         first = cfg.local_layers.index(True) if cfg.local_layers else cfg.num_layers
-        config |= {"use_sliding_window": bool(cfg.local_layers), "sliding_window": cfg.sliding_window}
+        config |= {
+            "use_sliding_window": bool(cfg.local_layers),
+            "sliding_window": cfg.sliding_window,
+        }
         config |= {"max_window_layers": first, "layer_types": _layer_types(cfg)}
     if model_type in ("gemma2", "gemma3_text"):
         config |= {
@@ -160,7 +200,8 @@ def hf_config(
 
 
 def family_of(cfg: TransformerConfig, model_type: str = "") -> str:
-    """`model_type`, or the first family that computes `cfg`. Raises: ValueError if it does not compute it."""
+    """`model_type`, or the first family that computes `cfg`. Raises: ValueError if it does not
+    compute it."""
     model_type = model_type or next((name for name in FAMILIES if _computes(name, cfg)), "")
     if not _computes(model_type, cfg):
         raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
@@ -174,7 +215,9 @@ def _computes(model_type: str, cfg: TransformerConfig) -> bool:
     family, gemma = FAMILIES[model_type], model_type in ("gemma2", "gemma3_text")
     names = ("qkv_bias", "qk_norm", *_GEMMA)
     layers = set(cfg.local_layers)
-    alternating = gemma or (model_type.startswith("qwen") and list(cfg.local_layers) == sorted(cfg.local_layers))
+    alternating = gemma or (
+        model_type.startswith("qwen") and list(cfg.local_layers) == sorted(cfg.local_layers)
+    )
     return (
         all(getattr(cfg, name) == family.switches.get(name, False) for name in names)
         and (gemma or cfg.activation == "silu")
@@ -201,8 +244,13 @@ def _rope_fields(cfg: TransformerConfig, model_type: str) -> dict[str, Any]:
                 "original_max_position_embeddings": cfg.rope_scaling.original_len,
             }
     parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": cfg.rope_theta}
-    # transformers 5 takes rope_scaling, where there is one, for the whole of rope_parameters, so it holds theta too
-    flat = {"rope_theta": cfg.rope_theta, "rope_scaling": scaling and parameters, "rope_parameters": parameters}
+    # transformers 5 takes rope_scaling, where there is one, for the whole of rope_parameters, so it
+    # holds theta too
+    flat = {
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling and parameters,
+        "rope_parameters": parameters,
+    }
     if model_type != "gemma3_text":
         return flat
     local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta}
@@ -240,7 +288,9 @@ def _activation(c: dict[str, Any]) -> str:
     return c.get("hidden_activation") or c.get("hidden_act") or "silu"
 
 
-def _read_rope(path: Path, c: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None, float | None]:
+def _read_rope(
+    path: Path, c: dict[str, Any], family: Family
+) -> tuple[float, RopeScaling | None, float | None]:
     """Theta and scaling of global layers, theta of local layers (None: as the others)."""
     parameters, old = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
     by_kind = parameters if GLOBAL in parameters or LOCAL in parameters else {GLOBAL: parameters}
@@ -267,19 +317,29 @@ def _read_rope(path: Path, c: dict[str, Any], family: Family) -> tuple[float, Ro
 
 def _read_local_layers(path: Path, c: dict[str, Any], layers: int) -> tuple[bool, ...]:
     model_type, window = c["model_type"], c.get("sliding_window")
-    if window is None or model_type == "llama" or (model_type.startswith("qwen") and not c.get("use_sliding_window")):
+    if (
+        window is None
+        or model_type == "llama"
+        or (model_type.startswith("qwen") and not c.get("use_sliding_window"))
+    ):
         return ()
     if model_type == "mistral":
         return (True,) * layers
     if c.get("layer_types") is not None:
         unknown = [kind for kind in c["layer_types"] if kind not in (LOCAL, GLOBAL)]
         if unknown or len(c["layer_types"]) != layers:
-            raise _unsupported(path, "layer_types", c["layer_types"], [f"{layers} times {LOCAL} or {GLOBAL}"])
+            raise _unsupported(
+                path, "layer_types", c["layer_types"], [f"{layers} times {LOCAL} or {GLOBAL}"]
+            )
         local = tuple(kind == LOCAL for kind in c["layer_types"])
     elif model_type.startswith("qwen"):
         local = tuple(i >= int(c.get("max_window_layers", 28)) for i in range(layers))
     else:
-        pattern = 2 if model_type == "gemma2" else c.get("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
+        pattern = (
+            2
+            if model_type == "gemma2"
+            else c.get("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
+        )
         local = tuple((i + 1) % int(pattern) != 0 for i in range(layers))
     return local if any(local) else ()
 

@@ -1,9 +1,9 @@
 """The table between our parameter tree and the tensor names of Hugging Face's decoders, both ways.
 
-Hugging Face stores a kernel as [out, in], one tensor per layer and heads flattened; we store [in, out] with heads as an
-axis and layers stacked. The rows follow from the switches of the model alone. No device is used, and a slice of a leaf
-is made from slices of tensors, so that nobody holds more than its own part.
-"""
+Hugging Face stores a kernel as [out, in], one tensor per layer and heads flattened; we store [in,
+out] with heads as an axis and layers stacked. The rows follow from the switches of the model alone.
+No device is used, and a slice of a leaf is made from slices of tensors, so that nobody holds more
+than its own part."""
 
 import functools
 import math
@@ -20,9 +20,13 @@ Index = tuple[slice, ...]
 
 class Row(NamedTuple):
     path: tuple[str, ...]  # in our tree
-    name: str  # in a file; "{i}" stands for the layer, and our leaf then has a leading axis "layers"
+    name: (
+        str  # in a file; "{i}" stands for the layer, and our leaf then has a leading axis "layers"
+    )
     shape: tuple[int, ...]  # of our leaf, without "layers"
-    groups: tuple[tuple[int, ...], ...]  # axes of `shape` that each stored axis flattens, in stored order
+    groups: tuple[
+        tuple[int, ...], ...
+    ]  # axes of `shape` that each stored axis flattens, in stored order
 
     @property
     def stacked(self) -> bool:
@@ -33,12 +37,21 @@ class Row(NamedTuple):
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def names(self, cfg: TransformerConfig) -> list[str]:
-        return [self.name.format(i=i) for i in range(cfg.num_layers)] if self.stacked else [self.name]
+        return (
+            [self.name.format(i=i) for i in range(cfg.num_layers)] if self.stacked else [self.name]
+        )
 
 
 def table(cfg: TransformerConfig) -> tuple[Row, ...]:
     """One row per leaf of the parameter tree."""
-    d, n, k, h, f, v = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_dim, cfg.vocab_size
+    d, n, k, h, f, v = (
+        cfg.embed_dim,
+        cfg.num_heads,
+        cfg.num_kv_heads,
+        cfg.head_dim,
+        cfg.mlp_dim,
+        cfg.vocab_size,
+    )
     rows = [
         Row(("embed", "embedding"), "model.embed_tokens.weight", (v, d), ((0,), (1,))),
         Row(("final_norm", "scale"), "model.norm.weight", (d,), ((0,),)),
@@ -47,10 +60,14 @@ def table(cfg: TransformerConfig) -> tuple[Row, ...]:
         rows.append(Row(("lm_head", "kernel"), "lm_head.weight", (d, v), ((1,), (0,))))
 
     def layer(path: str, name: str, shape: tuple[int, ...], *groups: tuple[int, ...]) -> None:
-        rows.append(Row(("layers", *path.split("/")), "model.layers.{i}." + name, shape, groups or ((0,),)))
+        rows.append(
+            Row(("layers", *path.split("/")), "model.layers.{i}." + name, shape, groups or ((0,),))
+        )
 
     for ours, heads in (("q", n), ("k", k), ("v", k)):
-        layer(f"attention/{ours}/kernel", f"self_attn.{ours}_proj.weight", (d, heads, h), (1, 2), (0,))
+        layer(
+            f"attention/{ours}/kernel", f"self_attn.{ours}_proj.weight", (d, heads, h), (1, 2), (0,)
+        )
         if cfg.qkv_bias:
             layer(f"attention/{ours}/bias", f"self_attn.{ours}_proj.bias", (heads, h), (0, 1))
     layer("attention/o/kernel", "self_attn.o_proj.weight", (n, h, d), (2,), (0, 1))
@@ -97,15 +114,25 @@ def to_hf(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndar
             raise ValueError(f"{'/'.join(row.path)}: shape {leaf.shape}, expected {expected}")
         order = [axis for group in row.groups for axis in group]
         for i, name in enumerate(names):
-            x = np.asarray(leaf[i] if row.stacked else leaf).transpose(order).reshape(row.stored_shape)
-            # safetensors writes the memory of an array as it lies, so a transposed view would be written wrong
+            x = (
+                np.asarray(leaf[i] if row.stacked else leaf)
+                .transpose(order)
+                .reshape(row.stored_shape)
+            )
+            # safetensors writes the memory of an array as it lies, so a transposed view would be
+            # written wrong
             yield name, np.ascontiguousarray(x)
 
 
 def read_part(
-    row: Row, index: Index, read: Callable[[str, Index], np.ndarray], cfg: TransformerConfig, dtype: Any
+    row: Row,
+    index: Index,
+    read: Callable[[str, Index], np.ndarray],
+    cfg: TransformerConfig,
+    dtype: Any,
 ) -> np.ndarray:
-    """The part of a leaf that `index` selects, in `dtype`; `read` returns the part of a stored tensor.
+    """The part of a leaf that `index` selects, in `dtype`; `read` returns the part of a stored
+    tensor.
 
     index: one slice of step 1 for each axis of the leaf, "layers" included.
     """
@@ -115,7 +142,8 @@ def read_part(
     else:
         chosen = names
     spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
-    # of the axes that a stored axis flattens, the first is cut in the file, the others after reading
+    # of the axes that a stored axis flattens, the first is cut in the file, the others after
+    # reading
     stored, wide, rest = [], [], []
     for first, *others in row.groups:
         inner = math.prod(shape[axis] for axis in others)

@@ -1,13 +1,12 @@
 """All checkpoint files of a run: `<workdir>/checkpoints/<step>/` and `<workdir>/reference/`.
 
-The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters alone, so that one role
-can be read without the rest), `optimizer` (the rest of the state: optimizer states, steps, key), `data` (position of
-the data iterator) and `config`. A directory gets its final name only when it is complete, so a run may be killed at any
-time.
+The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters
+alone, so that one role can be read without the rest), `optimizer` (the rest of the state: optimizer
+states, steps, key), `data` (position of the data iterator) and `config`. A directory gets its final
+name only when it is complete, so a run may be killed at any time.
 
-`state` is a `TrainState` of training/state.py, which this package must not import: only its fields `inference.params`
-and `generator.params` are named here.
-"""
+`state` is a `TrainState` of training/state.py, which this package must not import: only its fields
+`inference.params` and `generator.params` are named here."""
 
 import contextlib
 import json
@@ -31,8 +30,9 @@ from popi_jax.errors import UserError, disk_is_full
 
 ROLES = ("inference", "generator")
 
-# Fields that a continued run may change: where things are, how fast, and what is looked at, not what is learned.
-# `data.workers` is none of them: the position of an iterator with workers means nothing to one without.
+# Fields that a continued run may change: where things are, how fast, and what is looked at, not
+# what is learned. `data.workers` is none of them: the position of an iterator with workers means
+# nothing to one without.
 _AVERAGE = "_ema"  # added to a role: the item that holds the average of its parameters
 _FREE = (
     "name",
@@ -52,10 +52,11 @@ _FREE = (
 
 
 def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointManager:
-    """Opens `<workdir>/checkpoints` for writing, made if absent; the newest `keep` steps stay. Leftovers of a kill go.
+    """Opens `<workdir>/checkpoints` for writing, made if absent; the newest `keep` steps stay.
+    Leftovers of a kill go.
 
-    Raises: UserError if the folder cannot be written, or holds a run with other settings (see `check_same_run`).
-    """
+    Raises: UserError if the folder cannot be written, or holds a run with other settings (see
+    `check_same_run`)."""
     folder = epath.Path(workdir).resolve() / "checkpoints"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,18 +80,23 @@ def newest_step(manager: ocp.CheckpointManager) -> int:
     return max(manager.all_steps(), default=0)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str) -> None:
-    """Starts to write `step` and returns once the arrays are copied; a step that exists already is left alone.
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str
+) -> None:
+    """Starts to write `step` and returns once the arrays are copied; a step that exists already is
+    left alone.
 
-    `iterator` tells its position, which is the same in every process, by `get_state() -> bytes` of UTF-8 and goes there
-    by `set_state(bytes)`; None: there is none. A failure of the write in the background is raised by the next call.
-    Raises: UserError if the disk is full; older steps stay as they are.
-    """
+    `iterator` tells its position, which is the same in every process, by `get_state() -> bytes` of
+    UTF-8 and goes there by `set_state(bytes)`; None: there is none. A failure of the write in the
+    background is raised by the next call. Raises: UserError if the disk is full; older steps stay
+    as they are."""
     steps = manager.all_steps()
     if step in steps:
         return
     if steps and step < max(steps):
-        raise RuntimeError(f"step {step} is older than {max(steps)}, the newest in {manager.directory}")
+        raise RuntimeError(
+            f"step {step} is older than {max(steps)}, the newest in {manager.directory}"
+        )
     models = _models(state)
     items = {name: ocp.args.StandardSave(params) for name, params in models.items()}
     items["optimizer"] = ocp.args.StandardSave(_with_models(state, dict.fromkeys(models, {})))
@@ -108,29 +114,36 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def close(manager: ocp.CheckpointManager) -> None:
-    """Waits for writes in the background and ends the threads. Raises: UserError if the disk is full."""
+    """Waits for writes in the background and ends the threads. Raises: UserError if the disk is
+    full."""
     with full_disk_told(manager.directory):
         manager.close()
 
 
-def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator: Any) -> tuple[int, Any] | None:
-    """Returns (step, state) of the newest readable step and moves `iterator` to its position; None if there is no step.
+def restore_latest(
+    manager: ocp.CheckpointManager, abstract_state: Any, iterator: Any
+) -> tuple[int, Any] | None:
+    """Returns (step, state) of the newest readable step and moves `iterator` to its position; None
+    if there is no step.
 
-    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than
-    the one that wrote. A step that cannot be read is told, renamed to `damaged-<step>` and passed over.
-    Raises: UserError if there are steps and none can be read.
-    """
+    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be
+    of another mesh than the one that wrote. A step that cannot be read is told, renamed to
+    `damaged-<step>` and passed over. Raises: UserError if there are steps and none can be read."""
 
     def read(step: int) -> Any:
         models = _models(abstract_state)
         items = {name: ocp.args.StandardRestore(params) for name, params in models.items()}
-        items["optimizer"] = ocp.args.StandardRestore(_with_models(abstract_state, dict.fromkeys(models, {})))
+        items["optimizer"] = ocp.args.StandardRestore(
+            _with_models(abstract_state, dict.fromkeys(models, {}))
+        )
         if iterator is not None:
             items["data"] = ocp.args.JsonRestore()
         restored = manager.restore(step, args=ocp.args.Composite(**items))
         state = _with_models(restored["optimizer"], {name: restored[name] for name in models})
         # without one of its small files Orbax returns a key as plain numbers instead of failing
-        kinds = jax.tree.map(lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state)
+        kinds = jax.tree.map(
+            lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state
+        )
         if not jax.tree.all(kinds):
             raise ValueError("an array has another shape or type than it was saved with")
         if iterator is not None:
@@ -151,13 +164,15 @@ def restore_latest(manager: ocp.CheckpointManager, abstract_state: Any, iterator
     return found
 
 
-def restore_params(workdir: str, role: str, abstract_params: Params | None = None) -> tuple[int, Params]:
-    """Returns (step, parameters) of one role from the newest readable step; nothing in the folder is changed.
+def restore_params(
+    workdir: str, role: str, abstract_params: Params | None = None
+) -> tuple[int, Params]:
+    """Returns (step, parameters) of one role from the newest readable step; nothing in the folder
+    is changed.
 
-    They are the average of the parameters where the run keeps one, and adapters alone where it trains those. Without
-    `abstract_params` (as in `restore_latest`) they come as saved, whole on the first local device.
-    Raises: UserError if there is no step that can be read.
-    """
+    They are the average of the parameters where the run keeps one, and adapters alone where it
+    trains those. Without `abstract_params` (as in `restore_latest`) they come as saved, whole on
+    the first local device. Raises: UserError if there is no step that can be read."""
     with _reader(workdir) as manager:
 
         def read(step: int) -> Params:
@@ -167,22 +182,29 @@ def restore_params(workdir: str, role: str, abstract_params: Params | None = Non
             if target is None:
                 one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
                 saved = ocp.StandardCheckpointHandler().metadata(folder / name)
-                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(saved.tree))
+                target = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(saved.tree)
+                )
             item = {name: ocp.args.StandardRestore(target)}
             return manager.restore(step, args=ocp.args.Composite(**item))[name]
 
         found = _first_readable(manager.directory, sorted(manager.all_steps(), reverse=True), read)
     if found is None:
         where = manager.directory
-        raise UserError(f'config.workdir: no checkpoint in "{where}"; train first, or give the WORKDIR of a run')
+        raise UserError(
+            f'config.workdir: no checkpoint in "{where}"; train first, or give the WORKDIR of a run'
+        )
     return found
 
 
 def stored_config(workdir: str) -> dict[str, Any] | None:
-    """Returns the configuration that wrote the newest step, or else the reference, of a workdir; None without both."""
+    """Returns the configuration that wrote the newest step, or else the reference, of a workdir;
+    None without both."""
     folder = epath.Path(workdir).resolve()
     steps = (
-        [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()] if (folder / "checkpoints").is_dir() else []
+        [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+        if (folder / "checkpoints").is_dir()
+        else []
     )
     for holder in (*sorted(steps, key=lambda p: -int(p.name)), folder / "reference"):
         try:
@@ -214,7 +236,8 @@ def check_same_run(workdir: str, config_json: str) -> None:
 
 
 def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
-    """Writes `<workdir>/reference` (a `Frozen` whose empty trees are left out) and waits; an earlier one is replaced.
+    """Writes `<workdir>/reference` (a `Frozen` whose empty trees are left out) and waits; an
+    earlier one is replaced.
 
     Raises: UserError if the disk is full.
     """
@@ -226,14 +249,19 @@ def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
 
 
 def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
-    """Returns the `Frozen` of `<workdir>/reference`, sharded as `abstract_frozen`; None if it was not written yet.
+    """Returns the `Frozen` of `<workdir>/reference`, sharded as `abstract_frozen`; None if it was
+    not written yet.
 
     Raises: UserError if it cannot be read: the run cannot continue without it.
     """
     folder = epath.Path(workdir).resolve() / "reference"
     if not folder.exists():
         return None
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_frozen._asdict().items() if tree}
+    items = {
+        name: ocp.args.StandardRestore(tree)
+        for name, tree in abstract_frozen._asdict().items()
+        if tree
+    }
     if not items:
         return abstract_frozen
     try:
@@ -241,14 +269,18 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
             restored = checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as e:
         reason = _one_line(e)
-        raise UserError(f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR') from e
+        raise UserError(
+            f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR'
+        ) from e
     return abstract_frozen._replace(**{name: restored[name] for name in items})
 
 
 def _models(state: Any) -> dict[str, Params]:
     """Item name -> tree: the parameters of each role, and their average where there is one."""
     roles = {role: getattr(state, role) for role in ROLES}
-    averages = {role + _AVERAGE: parts.ema for role, parts in roles.items() if parts.ema is not None}
+    averages = {
+        role + _AVERAGE: parts.ema for role, parts in roles.items() if parts.ema is not None
+    }
     return {role: parts.params for role, parts in roles.items()} | averages
 
 
@@ -264,14 +296,19 @@ def _reader(workdir: str) -> Iterator[ocp.CheckpointManager]:
     """A manager that changes nothing, so that a run that is being trained can be read."""
     folder = epath.Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f'config.workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run')
+        raise UserError(
+            f'config.workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run'
+        )
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         yield manager
 
 
-def _first_readable(folder: epath.Path, steps: list[int], read: Callable[[int], Any]) -> tuple[int, Any] | None:
-    """Returns (step, read(step)) of the first of `steps` that all processes can read; None if `steps` is empty."""
+def _first_readable(
+    folder: epath.Path, steps: list[int], read: Callable[[int], Any]
+) -> tuple[int, Any] | None:
+    """Returns (step, read(step)) of the first of `steps` that all processes can read; None if
+    `steps` is empty."""
     for step in steps:
         failure, value = None, None
         try:
@@ -281,7 +318,11 @@ def _first_readable(folder: epath.Path, steps: list[int], read: Callable[[int], 
         if np.all(multihost_utils.process_allgather(np.array(failure is None))):
             return step, value
         reason = _one_line(failure) if failure else "another process could not read it"
-        logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", folder / str(step), reason)
+        logging.error(
+            "Checkpoint %s cannot be read (%s); trying the one before it.",
+            folder / str(step),
+            reason,
+        )
     if steps:
         raise UserError(
             f'config.workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}; give another WORKDIR'
@@ -299,7 +340,8 @@ def _set_aside(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_told(folder: os.PathLike) -> Iterator[None]:
-    """Raises UserError of one line in place of an error, of whatever type, that says that the disk is full."""
+    """Raises UserError of one line in place of an error, of whatever type, that says that the disk
+    is full."""
     where = epath.Path(folder)
     try:
         yield
@@ -314,7 +356,8 @@ def full_disk_told(folder: os.PathLike) -> Iterator[None]:
 
 
 def _without_traceback(record: std_logging.LogRecord) -> bool:
-    """Orbax logs each error of its threads with a traceback and then raises it too: once is enough."""
+    """Orbax logs each error of its threads with a traceback and then raises it too: once is
+    enough."""
     if record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname:
         record.exc_info = None
     return True
@@ -328,7 +371,9 @@ def _one_line(error: BaseException) -> str:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 

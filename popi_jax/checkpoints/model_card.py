@@ -1,4 +1,5 @@
-"""The README.md of an exported model: what it is, what it was trained on, how to use it. Measures nothing itself."""
+"""The README.md of an exported model: what it is, what it was trained on, how to use it. Measures
+nothing itself."""
 
 import json
 from typing import Any
@@ -71,8 +72,8 @@ def render(
 ) -> str:
     """Returns the card of a run with this `popi_jax.config.Config`.
 
-    `data` is published, sample, own, or "" when unknown; `results` are the rows of a table, [] for none.
-    """
+    `data` is published, sample, own, or "" when unknown; `results` are the rows of a table, [] for
+    none."""
     source = config.data.source
     base = config.model.checkpoint or "none: trained from random weights on these data alone"
     licence = _LICENCES["sample" if data == "sample" else source]
@@ -112,7 +113,9 @@ def _snippet(config: Any) -> str:
     model, data = config.model, config.data
     before_summary = f"{model.answer_instruction}\n" if model.answer_instruction else ""
     return (
-        _SNIPPET.replace("@SUMMARY_INSTRUCTION@", json.dumps(model.summary_instruction, ensure_ascii=False))
+        _SNIPPET.replace(
+            "@SUMMARY_INSTRUCTION@", json.dumps(model.summary_instruction, ensure_ascii=False)
+        )
         .replace("@ANSWER_INSTRUCTION@", json.dumps(before_summary, ensure_ascii=False))
         .replace("@SUMMARY_LEN@", str(data.summary_len))
         .replace("@ANSWER_LEN@", str(data.answer_len))
@@ -144,7 +147,11 @@ def _base_licence(config: Any) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table; its columns are the keys of the rows in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(c, "")) for c in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_cell(row.get(c, "")) for c in columns] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

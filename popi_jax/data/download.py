@@ -1,10 +1,10 @@
 """Fetches the published PRISM files from the Hugging Face hub, all or none.
 
-The revision is pinned. The sha256 of conversations.jsonl and utterances.jsonl are those that the hub shows for the
-commit that last changed them (both are Git LFS files). survey.jsonl is no LFS file, so that the hub shows none: its
-sha256 is recorded at the first download. SOURCE.json records the revision and all three, and `check_source` compares
-the files with it on every later use. All of this was read on the hub's pages; no download has been run yet.
-"""
+The revision is pinned. The sha256 of conversations.jsonl and utterances.jsonl are those that the
+hub shows for the commit that last changed them (both are Git LFS files). survey.jsonl is no LFS
+file, so that the hub shows none: its sha256 is recorded at the first download. SOURCE.json records
+the revision and all three, and `check_source` compares the files with it on every later use. All of
+this was read on the hub's pages; no download has been run yet."""
 
 import hashlib
 import http.client
@@ -33,15 +33,18 @@ class DownloadFailed(UserError):
 
 
 def download_prism(folder: Path, url: str = URL, sha256: dict[str, str] = SHA256) -> None:
-    """Fetches the three files and writes SOURCE.json; files that were there are not touched unless all were fetched.
+    """Fetches the three files and writes SOURCE.json; files that were there are not touched unless
+    all were fetched.
 
-    Raises: DownloadFailed after TIMEOUT_S seconds of silence; UserError when a file is not the published one.
-    """
+    Raises: DownloadFailed after TIMEOUT_S seconds of silence; UserError when a file is not the
+    published one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".download-", dir=folder.parent))
     try:
         found = {
-            name: _fetch(url.format(repository=REPOSITORY, revision=REVISION, name=name), part / name)
+            name: _fetch(
+                url.format(repository=REPOSITORY, revision=REVISION, name=name), part / name
+            )
             for name in sha256
         }
         for name, expected in sha256.items():
@@ -75,7 +78,9 @@ def check_source(folder: Path, sha256: dict[str, str]) -> None:
     for name, found in sha256.items():
         if name in recorded and recorded[name] != found:
             fix = f"Delete the data files to download them again, or {SOURCE} to use the changed ones."
-            raise UserError(f"{folder / name}: sha256 is {found}, allowed: {recorded[name]} ({SOURCE}). {fix}")
+            raise UserError(
+                f"{folder / name}: sha256 is {found}, allowed: {recorded[name]} ({SOURCE}). {fix}"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -99,5 +104,7 @@ def _fetch(url: str, path: Path) -> str:
     except (OSError, http.client.HTTPException) as e:
         raise DownloadFailed(f"{url}: cannot be downloaded ({' '.join(str(e).split())}).") from None
     if size and path.stat().st_size != size:
-        raise DownloadFailed(f"{url}: the download stopped at {path.stat().st_size} of {size} bytes.")
+        raise DownloadFailed(
+            f"{url}: the download stopped at {path.stat().st_size} of {size} bytes."
+        )
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Users -> token ids within the limits of the configuration, and what had to be shortened for that."""
+"""Users -> token ids within the limits of the configuration, and what had to be shortened for
+that."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -48,9 +49,10 @@ class EncodedUser(NamedTuple):
 def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     """Encodes one user within the limits of `cfg.data`.
 
-    Too long a context loses its oldest comments, then its oldest shots, then the tail of the survey, then that of the
-    profile. Too long a turn loses its oldest messages, then the start of its last one. Too long an answer loses its
-    tail, and with it the end token. At most `num_pairs` pairs are kept.
+    Too long a context loses its oldest comments, then its oldest shots, then the tail of the
+    survey, then that of the profile. Too long a turn loses its oldest messages, then the start of
+    its last one. Too long an answer loses its tail, and with it the end token. At most `num_pairs`
+    pairs are kept.
 
     Raises: UserError when the fixed parts of a conversation alone exceed a limit.
     """
@@ -71,7 +73,9 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         oracle_text=user.oracle,
         stated_text=user.stated,
         profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
-        readings=[] if context_cut else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
+        readings=[]
+        if context_cut
+        else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
         contrasts=[(r.answer, r.contrast) for r in user.readings],
         truncations=Truncations(
             contexts=int(context_cut),
@@ -85,14 +89,17 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
 
 
 def fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]:
-    """The inference model's context of a user within `data.context_len`, and whether something was left out.
+    """The inference model's context of a user within `data.context_len`, and whether something was
+    left out.
 
     Raises: UserError.
     """
     limit = cfg.data.context_len
 
     def encode(some: User) -> Ids:
-        return templates.inference_context(tokenizer, templates.signals_text(some, cfg.data.pair_layout))
+        return templates.inference_context(
+            tokenizer, templates.signals_text(some, cfg.data.pair_layout)
+        )
 
     def with_survey(text: str) -> Ids:
         return encode(dataclasses.replace(user, survey=text))
@@ -107,7 +114,11 @@ def fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]:
         ids, cut = encode(user), True
     if len(ids) <= limit:
         return ids, cut
-    text, part = (user.survey, with_survey) if len(with_survey("")) <= limit else (user.profile, with_profile)
+    text, part = (
+        (user.survey, with_survey)
+        if len(with_survey("")) <= limit
+        else (user.profile, with_profile)
+    )
     return _fit_text(text, part, tokenizer, limit, "data.context_len", keep="start")[0], True
 
 
@@ -121,15 +132,22 @@ def padded(length: int) -> int:
     return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
-def fitted_lengths(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> tuple[Any, Truncations]:
-    """`cfg.data` with the padded lengths lowered to what the longest texts need, and what had to be shortened.
+def fitted_lengths(
+    users: Sequence[User], tokenizer: Tokenizer, cfg: Any
+) -> tuple[Any, Truncations]:
+    """`cfg.data` with the padded lengths lowered to what the longest texts need, and what had to be
+    shortened.
 
-    At most `_MEASURED_USERS` users, evenly spaced, are measured; others that are longer are shortened like any other.
-    """
+    At most `_MEASURED_USERS` users, evenly spaced, are measured; others that are longer are
+    shortened like any other."""
     stride = -(-len(users) // _MEASURED_USERS)
     encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
     turns = [ids for u in encoded for ids in (*u.turns, *(turn for turn, _ in u.readings))]
-    answers = [ids for u in encoded for ids in (*u.chosen, *u.rejected, *(answer for _, answer in u.readings))]
+    answers = [
+        ids
+        for u in encoded
+        for ids in (*u.chosen, *u.rejected, *(answer for _, answer in u.readings))
+    ]
 
     def fitted(limit: int, rows: list[Ids], least: int) -> int:
         longest = max(map(len, rows), default=least)
@@ -168,21 +186,34 @@ def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, 
     def turn(text: str) -> Ids:
         return templates.generator_turn(tokenizer, [{"role": "user", "content": text}])
 
-    return _fit_text(kept[-1]["content"], turn, tokenizer, limit, "data.turn_len", keep="end")[0], True
+    return _fit_text(kept[-1]["content"], turn, tokenizer, limit, "data.turn_len", keep="end")[
+        0
+    ], True
 
 
 def _fit_text(
-    text: str, encode: Callable[[str], Ids], tokenizer: Tokenizer, limit: int, field: str, *, keep: str
+    text: str,
+    encode: Callable[[str], Ids],
+    tokenizer: Tokenizer,
+    limit: int,
+    field: str,
+    *,
+    keep: str,
 ) -> tuple[Ids, bool]:
-    """Longest encode(part) of at most `limit` tokens, where the part is the "start" or the "end" of the text."""
+    """Longest encode(part) of at most `limit` tokens, where the part is the "start" or the "end" of
+    the text."""
     ids = encode(text)
     if len(ids) <= limit:
         return ids, False
     tokens = tokenizer.encode(text)
-    while len(ids) > limit and tokens:  # decoding and encoding again may change the count by a token or two
+    while (
+        len(ids) > limit and tokens
+    ):  # decoding and encoding again may change the count by a token or two
         excess = min(len(ids) - limit, len(tokens))
         tokens = tokens[:-excess] if keep == "start" else tokens[excess:]
         ids = encode(tokenizer.decode(tokens))
     if len(ids) > limit:
-        raise UserError(f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions alone")
+        raise UserError(
+            f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions alone"
+        )
     return ids, True

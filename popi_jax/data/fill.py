@@ -1,4 +1,5 @@
-"""How many tokens users have in the batches of a run: what rows without padding are made for (models/dense.py)."""
+"""How many tokens users have in the batches of a run: what rows without padding are made for
+(models/dense.py)."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,8 @@ class Spread(NamedTuple):
     std: float
 
     def budget(self, users: int, shards: int) -> int:
-        """Tokens that `users` users of a shard have at most, in nearly all batches in every shard; at least 1."""
+        """Tokens that `users` users of a shard have at most, in nearly all batches in every shard;
+        at least 1."""
         deviations = NormalDist().inv_cdf(1 - _TOO_MANY / shards)
         return max(math.ceil(users * self.mean + deviations * math.sqrt(users) * self.std), 1)
 
@@ -45,11 +47,13 @@ class Fill(NamedTuple):
     warmup: dict[str, TaskFill]  # a task of `WarmupBatch` each; {} without a warm-up
 
 
-def measured_fill(source: Sequence[User], tokenizer: Tokenizer, cfg: Any, *, items: tuple[str, ...]) -> Fill:
+def measured_fill(
+    source: Sequence[User], tokenizer: Tokenizer, cfg: Any, *, items: tuple[str, ...]
+) -> Fill:
     """Looks at some batches such as a run of `cfg` makes; `items` as `warmup_batches` takes them.
 
-    All processes look at the same whole batches, and runs that differ in their seed too, so that their programs agree.
-    """
+    All processes look at the same whole batches, and runs that differ in their seed too, so that
+    their programs agree."""
     batches = list(islice(iter(user_batches(source, tokenizer, cfg, seed=0)), _BATCHES))
 
     def of_users(count: Callable[[UserBatch], np.ndarray]) -> Spread:
@@ -73,7 +77,9 @@ def _of_warmup(batches: Iterator[WarmupBatch]) -> dict[str, TaskFill]:
     def of_task(task: str) -> TaskFill:
         parts: list[Demonstrations] = [getattr(batch, task) for batch in seen]
         return TaskFill(
-            _spread(p.context.lengths + (p.turns.lengths + p.answers.lengths).sum(axis=1) for p in parts),
+            _spread(
+                p.context.lengths + (p.turns.lengths + p.answers.lengths).sum(axis=1) for p in parts
+            ),
             _spread(p.answers.lengths.sum(axis=1) for p in parts),
         )
 
@@ -92,4 +98,7 @@ def to_json(fill: Fill) -> dict[str, Any]:
 def from_json(content: dict[str, Any]) -> Fill:
     """Inverse of `to_json`, also after its content was written and read as JSON."""
     spreads = {name: Spread(*content[name]) for name in ("contexts", "pairs", "answers")}
-    return Fill(**spreads, warmup={t: TaskFill(*(Spread(*x) for x in s)) for t, s in content["warmup"].items()})
+    return Fill(
+        **spreads,
+        warmup={t: TaskFill(*(Spread(*x) for x in s)) for t, s in content["warmup"].items()},
+    )

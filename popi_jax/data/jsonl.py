@@ -1,13 +1,14 @@
-"""Your own data: one JSON object a line, one preference pair each; what a line may hold is in docs/data.md.
+"""Your own data: one JSON object a line, one preference pair each; what a line may hold is in
+docs/data.md.
 
-    {"user_id": "ann", "record_id": "1", "prompt": [{"role": "user", "content": "…"}], "chosen": "…", "rejected": "…",
-     "oracle": "…", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt": "…", "comment": "…"}],
-     "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}
+    {"user_id": "ann", "record_id": "1", "prompt": [{"role": "user", "content": "…"}], "chosen":
+    "…", "rejected": "…",
+     "oracle": "…", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt": "…",
+     "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}
 
-`oracle` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read. Lines of one user_id
-with equal signals are one user. With other signals they are a further user, "ann#2", in the same split: signals are
-drawn per person, never per prompt.
-"""
+`oracle` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read.
+Lines of one user_id with equal signals are one user. With other signals they are a further user,
+"ann#2", in the same split: signals are drawn per person, never per prompt."""
 
 import dataclasses
 import json
@@ -20,7 +21,17 @@ from popi_jax.data.rows import Loaded, Row, existing, read_lines, show
 from popi_jax.data.splits import SPLITS, split_of
 from popi_jax.errors import UserError
 
-FIELDS = ("user_id", "dataset", "record_id", "signals", "prompt", "chosen", "rejected", "oracle", "meta")
+FIELDS = (
+    "user_id",
+    "dataset",
+    "record_id",
+    "signals",
+    "prompt",
+    "chosen",
+    "rejected",
+    "oracle",
+    "meta",
+)
 SIGNALS = ("profile", "survey", "fewshot", "comments")
 PLACEHOLDERS = ("EMPTY STRING", "nan", "NaN", "None")
 
@@ -34,8 +45,13 @@ class Record:
 
 
 def files(path: Path) -> list[Path]:
-    """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when one is missing."""
-    return [existing(path / f"{split}.jsonl") for split in SPLITS] if path.is_dir() else [existing(path)]
+    """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when
+    one is missing."""
+    return (
+        [existing(path / f"{split}.jsonl") for split in SPLITS]
+        if path.is_dir()
+        else [existing(path)]
+    )
 
 
 def load(path: Path, cfg: Any) -> Loaded:
@@ -46,7 +62,9 @@ def load(path: Path, cfg: Any) -> Loaded:
     """
     users: list[User] = []
     bad_rows: list[str] = []
-    split_by_name: dict[str, tuple[str, str]] = {}  # user_id -> its split and where it was first seen
+    split_by_name: dict[
+        str, tuple[str, str]
+    ] = {}  # user_id -> its split and where it was first seen
     for file in files(path):
         records, bad = _records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
         users += _group(records, cfg)
@@ -57,7 +75,8 @@ def load(path: Path, cfg: Any) -> Loaded:
 def _records(
     file: Path, split: str, split_by_name: dict[str, tuple[str, str]], cfg: Any
 ) -> tuple[list[Record], list[str]]:
-    """Reads a file whose users all belong to `split`, or with split "" each to the split of its name."""
+    """Reads a file whose users all belong to `split`, or with split "" each to the split of its
+    name."""
     seen: dict[str, str] = {}
     oracles: dict[str, tuple[str, str]] = {}
 
@@ -80,7 +99,8 @@ def _records(
 
 
 def read_users(path: Path, num_shots: int) -> list[User]:
-    """Users to summarise, in the order of the file: lines of which only user_id and signals are needed and read.
+    """Users to summarise, in the order of the file: lines of which only user_id and signals are
+    needed and read.
 
     Users hold no pairs, and the first `num_shots` past pairs, as training shows.
     Raises: UserError naming file and line.
@@ -90,7 +110,12 @@ def read_users(path: Path, num_shots: int) -> list[User]:
         row.only(FIELDS)
         user = _signals(row, num_shots)
         if not (user.profile or user.survey or user.shots or user.comments):
-            raise row.error("signals", row.fields["signals"], f"at least one of {', '.join(SIGNALS)}", "Add one.")
+            raise row.error(
+                "signals",
+                row.fields["signals"],
+                f"at least one of {', '.join(SIGNALS)}",
+                "Add one.",
+            )
         return user
 
     if not path.is_file():
@@ -100,7 +125,8 @@ def read_users(path: Path, num_shots: int) -> list[User]:
 
 
 def write(users: Iterable[User], path: Path) -> None:
-    """Writes one line per held-out pair: the inverse of `load`, but for stated, readings, split and "#2" of a draw."""
+    """Writes one line per held-out pair: the inverse of `load`, but for stated, readings, split and
+    "#2" of a draw."""
     with path.open("w", encoding="utf-8") as f:
         for user in users:
             signals = {
@@ -125,16 +151,24 @@ def _record(row: Row) -> Record:
     shots, comments = user.shots, user.comments
     pair = Pair(row.text("record_id"), _messages(row), _text(row, "chosen"), _text(row, "rejected"))
     if pair.chosen == pair.rejected:
-        raise row.error("rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line.")
+        raise row.error(
+            "rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line."
+        )
     for i, shot in enumerate(shots):
         if shot.prompt == pair.prompt[-1]["content"]:
-            allowed = 'no prompt that is also the line\'s own "prompt": it would give the answer away'
-            raise row.error(f"signals.fewshot[{i}].prompt", shot.prompt, allowed, "Remove that example.")
+            allowed = (
+                'no prompt that is also the line\'s own "prompt": it would give the answer away'
+            )
+            raise row.error(
+                f"signals.fewshot[{i}].prompt", shot.prompt, allowed, "Remove that example."
+            )
     asked = {m["content"] for m in pair.prompt if m["role"] == "user"}
     for i, comment in enumerate(comments):
         if comment.prompt in asked or comment.comment in asked:
             allowed = 'no text of the line\'s own "prompt"'
-            raise row.error(f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment.")
+            raise row.error(
+                f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment."
+            )
     return Record(dataclasses.replace(user, oracle=_optional(row, "oracle")), pair)
 
 
@@ -142,8 +176,13 @@ def _signals(row: Row, num_shots: int | None = None) -> User:
     """The user of a line, without pairs and oracle."""
     signals = row.object("signals")
     signals.only(SIGNALS)
-    shots = [_shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else [])]
-    comments = [_comment(item) for item in (signals.objects("comments") if "comments" in signals.fields else [])]
+    shots = [
+        _shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else [])
+    ]
+    comments = [
+        _comment(item)
+        for item in (signals.objects("comments") if "comments" in signals.fields else [])
+    ]
     return User(
         user_id=row.text("user_id"),
         profile=_optional(signals, "profile"),
@@ -155,7 +194,8 @@ def _signals(row: Row, num_shots: int | None = None) -> User:
 
 
 def _group(records: list[Record], cfg: Any) -> list[User]:
-    """Joins the lines of equal user and signals; keeps the first num_shots examples and the first num_pairs pairs."""
+    """Joins the lines of equal user and signals; keeps the first num_shots examples and the first
+    num_pairs pairs."""
     pairs: dict[User, list[Pair]] = {}
     for record in records:
         pairs.setdefault(record.user, []).append(record.pair)
@@ -173,7 +213,12 @@ def _shot(row: Row) -> Shot:
     row.only(("prompt", "chosen", "rejected"))
     shot = Shot(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
     if shot.chosen == shot.rejected:
-        raise row.error("rejected", shot.rejected, 'a text other than "chosen"', "Correct or remove the example.")
+        raise row.error(
+            "rejected",
+            shot.rejected,
+            'a text other than "chosen"',
+            "Correct or remove the example.",
+        )
     return shot
 
 
@@ -206,5 +251,10 @@ def _optional(row: Row, name: str) -> str:
 
 def _real(row: Row, name: str, text: str) -> str:
     if text in PLACEHOLDERS:
-        raise row.error(name, text, "a real text; what is missing is left out or empty", "Correct or remove the line.")
+        raise row.error(
+            name,
+            text,
+            "a real text; what is missing is left out or empty",
+            "Correct or remove the line.",
+        )
     return text

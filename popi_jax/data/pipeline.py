@@ -1,4 +1,5 @@
-"""Users -> padded numpy batches, in an order that depends on the seed alone: not on processes, threads or workers.
+"""Users -> padded numpy batches, in an order that depends on the seed alone: not on processes,
+threads or workers.
 
 Refuses to touch jax: batches are numpy, and worker processes must not start a device.
 """
@@ -17,13 +18,16 @@ from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
-_MAX_CACHED_USERS = 20_000  # about 5 kB each; later users of a larger set are encoded anew each time
+_MAX_CACHED_USERS = (
+    20_000  # about 5 kB each; later users of a larger set are encoded anew each time
+)
 _WRONG_SLOTS = 8  # most wrong items that the generator's warm-up adds to a summary
 _SEPARATOR = " ; "  # of the items of a summary
 
 
 class EvalBatch(NamedTuple):
-    """Users with all their pairs; rows that only fill the last batch have `user_mask` False and the id ""."""
+    """Users with all their pairs; rows that only fill the last batch have `user_mask` False and the
+    id ""."""
 
     user_ids: list[str]
     batch: UserBatch
@@ -32,7 +36,8 @@ class EvalBatch(NamedTuple):
 
 
 def summary_items(users: Iterable[User]) -> tuple[str, ...]:
-    """All items of the users' oracle summaries, in an order that agrees with each summary unless they contradict."""
+    """All items of the users' oracle summaries, in an order that agrees with each summary unless
+    they contradict."""
     after: dict[str, set[str]] = {}
     for user in users:
         items = user.oracle.split(_SEPARATOR) if user.oracle else []
@@ -60,14 +65,16 @@ def user_batches(
     process_count: int = 1,
     num_pairs: int | None = None,
 ) -> grain.IterDataset:
-    """Endless `UserBatch`es of numpy arrays: this process's rows of the global batch of `cfg.batch.users`.
+    """Endless `UserBatch`es of numpy arrays: this process's rows of the global batch of
+    `cfg.batch.users`.
 
-    Users are reshuffled each epoch and an epoch may end inside a batch. K = `num_pairs` (None: `cfg.batch.pairs`) of a
-    user's pairs are drawn without replacement; rows beyond those that the user has are masked. The global batch is the
-    concatenation of the processes' batches and does not depend on their number; `index` = step * users + its row in it.
+    Users are reshuffled each epoch and an epoch may end inside a batch. K = `num_pairs` (None:
+    `cfg.batch.pairs`) of a user's pairs are drawn without replacement; rows beyond those that the
+    user has are masked. The global batch is the concatenation of the processes' batches and does
+    not depend on their number; `index` = step * users + its row in it.
 
-    Raises: UserError when the users of a batch cannot be divided among the processes, or `source` is empty.
-    """
+    Raises: UserError when the users of a batch cannot be divided among the processes, or `source`
+    is empty."""
     size = cfg.batch.users
     count = cfg.batch.pairs if num_pairs is None else num_pairs
     rows = _process_rows(size, "batch.users", process_index, process_count)
@@ -75,7 +82,9 @@ def user_batches(
 
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> UserBatch:
         drawn = users.take(members[rows])
-        picks = [rng.permutation(len(u.turns))[:count] for u, rng in zip(drawn, rngs[rows], strict=True)]
+        picks = [
+            rng.permutation(len(u.turns))[:count] for u, rng in zip(drawn, rngs[rows], strict=True)
+        ]
         index = step * size + np.arange(size)[rows]
         return _user_batch(drawn, picks, index, members[rows], tokenizer, cfg, count)
 
@@ -92,19 +101,20 @@ def warmup_batches(
     process_count: int = 1,
     items: tuple[str, ...] = (),
 ) -> grain.IterDataset:
-    """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in `user_batches`.
+    """Endless `WarmupBatch`es of numpy arrays: this process's rows, order and randomness as in
+    `user_batches`.
 
-    Generator: the context ends with the oracle summary, else what is stated, without some items (`warmup.drop`), with
-    some said twice (`warmup.repeat`: saying it again shall add nothing) and with random ones (`warmup.wrong`), or with
-    nothing (`warmup.no_summary`); the answers are the chosen replies to K = `batch.pairs` random prompts.
-    Summary: the answer is what the survey text states; with probability `warmup.guess` each contrast that past pairs
-    show adds one of its sides by a fair coin, so that the summary tells nothing of which side was chosen. Data that
-    states nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on the same
-    signals follow.
-    Reading: short signals. A part `warmup.reading_survey` of them holds the profile and survey alone, and the answer is
-    the summary of what they state; the others hold nothing but 1 to `warmup.reading_shots` random past pairs, of which
-    one is asked for. Data without exercises has only masked rows.
-    Summaries list items in the order of `items`.
+    Generator: the context ends with the oracle summary, else what is stated, without some items
+    (`warmup.drop`), with some said twice (`warmup.repeat`: saying it again shall add nothing) and
+    with random ones (`warmup.wrong`), or with nothing (`warmup.no_summary`); the answers are the
+    chosen replies to K = `batch.pairs` random prompts. Summary: the answer is what the survey text
+    states; with probability `warmup.guess` each contrast that past pairs show adds one of its sides
+    by a fair coin, so that the summary tells nothing of which side was chosen. Data that states
+    nothing is summarised by the start of its profile. Up to `warmup.readings` reading exercises on
+    the same signals follow. Reading: short signals. A part `warmup.reading_survey` of them holds
+    the profile and survey alone, and the answer is the summary of what they state; the others hold
+    nothing but 1 to `warmup.reading_shots` random past pairs, of which one is asked for. Data
+    without exercises has only masked rows. Summaries list items in the order of `items`.
 
     Raises: UserError as `user_batches`.
     """
@@ -141,7 +151,9 @@ def warmup_batches(
             contexts.append(user.context)
             turns.append([summary_turn, *(user.readings[k][0] for k in picks)])
             answers.append([target, *(user.readings[k][1] for k in picks)])
-        answer_len = max(cfg.data.summary_len, cfg.data.answer_len) if w.readings else cfg.data.summary_len
+        answer_len = (
+            max(cfg.data.summary_len, cfg.data.answer_len) if w.readings else cfg.data.summary_len
+        )
         lengths = cfg.data.context_len, cfg.data.turn_len, answer_len
         return _demonstrations(contexts, turns, answers, 1 + w.readings, lengths, tokenizer.pad_id)
 
@@ -157,7 +169,11 @@ def warmup_batches(
             contexts.append(encoded.context)
             turns.append([turn for turn, _ in exercises])
             answers.append([answer for _, answer in exercises])
-        lengths = reading_cfg.data.context_len, cfg.data.turn_len, max(cfg.data.summary_len, cfg.data.answer_len)
+        lengths = (
+            reading_cfg.data.context_len,
+            cfg.data.turn_len,
+            max(cfg.data.summary_len, cfg.data.answer_len),
+        )
         return _demonstrations(contexts, turns, answers, 1, lengths, tokenizer.pad_id)
 
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> WarmupBatch:
@@ -172,27 +188,34 @@ def warmup_batches(
 
 
 def eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Iterator[EvalBatch]:
-    """All users in order with all their pairs (at most `data.num_pairs`), `evaluation.batch_users` to a batch.
+    """All users in order with all their pairs (at most `data.num_pairs`), `evaluation.batch_users`
+    to a batch.
 
-    The last batch is filled with its first user, all of whose pairs are masked: no row is ever without a context.
-    """
+    The last batch is filled with its first user, all of whose pairs are masked: no row is ever
+    without a context."""
     size, count = cfg.evaluation.batch_users, cfg.data.num_pairs
     for start in range(0, len(users), size):
-        rows = [encode_user(users[i], tokenizer, cfg) for i in range(start, min(start + size, len(users)))]
+        rows = [
+            encode_user(users[i], tokenizer, cfg)
+            for i in range(start, min(start + size, len(users)))
+        ]
         fill = size - len(rows)
         user_ids = [u.user_id for u in rows] + [""] * fill
         picks = [np.arange(len(u.turns)) for u in rows] + [np.arange(0)] * fill
         rows += rows[:1] * fill
         yield EvalBatch(
             user_ids=user_ids,
-            batch=_user_batch(rows, picks, start + np.arange(size), start + np.arange(size), tokenizer, cfg, count),
+            batch=_user_batch(
+                rows, picks, start + np.arange(size), start + np.arange(size), tokenizer, cfg, count
+            ),
             oracle=_pad([u.oracle for u in rows], cfg.data.summary_len, tokenizer.pad_id),
             user_mask=np.arange(size) < size - fill,
         )
 
 
 class _EncodedUsers:
-    """Encodes users of a source on demand and keeps them; a copy sent to a worker process starts empty."""
+    """Encodes users of a source on demand and keeps them; a copy sent to a worker process starts
+    empty."""
 
     def __init__(self, source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> None:
         self._parts = (source, tokenizer, cfg)
@@ -224,9 +247,9 @@ def _steps(
 ) -> grain.IterDataset:
     """Endless make(step, user numbers of the global batch, one generator per row of it).
 
-    What is batched are numbers, which cost nothing; each process then reads its own rows only. Batches are made before
-    the dataset becomes an iterator, so that their content does not depend on `workers`.
-    """
+    What is batched are numbers, which cost nothing; each process then reads its own rows only.
+    Batches are made before the dataset becomes an iterator, so that their content does not depend
+    on `workers`."""
     if not num_users:
         raise UserError("data.path: no user in this split; check the path and the split fractions")
 
@@ -238,13 +261,19 @@ def _steps(
     numbers = grain.MapDataset.range(num_users).seed(seed).shuffle().repeat().batch(size)
     steps = numbers.map_with_index(lambda step, members: (step, members)).random_map(batch)
     dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else dataset
+    return (
+        dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        if workers
+        else dataset
+    )
 
 
 def _process_rows(size: int, field: str, process_index: int, process_count: int) -> slice:
     if size % process_count:
         near = max(size // process_count, 1) * process_count
-        raise UserError(f"{field}: {size} users cannot be divided among {process_count} processes; try {near}")
+        raise UserError(
+            f"{field}: {size} users cannot be divided among {process_count} processes; try {near}"
+        )
     each = size // process_count
     return slice(process_index * each, (process_index + 1) * each)
 
@@ -263,9 +292,15 @@ def _user_batch(
     return UserBatch(
         index=index.astype(np.int32),
         context=_pad([u.context for u in users], d.context_len, pad_id),
-        turns=_pad_nested([[u.turns[k] for k in ks] for u, ks in chosen_pairs], count, d.turn_len, pad_id),
-        chosen=_pad_nested([[u.chosen[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id),
-        rejected=_pad_nested([[u.rejected[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id),
+        turns=_pad_nested(
+            [[u.turns[k] for k in ks] for u, ks in chosen_pairs], count, d.turn_len, pad_id
+        ),
+        chosen=_pad_nested(
+            [[u.chosen[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id
+        ),
+        rejected=_pad_nested(
+            [[u.rejected[k] for k in ks] for u, ks in chosen_pairs], count, d.answer_len, pad_id
+        ),
         pair_mask=np.array([np.arange(count) < len(ks) for ks in picks]),
         pair_number=np.array(
             [
@@ -303,31 +338,53 @@ def _pad(rows: list[Ids], length: int, pad_id: int) -> Tokens:
 
 
 def _pad_nested(rows: list[list[Ids]], count: int, length: int, pad_id: int) -> Tokens:
-    flat = _pad([tokens for row in rows for tokens in row + [[]] * (count - len(row))], length, pad_id)
-    return Tokens(flat.ids.reshape(len(rows), count, length), flat.lengths.reshape(len(rows), count))
+    flat = _pad(
+        [tokens for row in rows for tokens in row + [[]] * (count - len(row))], length, pad_id
+    )
+    return Tokens(
+        flat.ids.reshape(len(rows), count, length), flat.lengths.reshape(len(rows), count)
+    )
 
 
-def _known(user: EncodedUser, items: tuple[str, ...], w: Any, rng: np.random.Generator, tokenizer: Tokenizer) -> Ids:
-    """What the generator is told of a user in the warm-up: the oracle summary, often not quite, at times nothing."""
+def _known(
+    user: EncodedUser,
+    items: tuple[str, ...],
+    w: Any,
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+) -> Ids:
+    """What the generator is told of a user in the warm-up: the oracle summary, often not quite, at
+    times nothing."""
     told = user.oracle_text or user.stated_text
     if not told or rng.random() < w.no_summary:
         return []
     kept = {item for item in told.split(_SEPARATOR) if rng.random() >= w.drop}
     kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_WRONG_SLOTS, w.wrong)]}
-    named = [item for item in items if item in kept for _ in range(1 + (rng.random() < w.repeat))] if items else [told]
+    named = (
+        [item for item in items if item in kept for _ in range(1 + (rng.random() < w.repeat))]
+        if items
+        else [told]
+    )
     return tokenizer.encode(_SEPARATOR.join(named)) if named else []
 
 
 def _summary_target(
-    user: EncodedUser, items: tuple[str, ...], guess: float, rng: np.random.Generator, tokenizer: Tokenizer
+    user: EncodedUser,
+    items: tuple[str, ...],
+    guess: float,
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
 ) -> Ids:
-    """The summary that the inference model is taught, with its end token; [] when there is nothing to teach."""
+    """The summary that the inference model is taught, with its end token; [] when there is nothing
+    to teach."""
     if not user.stated_text:
         return [*user.profile, tokenizer.eos_id] if user.profile else []
     named = set(user.stated_text.split(_SEPARATOR))
     for sides in sorted({tuple(sorted(contrast)) for contrast in user.contrasts}):
         if rng.random() < guess and not named & {*sides}:
-            named.add(sides[rng.integers(2)])  # either side with the same odds, whichever reply was chosen
+            named.add(
+                sides[rng.integers(2)]
+            )  # either side with the same odds, whichever reply was chosen
     listed = [item for item in items if item in named]
     return templates.answer(tokenizer, _SEPARATOR.join(listed) if listed else user.stated_text)
 
@@ -342,17 +399,21 @@ def _reading_exercise(user: User, most: int, rng: np.random.Generator) -> User:
     aligned = bool(picks) and len(user.readings) == len(user.shots)
     readings = (user.readings[picks[0]],) if aligned else ()
     shots = tuple(user.shots[k] for k in sorted(picks))
-    return dataclasses.replace(user, profile="", survey="", comments=(), shots=shots, readings=readings, pairs=())
+    return dataclasses.replace(
+        user, profile="", survey="", comments=(), shots=shots, readings=readings, pairs=()
+    )
 
 
 def _reading_contexts(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Any:
-    """`cfg` with the context length of reading exercises: what the longest few past pairs, and the longest survey text
-    with a summary, of 512 users need."""
+    """`cfg` with the context length of reading exercises: what the longest few past pairs, and the
+    longest survey text with a summary, of 512 users need."""
     longest = 1
     for i in range(0, len(source), max(len(source) // 512, 1)):
         user = source[i]
         if user.readings:
-            shots = sorted(user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected))
+            shots = sorted(
+                user.shots, key=lambda s: len(s.prompt) + len(s.chosen) + len(s.rejected)
+            )
             few = tuple(shots[max(len(shots) - cfg.warmup.reading_shots, 0) :])
             only = dataclasses.replace(user, profile="", survey="", comments=(), shots=few)
             longest = max(longest, len(fit_context(only, tokenizer, cfg)[0]))

@@ -1,9 +1,10 @@
-"""PrefEval (arXiv 2502.09597), as in benchmark_dataset/ of its repository: a preference dropped once in a long chat.
+"""PrefEval (arXiv 2502.09597), as in benchmark_dataset/ of its repository: a preference dropped
+once in a long chat.
 
-A user is a row of `implicit_preference/persona-driven/<topic>.json`, joined with the row of `mcq_options/<topic>.json`
-that has the same preference and question. The signals are the persona and the chat; the prompt is the question; option
-0 is chosen over options 1 to 3; the preference is the oracle. `explanation` gives the answer away: it is never read.
-"""
+A user is a row of `implicit_preference/persona-driven/<topic>.json`, joined with the row of
+`mcq_options/<topic>.json` that has the same preference and question. The signals are the persona
+and the chat; the prompt is the question; option 0 is chosen over options 1 to 3; the preference is
+the oracle. `explanation` gives the answer away: it is never read."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +20,8 @@ CHATS = "implicit_preference/persona-driven"
 
 
 def files(folder: Path) -> list[Path]:
-    """Returns the files that `load` reads: two per topic. Raises: UserError when one of them is missing."""
+    """Returns the files that `load` reads: two per topic. Raises: UserError when one of them is
+    missing."""
     topics = {kind: {p.name for p in (folder / kind).glob("*.json")} for kind in (OPTIONS, CHATS)}
     for kind, names in topics.items():
         if not names:
@@ -34,7 +36,8 @@ def files(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, cfg: Any) -> Loaded:
-    """Reads all topics. Users are split by their preference (split_by "user") or by whole topics (split_by "topic").
+    """Reads all topics. Users are split by their preference (split_by "user") or by whole topics
+    (split_by "topic").
 
     Args: cfg: the `data` part of the configuration.
     Raises: UserError.
@@ -45,14 +48,17 @@ def load(folder: Path, cfg: Any) -> Loaded:
     bad_rows: list[str] = []
     for topic in topics:
         options, bad_options = _options(folder / OPTIONS / f"{topic}.json", cfg.on_bad_row)
-        loaded, bad_chats = _users(folder / CHATS / f"{topic}.json", topic, options, topic_split[topic], cfg)
+        loaded, bad_chats = _users(
+            folder / CHATS / f"{topic}.json", topic, options, topic_split[topic], cfg
+        )
         users += [user for user in loaded if user]
         bad_rows += bad_options + bad_chats
     return Loaded(users, bad_rows)
 
 
 def _options(path: Path, on_bad_row: str) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
-    """Returns (preference, question) -> the four options, the first of which respects the preference.
+    """Returns (preference, question) -> the four options, the first of which respects the
+    preference.
 
     A skipped row has no options: its chat is passed over, so that one bad row counts once.
     """
@@ -62,7 +68,9 @@ def _options(path: Path, on_bad_row: str) -> tuple[dict[tuple[str, str], list[st
         key = _key(row, seen)
         name, allowed = "classification_task_options", "4 texts, the first unlike the others"
         options = row.value(name, allowed)
-        if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
+        if not isinstance(options, list) or not all(
+            isinstance(o, str) and o.strip() for o in options
+        ):
             raise row.error(name, options, allowed, "Correct the row.")
         if len(options) != 4:
             raise row.error(name, f"{len(options)} texts", allowed, "Correct the row.")
@@ -93,7 +101,10 @@ def _users(
         user_id = f"prefeval/{topic}/{digest}"
         prompt = [{"role": "user", "content": question}]
         chosen, *others = options[key]
-        pairs = [Pair(f"{user_id}/{i}", prompt, chosen, other) for i, other in enumerate(dict.fromkeys(others), 1)]
+        pairs = [
+            Pair(f"{user_id}/{i}", prompt, chosen, other)
+            for i, other in enumerate(dict.fromkeys(others), 1)
+        ]
         if cfg.split_by == "topic":
             split = topic_split
         else:  # two rows may share a preference: they share the split
@@ -113,7 +124,8 @@ def _users(
 
 
 def _comments(row: Row, question: str) -> tuple[Comment, ...]:
-    """Returns each message of the person together with the assistant's message that it answers ("" at the start)."""
+    """Returns each message of the person together with the assistant's message that it answers (""
+    at the start)."""
     chat = row.object("conversation")
     comments: list[Comment] = []
     answered = ""
@@ -121,7 +133,9 @@ def _comments(row: Row, question: str) -> tuple[Comment, ...]:
         turn = chat.object(name)
         said = turn.text("user")
         if question in (said, answered):
-            raise turn.error("user", said, "a chat without the question that is held out", "Remove the row.")
+            raise turn.error(
+                "user", said, "a chat without the question that is held out", "Remove the row."
+            )
         comments.append(Comment(answered, said))
         answered = turn.text("assistant")
     if not comments:
@@ -134,6 +148,9 @@ def _key(row: Row, seen: dict[tuple[str, str], str]) -> tuple[str, str]:
     first = seen.setdefault(key, row.where)
     if first != row.where:
         raise row.error(
-            "question", key[1], f"a pair of preference and question that occurs once (first at {first})", "Remove one."
+            "question",
+            key[1],
+            f"a pair of preference and question that occurs once (first at {first})",
+            "Remove one.",
         )
     return key

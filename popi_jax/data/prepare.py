@@ -1,9 +1,8 @@
 """Raw files -> checked users -> a TFDS dataset of ArrayRecord files, read lazily by index.
 
-A prepared copy lies in <prepared>/<source>/<key>/ where the key is a sha256 over the source files, the options that
-matter and FORMAT: whoever changes one of them gets another copy, and a stale one is never read. One example is one
-user, as JSON. TensorFlow is not needed.
-"""
+A prepared copy lies in <prepared>/<source>/<key>/ where the key is a sha256 over the source files,
+the options that matter and FORMAT: whoever changes one of them gets another copy, and a stale one
+is never read. One example is one user, as JSON. TensorFlow is not needed."""
 
 import contextlib
 import dataclasses
@@ -35,7 +34,8 @@ OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Users(Sequence[User]):
-    """The users of a split; `source` is a TFDS data source: it opens its files at the first read and can be pickled."""
+    """The users of a split; `source` is a TFDS data source: it opens its files at the first read
+    and can be pickled."""
 
     source: Any
 
@@ -64,19 +64,24 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     """Returns the users of a source; writes the prepared copy when there is none yet.
 
     Args:
-        cfg: the `data` part of the configuration.
-        allow_sample: whether made data may stand in for PRISM files that are neither there nor to be had.
-        trained_on: `Dataset.data` of the run that the users are for, "" for a new one. A run that was trained on the
+        cfg: the `data` part of the configuration. allow_sample: whether made data may stand in for
+        PRISM files that are neither there nor to be had. trained_on: `Dataset.data` of the run that
+        the users are for, "" for a new one. A run that was trained on the
             sample goes on with it, without another try to download the files.
     Raises: UserError.
     """
     folder, data = _raw_folder(cfg, allow_sample, trained_on)
     files = _module(cfg.source).files(folder)
-    sums = {str(path.relative_to(folder)) if path != folder else path.name: sha256_of(path) for path in files}
+    sums = {
+        str(path.relative_to(folder)) if path != folder else path.name: sha256_of(path)
+        for path in files
+    }
     if cfg.source == "prism":
         check_source(folder, sums)
     options = {name: getattr(cfg, name) for name in OPTIONS}
-    key = hashlib.sha256(json.dumps([FORMAT, options, sums], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([FORMAT, options, sums], sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
     home = Path(cfg.prepared) / cfg.source / key
     if not home.exists():
         logging.info("Preparing %s from %s into %s", cfg.source, folder, home)
@@ -85,7 +90,9 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
         _write(loaded, home)
     stats = json.loads((home / "stats.json").read_text())
     if stats["rows"]["skipped"]:
-        logging.warning("%d bad rows were skipped: see %s", stats["rows"]["skipped"], home / "bad_rows.jsonl")
+        logging.warning(
+            "%d bad rows were skipped: see %s", stats["rows"]["skipped"], home / "bad_rows.jsonl"
+        )
     return Dataset(cfg.source, data, folder, home, _read(home, stats), stats)
 
 
@@ -93,7 +100,9 @@ def _module(source: str) -> Any:
     modules = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl}
     if source not in modules:
         near = did_you_mean(source, modules)
-        raise UserError(f'field "data.source": found "{source}", allowed: {", ".join(modules)}.{near}')
+        raise UserError(
+            f'field "data.source": found "{source}", allowed: {", ".join(modules)}.{near}'
+        )
     return modules[source]
 
 
@@ -124,7 +133,9 @@ def _raw_folder(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Path, st
     source = "huggingface.co/datasets/HannahRoseKirk/prism-alignment"
     if not allow_sample:
         fix = f"Put {', '.join(prism.FILES)} from {source} there, or set data.path to their folder."
-        raise UserError(f"{path}: no PRISM files (field data.path), and no download: {reason} {fix}")
+        raise UserError(
+            f"{path}: no PRISM files (field data.path), and no download: {reason} {fix}"
+        )
     folder = _sample(cfg)
     logging.warning(
         "\n%s\nNo PRISM files in %s, and no download: %s\nGoing on with MADE data in PRISM's format: %s"
@@ -135,7 +146,8 @@ def _raw_folder(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Path, st
 
 
 def _sample(cfg: Any) -> Path:
-    """Returns the folder of the made data; writes it unless the present code has made that number of people before."""
+    """Returns the folder of the made data; writes it unless the present code has made that number
+    of people before."""
     from popi_jax.data import sample
 
     code = sha256_of(Path(sample.__file__))[:8]
@@ -153,13 +165,23 @@ def _sample(cfg: Any) -> Path:
 def _check_splits(loaded: Loaded, folder: Path, cfg: Any) -> None:
     """Raises UserError when a split that must hold users holds none."""
     if not loaded.users:
-        first = f"; the first of {len(loaded.bad_rows)} bad rows: {loaded.bad_rows[0]}" if loaded.bad_rows else ""
-        raise UserError(f"{folder}: found no user with signals and a held-out pair, allowed: at least one{first}")
+        first = (
+            f"; the first of {len(loaded.bad_rows)} bad rows: {loaded.bad_rows[0]}"
+            if loaded.bad_rows
+            else ""
+        )
+        raise UserError(
+            f"{folder}: found no user with signals and a held-out pair, allowed: at least one{first}"
+        )
     wanted = {"train": 1.0, "validation": cfg.validation_fraction, "test": cfg.test_fraction}
     for split, fraction in wanted.items():
         if fraction > 0 and not any(user.split == split for user in loaded.users):
             field = "the fractions" if split == "train" else f"data.{split}_fraction"
-            change = f"Lower {field}" if split == "train" else f"Raise {field} (now {fraction}), or set it to 0"
+            change = (
+                f"Lower {field}"
+                if split == "train"
+                else f"Raise {field} (now {fraction}), or set it to 0"
+            )
             raise UserError(
                 f"{folder}: the {split} split of {len(loaded.users)} users is empty. {change}, or add users."
             )
@@ -168,7 +190,10 @@ def _check_splits(loaded: Loaded, folder: Path, cfg: Any) -> None:
 def _write(loaded: Loaded, home: Path) -> None:
     """Writes the copy beside its place and renames it."""
     splits = {split: [user for user in loaded.users if user.split == split] for split in SPLITS}
-    stats = {split: {"users": len(users), "pairs": sum(len(u.pairs) for u in users)} for split, users in splits.items()}
+    stats = {
+        split: {"users": len(users), "pairs": sum(len(u.pairs) for u in users)}
+        for split, users in splits.items()
+    }
     part = _temporary(home.parent.parent)
     try:
         _build(home, {split: users for split, users in splits.items() if users}, part)
@@ -176,7 +201,9 @@ def _write(loaded: Loaded, home: Path) -> None:
         (built / "stats.json").write_text(
             json.dumps({**stats, "rows": {"skipped": len(loaded.bad_rows)}}, indent=2) + "\n"
         )
-        lines = [json.dumps({"error": message}, ensure_ascii=False) + "\n" for message in loaded.bad_rows]
+        lines = [
+            json.dumps({"error": message}, ensure_ascii=False) + "\n" for message in loaded.bad_rows
+        ]
         (built / "bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
         home.parent.mkdir(parents=True, exist_ok=True)
         _rename(built, home)
@@ -199,13 +226,17 @@ def _build(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
             features = tfds.features.FeaturesDict({"user": tfds.features.Text()})
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        def _split_generators(
+            self, dl_manager: Any
+        ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
             return {split: self._generate_examples(users) for split, users in splits.items()}
 
         def _generate_examples(self, users: list[User]) -> Iterator[tuple[int, dict[str, str]]]:
             yield from enumerate({"user": user.to_json()} for user in users)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints the temporary folder as if it were the final one
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # TFDS prints the temporary folder as if it were the final one
         Builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
@@ -213,7 +244,10 @@ def _read(home: Path, stats: dict[str, dict[str, int]]) -> dict[str, Sequence[Us
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(home / VERSION)
-    return {split: Users(builder.as_data_source(split=split)) if stats[split]["users"] else () for split in SPLITS}
+    return {
+        split: Users(builder.as_data_source(split=split)) if stats[split]["users"] else ()
+        for split in SPLITS
+    }
 
 
 def _temporary(folder: Path) -> Path:

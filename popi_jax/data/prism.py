@@ -1,8 +1,9 @@
-"""PRISM (arXiv 2404.16019): survey, conversations and utterances as published on the Hugging Face hub -> users.
+"""PRISM (arXiv 2404.16019): survey, conversations and utterances as published on the Hugging Face
+hub -> users.
 
-Scores are personal, so that pairs come from score differences inside one turn only. `if_chosen` reconstructs the
-history and never labels a pair: it is random on a tie. Order in time is `generated_datetime`, then the id.
-"""
+Scores are personal, so that pairs come from score differences inside one turn only. `if_chosen`
+reconstructs the history and never labels a pair: it is random on a tie. Order in time is
+`generated_datetime`, then the id."""
 
 import dataclasses
 from collections import defaultdict
@@ -18,7 +19,14 @@ FILES = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")
 LATENTS = "latents.jsonl"  # only beside made data: the truth behind each user
 
 SILENT = ("", "prefer not to say", "unsure")  # answers that say nothing
-ANSWERS = ("age", "gender", "employment_status", "education", "marital_status", "english_proficiency")
+ANSWERS = (
+    "age",
+    "gender",
+    "employment_status",
+    "education",
+    "marital_status",
+    "english_proficiency",
+)
 GROUPS = (
     ("religion", "simplified"),
     ("ethnicity", "simplified"),
@@ -26,7 +34,16 @@ GROUPS = (
     ("location", "reside_country"),
 )
 MODEL_USE = ("lm_familiarity", "lm_direct_use", "lm_indirect_use", "lm_frequency_use")
-PREFERENCES = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
+PREFERENCES = (
+    "values",
+    "creativity",
+    "fluency",
+    "factuality",
+    "diversity",
+    "safety",
+    "personalisation",
+    "helpfulness",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +96,9 @@ def files(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, cfg: Any) -> Loaded:
-    """Reads the three files, and latents.jsonl where it exists. People with fewer than 2 conversations that hold a pair
-    are left out, and so are those none of whose held-out pairs has a prompt of its own.
+    """Reads the three files, and latents.jsonl where it exists. People with fewer than 2
+    conversations that hold a pair are left out, and so are those none of whose held-out pairs has a
+    prompt of its own.
 
     Args: cfg: the `data` part of the configuration.
     Raises: UserError.
@@ -97,20 +115,26 @@ def load(folder: Path, cfg: Any) -> Loaded:
     for utterance in utterances:
         turns[utterance.conversation_id][utterance.turn].append(utterance)
     by_person: dict[str, list[tuple[Conversation, list[ScoredPair]]]] = defaultdict(list)
-    for conversation in sorted(conversations.values(), key=lambda c: (c.time, _number(c.conversation_id))):
+    for conversation in sorted(
+        conversations.values(), key=lambda c: (c.time, _number(c.conversation_id))
+    ):
         pairs = conversation_pairs(turns[conversation.conversation_id], cfg)
         if pairs:
             by_person[conversation.user_id].append((conversation, pairs))
-    users = [_user(person, by_person[person.user_id], latents.get(person.user_id), cfg) for person in people.values()]
+    users = [
+        _user(person, by_person[person.user_id], latents.get(person.user_id), cfg)
+        for person in people.values()
+    ]
     bad_rows = bad_people + bad_conversations + bad_utterances + bad_latents
     return Loaded([user for user in users if user], bad_rows)
 
 
 def conversation_pairs(turns: dict[int, list[Utterance]], cfg: Any) -> list[ScoredPair]:
-    """Returns the preference pairs of a conversation in the order of turns, then of score differences (widest first).
+    """Returns the preference pairs of a conversation in the order of turns, then of score
+    differences (widest first).
 
-    Equal replies inside a turn count once; the stand-in "EMPTY STRING" is never a reply, a prompt or a history.
-    """
+    Equal replies inside a turn count once; the stand-in "EMPTY STRING" is never a reply, a prompt
+    or a history."""
     found: list[ScoredPair] = []
     history: Messages = []
     for turn in range(len(turns) if cfg.turns == "all" else 1):
@@ -118,10 +142,14 @@ def conversation_pairs(turns: dict[int, list[Utterance]], cfg: Any) -> list[Scor
         if not replies or _missing(replies[0].prompt):
             break  # what follows has no history
         prompt = history + [{"role": "user", "content": replies[0].prompt}]
-        distinct = list({u.response: u for u in reversed(replies) if not _missing(u.response)}.values())
+        distinct = list(
+            {u.response: u for u in reversed(replies) if not _missing(u.response)}.values()
+        )
         pairs = [
             ScoredPair(
-                Pair(f"{a.utterance_id}>{b.utterance_id}", prompt, a.response, b.response), turn, a.score - b.score
+                Pair(f"{a.utterance_id}>{b.utterance_id}", prompt, a.response, b.response),
+                turn,
+                a.score - b.score,
             )
             for a, b in _compared(distinct, cfg.pair_mode)
             if a.score - b.score >= max(1, cfg.score_margin)
@@ -142,13 +170,19 @@ def _compared(replies: list[Utterance], mode: str) -> list[tuple[Utterance, Utte
         return [(ranked[0], other) for other in ranked[1:]]
     if mode == "all_pairs":
         return [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
-    raise UserError(f'field "data.pair_mode": found "{mode}", allowed: best_vs_worst, best_vs_rest, all_pairs.')
+    raise UserError(
+        f'field "data.pair_mode": found "{mode}", allowed: best_vs_worst, best_vs_rest, all_pairs.'
+    )
 
 
 def _user(
-    person: Person, conversations: list[tuple[Conversation, list[ScoredPair]]], latent: Latent | None, cfg: Any
+    person: Person,
+    conversations: list[tuple[Conversation, list[ScoredPair]]],
+    latent: Latent | None,
+    cfg: Any,
 ) -> User | None:
-    """Splits a person's conversations, oldest first, into context (signals) and targets (held-out pairs)."""
+    """Splits a person's conversations, oldest first, into context (signals) and targets (held-out
+    pairs)."""
     n = len(conversations)
     if n < 2:
         return None
@@ -162,7 +196,9 @@ def _user(
                 first[0].prompt[-1]["content"], first[0].chosen, first[0].rejected
             )
     comments = tuple(Comment(c.opening_prompt, c.feedback) for c, _ in context if c.feedback)
-    shown = {_plain(s.prompt) for s in shots.values()} | {_plain(t) for c in comments for t in (c.prompt, c.comment)}
+    shown = {_plain(s.prompt) for s in shots.values()} | {
+        _plain(t) for c in comments for t in (c.prompt, c.comment)
+    }
     ranked = sorted(
         (rank, order, p.pair)
         for order, (_, pairs) in enumerate(targets)
@@ -193,7 +229,10 @@ def _people(path: Path, on_bad_row: str) -> tuple[dict[str, Person], list[str]]:
 
     def parse(row: Row) -> Person:
         person = Person(
-            row.text("user_id"), _clean(row, "self_description"), _clean(row, "system_string"), survey_text(row)
+            row.text("user_id"),
+            _clean(row, "self_description"),
+            _clean(row, "system_string"),
+            survey_text(row),
         )
         row.unique("user_id", seen)
         return person
@@ -203,26 +242,34 @@ def _people(path: Path, on_bad_row: str) -> tuple[dict[str, Person], list[str]]:
 
 
 def survey_text(row: Row) -> str:
-    """Renders the informative answers of a survey row: "age: 25-34 years old; gender: female; ..."."""
+    """Renders the informative answers of a survey row: "age: 25-34 years old; gender: female;
+    ..."."""
     parts = [(name.replace("_", " "), _clean(row, name).lower()) for name in ANSWERS]
     parts += [
         (name if part == "simplified" else part.replace("_", " "), _clean(row.object(name), part))
         for name, part in GROUPS
     ]
     parts += [
-        (name.replace("lm_", "language model ").replace("_", " "), _clean(row, name).lower()) for name in MODEL_USE
+        (name.replace("lm_", "language model ").replace("_", " "), _clean(row, name).lower())
+        for name in MODEL_USE
     ]
     uses = row.object("lm_usecases", null=True).fields
-    used = [name.replace("_", " ") for name, value in uses.items() if value == 1 and name != "other"]
+    used = [
+        name.replace("_", " ") for name, value in uses.items() if value == 1 and name != "other"
+    ]
     parts.append(("uses", ", ".join(used)))
     preferences = row.object("stated_prefs")
     stated = [f"{name} {preferences.integer(name, 0, 100)}" for name in PREFERENCES]
     parts.append(("what matters (0-100)", ", ".join(stated)))
     parts.append(("also matters", _clean(preferences, "other_text")))
-    return "; ".join(f"{label}: {answer}" for label, answer in parts if answer.lower() not in SILENT)
+    return "; ".join(
+        f"{label}: {answer}" for label, answer in parts if answer.lower() not in SILENT
+    )
 
 
-def _conversations(path: Path, people: dict[str, Person], on_bad_row: str) -> tuple[dict[str, Conversation], list[str]]:
+def _conversations(
+    path: Path, people: dict[str, Person], on_bad_row: str
+) -> tuple[dict[str, Conversation], list[str]]:
     seen: dict[str, str] = {}
 
     def parse(row: Row) -> Conversation:
@@ -235,7 +282,10 @@ def _conversations(path: Path, people: dict[str, Person], on_bad_row: str) -> tu
         )
         if conversation.user_id not in people:
             raise row.error(
-                "user_id", conversation.user_id, f"a user of {FILES[0]}", "Add the survey row or remove this one."
+                "user_id",
+                conversation.user_id,
+                f"a user of {FILES[0]}",
+                "Add the survey row or remove this one.",
             )
         row.unique("conversation_id", seen)
         return conversation
@@ -265,15 +315,23 @@ def _utterances(
         if conversation is None:
             allowed = f"a conversation of {FILES[1]}"
             raise row.error(
-                "conversation_id", utterance.conversation_id, allowed, "Add the conversation or remove this row."
+                "conversation_id",
+                utterance.conversation_id,
+                allowed,
+                "Add the conversation or remove this row.",
             )
         if row.text("user_id") != conversation.user_id:
-            allowed = f'"{conversation.user_id}", the user of {utterance.conversation_id} in {FILES[1]}'
+            allowed = (
+                f'"{conversation.user_id}", the user of {utterance.conversation_id} in {FILES[1]}'
+            )
             raise row.error("user_id", row.fields["user_id"], allowed, "Correct the row.")
         prompt = prompts.setdefault((utterance.conversation_id, utterance.turn), utterance.prompt)
         if prompt != utterance.prompt:
             raise row.error(
-                "user_prompt", utterance.prompt, f"the prompt of the turn's other rows, {prompt[:40]!r}", "Correct it."
+                "user_prompt",
+                utterance.prompt,
+                f"the prompt of the turn's other rows, {prompt[:40]!r}",
+                "Correct it.",
             )
         row.unique("utterance_id", seen)
         return utterance
@@ -281,19 +339,27 @@ def _utterances(
     return read_lines(path, parse, on_bad_row)
 
 
-def _latents(path: Path, people: dict[str, Person], on_bad_row: str) -> tuple[dict[str, Latent], list[str]]:
+def _latents(
+    path: Path, people: dict[str, Person], on_bad_row: str
+) -> tuple[dict[str, Latent], list[str]]:
     seen: dict[str, str] = {}
 
     def parse(row: Row) -> tuple[str, Latent]:
         user_id = row.text("user_id")
         if user_id not in people:
-            raise row.error("user_id", user_id, f"a user of {FILES[0]}", "Write the made data again.")
+            raise row.error(
+                "user_id", user_id, f"a user of {FILES[0]}", "Write the made data again."
+            )
         items = row.object("readings")
         rows = {name: items.object(name) for name in items.fields}
         fields = ("question", "answer", "contrast")
-        readings = {name: Reading(*(item.text(field) for field in fields)) for name, item in rows.items()}
+        readings = {
+            name: Reading(*(item.text(field) for field in fields)) for name, item in rows.items()
+        }
         row.unique("user_id", seen)
-        return user_id, Latent(row.text("oracle", empty=True), row.text("stated", empty=True), readings)
+        return user_id, Latent(
+            row.text("oracle", empty=True), row.text("stated", empty=True), readings
+        )
 
     latents, bad = read_lines(path, parse, on_bad_row)
     return dict(latents), bad

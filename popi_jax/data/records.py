@@ -4,7 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-Messages = list[dict[str, str]]  # [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
+Messages = list[
+    dict[str, str]
+]  # [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A question about the raw signals and its answer; only made data has them: they teach reading, not summarising."""
+    """A question about the raw signals and its answer; only made data has them: they teach reading,
+    not summarising."""
 
     question: str
     answer: str  # what the chosen reply shows
@@ -47,10 +50,9 @@ class Reading:
 class User:
     """One person. Missing is "" or (), never None.
 
-    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it, never the inference
-    model. `stated` is a summary of what the survey text alone says, `readings` are reading exercises, one for each shot
-    in order: both for the warm-up only.
-    """
+    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it,
+    never the inference model. `stated` is a summary of what the survey text alone says, `readings`
+    are reading exercises, one for each shot in order: both for the warm-up only."""
 
     user_id: str
     profile: str

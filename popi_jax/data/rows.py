@@ -1,8 +1,8 @@
-"""Reads files of JSON and checks every field that is used. A complaint is one line: where, field, found, allowed, fix.
+"""Reads files of JSON and checks every field that is used. A complaint is one line: where, field,
+found, allowed, fix.
 
-Refuses to guess: a row is either right or a `UserError`; `on_bad_row` decides whether that stops the program ("error")
-or sets the row aside ("skip").
-"""
+Refuses to guess: a row is either right or a `UserError`; `on_bad_row` decides whether that stops
+the program ("error") or sets the row aside ("skip")."""
 
 import dataclasses
 import json
@@ -32,7 +32,9 @@ class Row:
     path: str = ""
 
     def error(self, name: str, found: object, allowed: str, fix: str) -> UserError:
-        return UserError(f'{self.where}: field "{self.path}{name}": found {show(found)}, allowed: {allowed}. {fix}')
+        return UserError(
+            f'{self.where}: field "{self.path}{name}": found {show(found)}, allowed: {allowed}. {fix}'
+        )
 
     def value(self, name: str, allowed: str) -> Any:
         """Returns a field that must exist. Raises: UserError."""
@@ -46,7 +48,8 @@ class Row:
         return self.fields[name]
 
     def text(self, name: str, *, empty: bool = False, null: bool = False) -> str:
-        """Returns a text without outer white space; with `null`, a null reads as "". Raises: UserError."""
+        """Returns a text without outer white space; with `null`, a null reads as "". Raises:
+        UserError."""
         allowed = "a text" if empty else "a text that is not empty"
         value = self.value(name, allowed)
         if value is None and null:
@@ -54,12 +57,21 @@ class Row:
         if not isinstance(value, str) or not (empty or value.strip()):
             raise self.error(name, value, allowed, "Correct the value.")
         if any("\ud800" <= c <= "\udfff" for c in value):
-            raise self.error(name, ascii(value), "Unicode text", "Remove the half surrogate pair (\\ud800 to \\udfff).")
+            raise self.error(
+                name,
+                ascii(value),
+                "Unicode text",
+                "Remove the half surrogate pair (\\ud800 to \\udfff).",
+            )
         return value.strip()
 
     def integer(self, name: str, low: int, high: int | None = None) -> int:
         """Returns a whole number of low..high. Raises: UserError."""
-        allowed = f"a whole number of at least {low}" if high is None else f"a whole number of {low} to {high}"
+        allowed = (
+            f"a whole number of at least {low}"
+            if high is None
+            else f"a whole number of {low} to {high}"
+        )
         value = self.value(name, allowed)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):
@@ -93,14 +105,19 @@ class Row:
         for name in self.fields:
             if name not in allowed:
                 fix = did_you_mean(name, allowed) or " Remove it."
-                raise UserError(f'{self.where}: unknown field "{self.path}{name}"; allowed: {", ".join(allowed)}.{fix}')
+                raise UserError(
+                    f'{self.where}: unknown field "{self.path}{name}"; allowed: {", ".join(allowed)}.{fix}'
+                )
 
     def unique(self, name: str, seen: dict[str, str]) -> None:
         """Adds the row to `seen` (id -> where). Raises: UserError when the id was there."""
         first = seen.setdefault(self.fields[name], self.where)
         if first != self.where:
             raise self.error(
-                name, self.fields[name], f"an id that occurs once (first at {first})", "Remove one of the rows."
+                name,
+                self.fields[name],
+                f"an id that occurs once (first at {first})",
+                "Remove one of the rows.",
             )
 
 
@@ -130,31 +147,45 @@ def existing(path: Path) -> Path:
 
 
 def read_lines(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[list[T], list[str]]:
-    """Parses a file of one JSON object a line (UTF-8; blank lines are passed over); returns results and bad rows.
+    """Parses a file of one JSON object a line (UTF-8; blank lines are passed over); returns results
+    and bad rows.
 
-    Raises: UserError when the file is missing or holds no row, and at the first bad row unless on_bad_row is "skip".
-    """
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(_bytes(path).split(b"\n"), 1) if line.strip()]
+    Raises: UserError when the file is missing or holds no row, and at the first bad row unless
+    on_bad_row is "skip"."""
+    lines = [
+        (f"{path}:{number}", line)
+        for number, line in enumerate(_bytes(path).split(b"\n"), 1)
+        if line.strip()
+    ]
     if not lines:
-        raise UserError(f"{path}: the file is empty, allowed: one JSON object a line. Fetch or write the file again.")
-    return _parse_all(lines, lambda where, line: parse(Row(where, _decode(where, line))), on_bad_row)
+        raise UserError(
+            f"{path}: the file is empty, allowed: one JSON object a line. Fetch or write the file again."
+        )
+    return _parse_all(
+        lines, lambda where, line: parse(Row(where, _decode(where, line))), on_bad_row
+    )
 
 
 def read_array(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[list[T], list[str]]:
     """Parses a file that is one JSON array of objects; rows are numbered from 1.
 
-    Raises: UserError when the file is missing, empty or not a JSON array (whatever on_bad_row says), and at the first
-    bad row unless on_bad_row is "skip".
-    """
+    Raises: UserError when the file is missing, empty or not a JSON array (whatever on_bad_row
+    says), and at the first bad row unless on_bad_row is "skip"."""
     raw = _bytes(path)
     if not raw.strip():
-        raise UserError(f"{path}: the file is empty, allowed: a JSON array of objects. Fetch the file again.")
+        raise UserError(
+            f"{path}: the file is empty, allowed: a JSON array of objects. Fetch the file again."
+        )
     try:
         items = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: byte {e.start + 1} is not UTF-8. Save the file as UTF-8.") from None
+        raise UserError(
+            f"{path}: byte {e.start + 1} is not UTF-8. Save the file as UTF-8."
+        ) from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not JSON at column {e.colno} ({e.msg}). Fetch the file again.") from None
+        raise UserError(
+            f"{path}:{e.lineno}: not JSON at column {e.colno} ({e.msg}). Fetch the file again."
+        ) from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({e}). Fetch the file again.") from None
     if not isinstance(items, list) or not items:
@@ -164,16 +195,22 @@ def read_array(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[
 
     def parse_item(where: str, item: object) -> T:
         if not isinstance(item, dict):
-            raise UserError(f"{where}: found {show(item)}, allowed: an object {{...}}. Correct the row.")
+            raise UserError(
+                f"{where}: found {show(item)}, allowed: an object {{...}}. Correct the row."
+            )
         return parse(Row(where, item))
 
-    return _parse_all([(f"{path}: row {i}", item) for i, item in enumerate(items, 1)], parse_item, on_bad_row)
+    return _parse_all(
+        [(f"{path}: row {i}", item) for i, item in enumerate(items, 1)], parse_item, on_bad_row
+    )
 
 
 U = TypeVar("U")
 
 
-def _parse_all(items: list[tuple[str, U]], parse: Callable[[str, U], T], on_bad_row: str) -> tuple[list[T], list[str]]:
+def _parse_all(
+    items: list[tuple[str, U]], parse: Callable[[str, U], T], on_bad_row: str
+) -> tuple[list[T], list[str]]:
     good: list[T] = []
     bad: list[str] = []
     for where, item in items:
@@ -190,7 +227,9 @@ def _bytes(path: Path) -> bytes:
     try:
         return existing(path).read_bytes()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}). Check the permissions of the file.") from None
+        raise UserError(
+            f"{path}: cannot be read ({e.strerror}). Check the permissions of the file."
+        ) from None
 
 
 def _decode(where: str, line: bytes) -> dict[str, Any]:
@@ -201,15 +240,23 @@ def _decode(where: str, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
     except UnicodeDecodeError as e:
-        raise UserError(f"{where}: byte {e.start + 1} of the line is not UTF-8. Save the file as UTF-8.") from None
+        raise UserError(
+            f"{where}: byte {e.start + 1} of the line is not UTF-8. Save the file as UTF-8."
+        ) from None
     except json.JSONDecodeError as e:
         if e.pos >= len(e.doc.rstrip()) or e.msg.startswith("Unterminated"):
-            raise UserError(f"{where}: the line ends in the middle of a JSON object. Fetch the file again.") from None
-        raise UserError(f"{where}: not JSON at column {e.colno} ({e.msg}). Write one JSON object a line.") from None
+            raise UserError(
+                f"{where}: the line ends in the middle of a JSON object. Fetch the file again."
+            ) from None
+        raise UserError(
+            f"{where}: not JSON at column {e.colno} ({e.msg}). Write one JSON object a line."
+        ) from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON ({e}). Write one JSON object a line.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: found {show(value)}, allowed: one JSON object a line, {{...}}. Correct the line.")
+        raise UserError(
+            f"{where}: found {show(value)}, allowed: one JSON object a line, {{...}}. Correct the line."
+        )
     return value
 
 

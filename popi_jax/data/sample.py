@@ -1,9 +1,11 @@
-"""The PRISM-format sample: made people with known preferences, in the schema of the published files.
+"""The PRISM-format sample: made people with known preferences, in the schema of the published
+files.
 
-Each person cares about a few of eight style attributes. A self-description states some of them, partly wrong, among
-distractors; in each conversation two replies differ in one attribute that the person cares about, and the scores follow
-the utilities by Bradley-Terry (Gumbel noise on each reply). As the process is known, so is the best accuracy that any
-model could reach: `bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
+Each person cares about a few of eight style attributes. A self-description states some of them,
+partly wrong, among distractors; in each conversation two replies differ in one attribute that the
+person cares about, and the scores follow the utilities by Bradley-Terry (Gumbel noise on each
+reply). As the process is known, so is the best accuracy that any model could reach:
+`bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
 """
 
 import itertools
@@ -29,8 +31,8 @@ class Pole(NamedTuple):
     replies: tuple[str, ...]  # how a reply shows it
 
 
-# Both poles of an attribute are equally common: who knows nothing of a person can only guess, so that what is above one
-# half is personal.
+# Both poles of an attribute are equally common: who knows nothing of a person can only guess, so
+# that what is above one half is personal.
 ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
     (
         Pole("brief answers", ("that is the short version .", "here it is in one line .")),
@@ -41,16 +43,26 @@ ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
         Pole("formal tone", ("kindly note the following remark .", "one may state it thus .")),
     ),
     (
-        Pole("concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")),
-        Pole("general principles", ("as a rule this always holds .", "the idea behind it matters most .")),
+        Pole(
+            "concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")
+        ),
+        Pole(
+            "general principles",
+            ("as a rule this always holds .", "the idea behind it matters most ."),
+        ),
     ),
     (
-        Pole("cited sources", ("a study from 2019 confirms it .", "see the official report on it .")),
+        Pole(
+            "cited sources", ("a study from 2019 confirms it .", "see the official report on it .")
+        ),
         Pole("personal opinion", ("i believe that it is best .", "my own view is clear .")),
     ),
     (
         Pole("plain words", ("put simply , it just works .", "anyone can follow this bit .")),
-        Pole("technical terms", ("the mechanism is thermodynamic .", "its parameters are quantified .")),
+        Pole(
+            "technical terms",
+            ("the mechanism is thermodynamic .", "its parameters are quantified ."),
+        ),
     ),
     (
         Pole("metric units", ("it spans ten kilometres .", "it weighs two kilograms .")),
@@ -58,7 +70,10 @@ ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
     ),
     (
         Pole("bullet points", ("* first * second * third", "- one - two - three")),
-        Pole("flowing prose", ("and so one thought leads to another .", "which brings us gently onward .")),
+        Pole(
+            "flowing prose",
+            ("and so one thought leads to another .", "which brings us gently onward ."),
+        ),
     ),
     (
         Pole("playful jokes", ("cue the drum roll , ha !", "even my toaster laughed !")),
@@ -67,7 +82,9 @@ ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
 )
 ITEMS = tuple(pole.item for poles in ATTRIBUTES for pole in poles)  # canonical order of a summary
 SEPARATOR = " ; "
-NOTHING_STATED = "no strong preference"  # the stated summary of a self-description that names no attribute
+NOTHING_STATED = (
+    "no strong preference"  # the stated summary of a self-description that names no attribute
+)
 
 TOPICS = tuple(
     "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers gravity honey islands jazz "
@@ -86,8 +103,24 @@ FACTS = tuple(
         "i paint small boats|i travel by train"
     ).split("|")
 )
-AGES = ("18-24 years old", "25-34 years old", "35-44 years old", "45-54 years old", "55-64 years old", "65+ years old")
-PREFERENCES = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
+AGES = (
+    "18-24 years old",
+    "25-34 years old",
+    "35-44 years old",
+    "45-54 years old",
+    "55-64 years old",
+    "65+ years old",
+)
+PREFERENCES = (
+    "values",
+    "creativity",
+    "fluency",
+    "factuality",
+    "diversity",
+    "safety",
+    "personalisation",
+    "helpfulness",
+)
 LOCATION = (
     "birth_country birth_countryISO birth_subregion reside_country reside_countryISO reside_subregion "
     "same_birth_reside_country special_region"
@@ -112,7 +145,9 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _self_description(rng: np.random.Generator, person: Person) -> tuple[str, list[tuple[int, int]]]:
+def _self_description(
+    rng: np.random.Generator, person: Person
+) -> tuple[str, list[tuple[int, int]]]:
     """The text, and the (attribute, pole) that it states."""
     stated = []
     for a in range(len(ATTRIBUTES)):
@@ -153,8 +188,16 @@ def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dic
         "education": "Prefer not to say",
         "marital_status": "Prefer not to say",
         "english_proficiency": "Native speaker",
-        "religion": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
-        "ethnicity": {"self_described": "", "categorised": "Prefer not to say", "simplified": "Prefer not to say"},
+        "religion": {
+            "self_described": "",
+            "categorised": "Prefer not to say",
+            "simplified": "Prefer not to say",
+        },
+        "ethnicity": {
+            "self_described": "",
+            "categorised": "Prefer not to say",
+            "simplified": "Prefer not to say",
+        },
         "location": dict.fromkeys(LOCATION, "Prefer not to say"),
         "study_id": "sample",
         "study_locale": "sample",
@@ -207,16 +250,30 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             when = f"2023-11-{22 + i // 7} {8 + i % 7:02d}:00:00"
             best = int(scores[1] > scores[0])
             history: list[dict[str, Any]] = [{"turn": 0, "role": "user", "content": prompt}]
-            shared = {"conversation_id": conversation_id, "user_id": user_id, "included_in_balanced_subset": True}
+            shared = {
+                "conversation_id": conversation_id,
+                "user_id": user_id,
+                "included_in_balanced_subset": True,
+            }
             for j in range(2):
                 model = {"model_name": f"sample-{j}", "model_provider": "sample"}
                 verdict = {"score": scores[j], "if_chosen": j == best, "within_turn_id": j}
-                history.append({"turn": 0, "role": "model", "content": replies[j], **model, **verdict})
+                history.append(
+                    {"turn": 0, "role": "model", "content": replies[j], **model, **verdict}
+                )
                 yield (
                     "utterances.jsonl",
-                    {"utterance_id": f"ut{utterance_number}", "interaction_id": f"int{conversation_number - 1}"}
+                    {
+                        "utterance_id": f"ut{utterance_number}",
+                        "interaction_id": f"int{conversation_number - 1}",
+                    }
                     | shared
-                    | {"turn": 0, "conversation_type": "unguided", "user_prompt": prompt, "model_response": replies[j]}
+                    | {
+                        "turn": 0,
+                        "conversation_type": "unguided",
+                        "user_prompt": prompt,
+                        "model_response": replies[j],
+                    }
                     | model
                     | verdict,
                 )
@@ -225,9 +282,21 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield (
                 "conversations.jsonl",
                 shared
-                | {"generated_datetime": when, "timing_duration_s": 60.0, "timing_duration_mins": 1.0}
-                | {"conversation_type": "unguided", "opening_prompt": prompt, "conversation_turns": 1}
-                | {"conversation_history": history, "performance_attributes": none, "choice_attributes": none}
+                | {
+                    "generated_datetime": when,
+                    "timing_duration_s": 60.0,
+                    "timing_duration_mins": 1.0,
+                }
+                | {
+                    "conversation_type": "unguided",
+                    "opening_prompt": prompt,
+                    "conversation_turns": 1,
+                }
+                | {
+                    "conversation_history": history,
+                    "performance_attributes": none,
+                    "choice_attributes": none,
+                }
                 | {"open_feedback": ""},
             )
         yield (
@@ -238,7 +307,8 @@ def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
-    """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl: the truth behind."""
+    """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl:
+    the truth behind."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl", "latents.jsonl")
     files = {name: (folder / name).open("w", encoding="utf-8") for name in names}
@@ -250,10 +320,14 @@ def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
             file.close()
 
 
-# ---- the best that any model could do -------------------------------------------------------------------------------
+# ---- the best that any model could do
+# -------------------------------------------------------------------------------
 
 _REPLIES = {
-    reply: (a, p) for a, sides in enumerate(ATTRIBUTES) for p, pole in enumerate(sides) for reply in pole.replies
+    reply: (a, p)
+    for a, sides in enumerate(ATTRIBUTES)
+    for p, pole in enumerate(sides)
+    for reply in pole.replies
 }
 _ITEM = {pole.item: (a, p) for a, sides in enumerate(ATTRIBUTES) for p, pole in enumerate(sides)}
 _STATES = [
@@ -263,7 +337,10 @@ _STATES = [
 ]
 # pole that each state prefers in each attribute, -1 where it does not care
 _POLES = np.array(
-    [[dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))] for s in _STATES]
+    [
+        [dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))]
+        for s in _STATES
+    ]
 )
 _PRIOR = np.ones(len(_STATES))  # weights; all states are equally likely
 _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
@@ -287,7 +364,9 @@ def _posterior(user: User) -> np.ndarray:
             weights *= np.where(cares, 1 - STATED, 1 - 2 * STRAY)
     for shot in user.shots:
         a, pole = read_reply(shot.chosen)
-        weights *= np.where(_POLES[:, a] < 0, 0.0, np.where(_POLES[:, a] == pole, _RIGHT, 1 - _RIGHT) / NUM_ACTIVE)
+        weights *= np.where(
+            _POLES[:, a] < 0, 0.0, np.where(_POLES[:, a] == pole, _RIGHT, 1 - _RIGHT) / NUM_ACTIVE
+        )
     return weights / weights.sum()
 
 
@@ -304,13 +383,14 @@ def _accuracies(weights: np.ndarray, user: User) -> list[float]:
 def bayes_optimum(users: Iterable[User]) -> dict[str, float]:
     """Expected accuracy, on the users' held-out pairs, of the best classifier.
 
-    It sees nothing of the user ("no_signals"), the self-description and past pairs ("signals"), or the true preferences
-    ("latent").
-    """
+    It sees nothing of the user ("no_signals"), the self-description and past pairs ("signals"), or
+    the true preferences ("latent")."""
     values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
     for user in users:
         truth = {_ITEM[item] for item in user.oracle.split(SEPARATOR)}
-        known = np.array([{(a, p) for a, p in enumerate(row) if p >= 0} == truth for row in _POLES], float)
+        known = np.array(
+            [{(a, p) for a, p in enumerate(row) if p >= 0} == truth for row in _POLES], float
+        )
         values["no_signals"] += _accuracies(_PRIOR, user)
         values["signals"] += _accuracies(_posterior(user), user)
         values["latent"] += _accuracies(known, user)

@@ -1,4 +1,5 @@
-"""Which split a user belongs to: a function of the name alone, never of the order or number of rows."""
+"""Which split a user belongs to: a function of the name alone, never of the order or number of
+rows."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,18 +8,24 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_of(name: str, validation_fraction: float, test_fraction: float) -> str:
-    """Returns train, validation or test by the sha256 of `name`; test does not depend on validation_fraction."""
+    """Returns train, validation or test by the sha256 of `name`; test does not depend on
+    validation_fraction."""
     place = _place(name)
     if place < test_fraction:
         return "test"
     return "validation" if place < test_fraction + validation_fraction else "train"
 
 
-def split_topics(topics: Iterable[str], validation_fraction: float, test_fraction: float) -> dict[str, str]:
-    """Returns the split of each topic: topics in the order of their sha256, at least one for each fraction above 0."""
+def split_topics(
+    topics: Iterable[str], validation_fraction: float, test_fraction: float
+) -> dict[str, str]:
+    """Returns the split of each topic: topics in the order of their sha256, at least one for each
+    fraction above 0."""
     order = sorted(set(topics), key=_place)
     num_test = max(1, round(test_fraction * len(order))) if test_fraction > 0 else 0
-    num_validation = max(1, round(validation_fraction * len(order))) if validation_fraction > 0 else 0
+    num_validation = (
+        max(1, round(validation_fraction * len(order))) if validation_fraction > 0 else 0
+    )
     splits = ["test"] * num_test + ["validation"] * num_validation
     return dict(zip(order, splits + ["train"] * len(order), strict=False))
 

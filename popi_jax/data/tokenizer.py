@@ -1,4 +1,5 @@
-"""The tokenizer of both roles and its chat template, read from and written to the files of Hugging Face tools.
+"""The tokenizer of both roles and its chat template, read from and written to the files of Hugging
+Face tools.
 
 Refuses to let text of the data become a control token. Needs neither jax nor torch.
 """
@@ -26,28 +27,45 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_PINNED_DATE = datetime.datetime(2024, 7, 26)  # for templates that write today's date: prompts must be reproducible
-_SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")  # stands for a message's content while the template is rendered
+_PINNED_DATE = datetime.datetime(
+    2024, 7, 26
+)  # for templates that write today's date: prompts must be reproducible
+_SENTINEL = re.compile(
+    "\ue000Content([0-9]+)\ue001"
+)  # stands for a message's content while the template is rendered
 
 
 class Tokenizer:
-    """Text <-> token ids, and conversations -> token ids. Immutable, picklable, usable from many threads.
+    """Text <-> token ids, and conversations -> token ids. Immutable, picklable, usable from many
+    threads.
 
-    `bos`, `eos` and `pad` are the names that the chat template gets ("" = none). `eos_id` is the token that ends a
-    reply: the first control token that the template writes after an assistant's content, else `eos`.
+    `bos`, `eos` and `pad` are the names that the chat template gets ("" = none). `eos_id` is the
+    token that ends a reply: the first control token that the template writes after an assistant's
+    content, else `eos`.
 
     Raises: UserError when the serialised tokenizer, a token name or the chat template is broken.
     """
 
-    def __init__(self, tokenizer_json: str, chat_template: str, *, bos: str, eos: str, pad: str, source: str) -> None:
+    def __init__(
+        self, tokenizer_json: str, chat_template: str, *, bos: str, eos: str, pad: str, source: str
+    ) -> None:
         self._state = (tokenizer_json, chat_template, bos, eos, pad, source)
-        self.chat_template, self.bos, self.eos, self.pad, self.source = chat_template, bos, eos, pad, source
-        # Two copies: whether control tokens are recognised is a mutable switch of the object, and threads share us.
+        self.chat_template, self.bos, self.eos, self.pad, self.source = (
+            chat_template,
+            bos,
+            eos,
+            pad,
+            source,
+        )
+        # Two copies: whether control tokens are recognised is a mutable switch of the object, and
+        # threads share us.
         self._control = _backend(tokenizer_json, source)
         self._plain = _backend(_all_control_marked(tokenizer_json, chat_template), source)
         self._plain.encode_special_tokens = True
         self._template = _compile(chat_template, source)
-        self._frames: dict[tuple[str, ...], list[list[int] | int]] = {}  # a memo: templates are slow to render
+        self._frames: dict[
+            tuple[str, ...], list[list[int] | int]
+        ] = {}  # a memo: templates are slow to render
         self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
         added = self._control.get_added_tokens_decoder().items()
         self.control_ids = frozenset(i for i, token in added if token.special)
@@ -59,7 +77,8 @@ class Tokenizer:
         return _rebuild, self._state
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; the name of a control token inside it is spelled out, never the control token."""
+        """Token ids of plain text; the name of a control token inside it is spelled out, never the
+        control token."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -67,16 +86,18 @@ class Tokenizer:
         return self._control.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
-        """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a message's content.
+        """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a
+        message's content.
 
-        The template's own text is encoded with control tokens, contents (stripped of outer white space) without, and
-        each piece by itself: nothing merges across a border. `cut` must be a string that no content holds by accident.
-        A conversation starts with one begin token where the template writes one, or where the tokenizer puts one before
-        any text; with none where neither does. A template that refuses or drops system messages gets the system
-        message at the head of the first user message, as Gemma 3's own template puts it.
+        The template's own text is encoded with control tokens, contents (stripped of outer white
+        space) without, and each piece by itself: nothing merges across a border. `cut` must be a
+        string that no content holds by accident. A conversation starts with one begin token where
+        the template writes one, or where the tokenizer puts one before any text; with none where
+        neither does. A template that refuses or drops system messages gets the system message at
+        the head of the first user message, as Gemma 3's own template puts it.
 
-        Raises: UserError when the template refuses the conversation, or drops, repeats or changes a content.
-        """
+        Raises: UserError when the template refuses the conversation, or drops, repeats or changes a
+        content."""
         pieces: list[list[int]] = [[]]
         for part in self._frame(tuple(m["role"] for m in messages)):
             if isinstance(part, list):
@@ -97,11 +118,14 @@ class Tokenizer:
         try:
             state = [json.loads(text)[field] for field in _FIELDS]
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"stored tokenizer: not readable ({type(e).__name__}: {e}); start the run anew") from None
+            raise UserError(
+                f"stored tokenizer: not readable ({type(e).__name__}: {e}); start the run anew"
+            ) from None
         return _rebuild(*state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the same ids from them."""
+        """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the
+        same ids from them."""
         names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
         names = {key: name for key, name in names.items() if name}
         config = {
@@ -116,17 +140,25 @@ class Tokenizer:
         out = epath.Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         (out / "tokenizer.json").write_text(self._state[0], encoding="utf-8")
-        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
-            (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", names),
+        ):
+            (out / name).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
     def _id(self, token: str, field: str) -> int:
         found = self._control.token_to_id(token)
         if found is None:
-            raise UserError(f'{self.source}: {field} "{token}" is not in the vocabulary of tokenizer.json')
+            raise UserError(
+                f'{self.source}: {field} "{token}" is not in the vocabulary of tokenizer.json'
+            )
         return found
 
     def _frame(self, roles: tuple[str, ...]) -> list[list[int] | int]:
-        """What the template writes around messages with these roles: token ids, and message numbers in their place."""
+        """What the template writes around messages with these roles: token ids, and message numbers
+        in their place."""
         if roles not in self._frames:
             try:
                 text = self._fill(roles, add_generation_prompt=True)
@@ -157,8 +189,11 @@ class Tokenizer:
         return [self.bos_id] * expected + ids[count:] if self.bos_id is not None else ids
 
     def _fill(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
-        """The rendered template of messages with these roles, with a sentinel in place of each content."""
-        messages = [{"role": role, "content": f"\ue000Content{i}\ue001"} for i, role in enumerate(roles)]
+        """The rendered template of messages with these roles, with a sentinel in place of each
+        content."""
+        messages = [
+            {"role": role, "content": f"\ue000Content{i}\ue001"} for i, role in enumerate(roles)
+        ]
         try:
             text = self._template.render(
                 messages=messages,
@@ -169,7 +204,9 @@ class Tokenizer:
                 pad_token=self.pad,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:
-            raise UserError(f"{self.source}: the chat template refuses the roles {', '.join(roles)}: {e}") from None
+            raise UserError(
+                f"{self.source}: the chat template refuses the roles {', '.join(roles)}: {e}"
+            ) from None
         found = [int(number) for number in _SENTINEL.findall(text)]
         if sorted(found) != list(range(len(roles))):
             raise UserError(
@@ -197,16 +234,19 @@ _TRAINED = "trained tokenizer"  # `source` of a tokenizer made here
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns a byte-level byte-pair encoding of at most `vocab_size` tokens; the same texts give the same tokenizer.
+    """Learns a byte-level byte-pair encoding of at most `vocab_size` tokens; the same texts give
+    the same tokenizer.
 
-    A word has one form at the start of a text and after a space (a space is put before each text); so a space before a
-    text is not restored by `decode`.
+    A word has one form at the start of a text and after a space (a space is put before each text);
+    so a space before a text is not restored by `decode`.
 
     Raises: UserError when `vocab_size` does not hold the 256 bytes and the control tokens.
     """
     least = 256 + len(CONTROL_TOKENS)
     if vocab_size < least:
-        raise UserError(f"model.vocab_size: {vocab_size} is too small; the bytes and control tokens alone need {least}")
+        raise UserError(
+            f"model.vocab_size: {vocab_size} is too small; the bytes and control tokens alone need {least}"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
@@ -218,32 +258,50 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend.to_str(), CHAT_TEMPLATE, bos="<|begin|>", eos="<|end|>", pad="<|pad|>", source=_TRAINED)
+    return Tokenizer(
+        backend.to_str(),
+        CHAT_TEMPLATE,
+        bos="<|begin|>",
+        eos="<|end|>",
+        pad="<|pad|>",
+        source=_TRAINED,
+    )
 
 
 def load(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the chat template.
+    """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the
+    chat template.
 
     Raises: UserError when a file is missing or broken, or no chat template is found.
     """
     root = epath.Path(folder)
     if not root.is_dir():
-        raise UserError(f"model.checkpoint: {root} is not a folder; give a Hugging Face folder with tokenizer.json")
+        raise UserError(
+            f"model.checkpoint: {root} is not a folder; give a Hugging Face folder with tokenizer.json"
+        )
     if not (root / "tokenizer.json").is_file():
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        raise UserError(f"{root}/tokenizer.json: not found (the folder holds {found}); slow tokenizers are not read")
+        raise UserError(
+            f"{root}/tokenizer.json: not found (the folder holds {found}); slow tokenizers are not read"
+        )
     config = _read_json(root / "tokenizer_config.json")
-    if (root / "special_tokens_map.json").is_file():  # the names, where tokenizer_config.json leaves them out
+    if (
+        root / "special_tokens_map.json"
+    ).is_file():  # the names, where tokenizer_config.json leaves them out
         config = _read_json(root / "special_tokens_map.json") | config
     tokenizer_json = _read_text(root / "tokenizer.json")
     names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     if not names["eos_token"]:
         names["eos_token"] = _eos_from_model(root, _backend(tokenizer_json, str(root)))
     bos, eos, pad = names.values()
-    return Tokenizer(tokenizer_json, _chat_template(root, config), bos=bos, eos=eos, pad=pad, source=str(root))
+    return Tokenizer(
+        tokenizer_json, _chat_template(root, config), bos=bos, eos=eos, pad=pad, source=str(root)
+    )
 
 
-def _rebuild(tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str) -> Tokenizer:
+def _rebuild(
+    tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str
+) -> Tokenizer:
     return Tokenizer(tokenizer_json, chat_template, bos=bos, eos=eos, pad=pad, source=source)
 
 
@@ -251,14 +309,17 @@ def _backend(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(tokenizer_json)
     except Exception as e:  # the library raises plain Exception for every defect of the file
-        raise UserError(f"{source}: tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}") from None
+        raise UserError(
+            f"{source}: tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}"
+        ) from None
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _all_control_marked(tokenizer_json: str, chat_template: str) -> str:
-    """Marks as special what the template uses as control tokens though the file calls them text (Qwen 3's <think>)."""
+    """Marks as special what the template uses as control tokens though the file calls them text
+    (Qwen 3's <think>)."""
     try:
         state = json.loads(tokenizer_json)
         for token in state["added_tokens"]:
@@ -277,7 +338,9 @@ def _compile(chat_template: str, source: str) -> jinja2.Template:
     )
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = _PINNED_DATE.strftime
-    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     try:
         return env.from_string(chat_template)
     except jinja2.TemplateSyntaxError as e:
@@ -288,12 +351,16 @@ def _chat_template(root: epath.Path, config: dict[str, Any]) -> str:
     if (root / "chat_template.jinja").is_file():
         return _read_text(root / "chat_template.jinja")
     template = config.get("chat_template")
-    if template is None and (root / "chat_template.json").is_file():  # of processors for text and images
+    if (
+        template is None and (root / "chat_template.json").is_file()
+    ):  # of processors for text and images
         template = _read_json(root / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         if "default" not in named:
-            raise UserError(f'{root}/tokenizer_config.json: chat_template names {sorted(named)}, but not "default"')
+            raise UserError(
+                f'{root}/tokenizer_config.json: chat_template names {sorted(named)}, but not "default"'
+            )
         template = named["default"]
     if not isinstance(template, str):
         raise UserError(

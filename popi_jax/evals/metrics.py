@@ -1,4 +1,5 @@
-"""Preference margins of pairs -> accuracy, its standard error and nats per pair. numpy, float64, on the host."""
+"""Preference margins of pairs -> accuracy, its standard error and nats per pair. numpy, float64, on
+the host."""
 
 from typing import NamedTuple
 
@@ -7,20 +8,24 @@ from jaxtyping import Bool, Float
 
 
 class Score(NamedTuple):
-    accuracy: float  # share of the pairs whose margin is above 0; a margin of exactly 0 counts one half
+    accuracy: (
+        float  # share of the pairs whose margin is above 0; a margin of exactly 0 counts one half
+    )
     stderr: float  # of the accuracy, clustered by user; NaN with fewer than two users
     n: int  # pairs
     nats: float  # mean of -log sigmoid(margin); log 2 = 0.693 for a model that cannot tell
 
 
-def score_pairs(margins: Float[np.ndarray, "users pairs"], mask: Bool[np.ndarray, "users pairs"]) -> Score:
-    """Scores the pairs that `mask` counts; margins are in nats, positive where the chosen reply is preferred.
+def score_pairs(
+    margins: Float[np.ndarray, "users pairs"], mask: Bool[np.ndarray, "users pairs"]
+) -> Score:
+    """Scores the pairs that `mask` counts; margins are in nats, positive where the chosen reply is
+    preferred.
 
-    The pairs of a user are not independent. So the accuracy is taken as a ratio of two sums over the U users that have
-    a counted pair, S_u right answers and n_u pairs, and its standard error is that of the linearised ratio estimator:
-    sqrt(U / (U - 1) * sum_u (S_u - accuracy * n_u)^2) / sum_u n_u.
-    Raises: ValueError when no pair is counted, or a counted margin is not finite.
-    """
+    The pairs of a user are not independent. So the accuracy is taken as a ratio of two sums over
+    the U users that have a counted pair, S_u right answers and n_u pairs, and its standard error is
+    that of the linearised ratio estimator: sqrt(U / (U - 1) * sum_u (S_u - accuracy * n_u)^2) /
+    sum_u n_u. Raises: ValueError when no pair is counted, or a counted margin is not finite."""
     counts = mask.sum(axis=1)
     n = int(counts.sum())
     if n == 0:
@@ -32,6 +37,8 @@ def score_pairs(margins: Float[np.ndarray, "users pairs"], mask: Bool[np.ndarray
     accuracy = right.sum() / n
     num_users = int((counts > 0).sum())
     residuals = right - accuracy * counts
-    variance = num_users / (num_users - 1) * np.sum(residuals**2) / n**2 if num_users > 1 else np.nan
+    variance = (
+        num_users / (num_users - 1) * np.sum(residuals**2) / n**2 if num_users > 1 else np.nan
+    )
     nats = np.where(mask, np.logaddexp(0.0, -values), 0.0).sum() / n
     return Score(float(accuracy), float(np.sqrt(variance)), n, float(nats))

@@ -1,8 +1,8 @@
-"""What the generator makes of each kind of context, on the same users and pairs, before and after training.
+"""What the generator makes of each kind of context, on the same users and pairs, before and after
+training.
 
-Three programs do everything: greedy summaries, sampled summaries, and log-probs of pairs behind a given text. The
-parameters are arguments, so each is compiled once per shape. Touches no file.
-"""
+Three programs do everything: greedy summaries, sampled summaries, and log-probs of pairs behind a
+given text. The parameters are arguments, so each is compiled once per shape. Touches no file."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +27,14 @@ from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
 from popi_jax.sharding import Rules, replicated, spec
 
-CONDITIONS = ("no_signals", "raw_signals", "summary_before_rl", "summary", "other_user_summary", "oracle")
+CONDITIONS = (
+    "no_signals",
+    "raw_signals",
+    "summary_before_rl",
+    "summary",
+    "other_user_summary",
+    "oracle",
+)
 _KEY = 3  # folded into the key of the seed; training uses 0 to 2
 
 
@@ -39,7 +46,8 @@ class Models(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One condition: the generator sees `context_tokens` tokens about the user; fields as in metrics.Score."""
+    """One condition: the generator sees `context_tokens` tokens about the user; fields as in
+    metrics.Score."""
 
     condition: str
     decoding: str  # of the summary: greedy | sampled (temperature 1) | none: it is no summary of the inference model
@@ -79,21 +87,26 @@ def evaluate(
     mesh: Mesh,
     advance: Callable[[], None],
 ) -> Evaluation:
-    """Scores the users' pairs under all conditions; `advance` is called after each batch of each pass.
+    """Scores the users' pairs under all conditions; `advance` is called after each batch of each
+    pass.
 
-    The text about the user, in the place of the summary, is: nothing (no_signals), the raw signals cut to
-    `data.context_len` tokens (raw_signals), a summary by the inference model as it was `before` (summary_before_rl) or
-    `trained` (summary), that summary of another person (other_user_summary), the true persona (oracle; only users who
-    have one). Summaries are drawn as `sampling` says, at temperature 0 and 1. The generator is the trained one in all
-    rows. Margins are those of the objective of training; their reference, if they have one, is the generator `before`,
-    without any text unless `generator.reference` says otherwise. Where both are equal, no_signals has margins of 0.
-    """
+    The text about the user, in the place of the summary, is: nothing (no_signals), the raw signals
+    cut to `data.context_len` tokens (raw_signals), a summary by the inference model as it was
+    `before` (summary_before_rl) or `trained` (summary), that summary of another person
+    (other_user_summary), the true persona (oracle; only users who have one). Summaries are drawn as
+    `sampling` says, at temperature 0 and 1. The generator is the trained one in all rows. Margins
+    are those of the objective of training; their reference, if they have one, is the generator
+    `before`, without any text unless `generator.reference` says otherwise. Where both are equal,
+    no_signals has margins of 0."""
     batches = list(eval_batches(users, tokenizer, config))
     placed = [place(batch.batch, mesh, model.rules) for batch in batches]
     size = config.evaluation.batch_users
     num_users = len(users)
     mask = np.concatenate([batch.batch.pair_mask for batch in batches])[:num_users]
-    score = jax.jit(partial(_text_logps, model=model, prefix=glue.generator_prefix), out_shardings=replicated(mesh))
+    score = jax.jit(
+        partial(_text_logps, model=model, prefix=glue.generator_prefix),
+        out_shardings=replicated(mesh),
+    )
 
     def logps(params: Params, text: Tokens) -> PairLogps:
         results = []
@@ -104,18 +117,33 @@ def evaluate(
             advance()
         return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[:num_users]), *results)
 
-    nothing = Tokens(np.zeros((num_users, config.data.summary_len), np.int32), np.zeros(num_users, np.int32))
+    nothing = Tokens(
+        np.zeros((num_users, config.data.summary_len), np.int32), np.zeros(num_users, np.int32)
+    )
     objective = preference_objective(config)
-    sides = ([getattr(batch.batch, side).lengths for batch in batches] for side in PairLengths._fields)
+    sides = (
+        [getattr(batch.batch, side).lengths for batch in batches] for side in PairLengths._fields
+    )
     lengths = PairLengths(*(jnp.asarray(np.concatenate(side)[:num_users]) for side in sides))
     sees_text = config.generator.reference == "summary"
-    unseen = logps(before.generator, nothing) if objective.needs_reference and not sees_text else None
+    unseen = (
+        logps(before.generator, nothing) if objective.needs_reference and not sees_text else None
+    )
 
-    def row(condition: str, decoding: str, text: Tokens, counted: np.ndarray, params: Params) -> Row:
-        reference = logps(before.generator, text) if objective.needs_reference and sees_text else unseen
+    def row(
+        condition: str, decoding: str, text: Tokens, counted: np.ndarray, params: Params
+    ) -> Row:
+        reference = (
+            logps(before.generator, text) if objective.needs_reference and sees_text else unseen
+        )
         margins = margins_of(logps(params, text), lengths, reference, objective=objective)
         seen = counted.any(axis=1)
-        return Row(condition, decoding, *score_pairs(np.asarray(margins), counted), float(text.lengths[seen].mean()))
+        return Row(
+            condition,
+            decoding,
+            *score_pairs(np.asarray(margins), counted),
+            float(text.lengths[seen].mean()),
+        )
 
     texts = [
         ("no_signals", "none", nothing, mask),
@@ -127,25 +155,35 @@ def evaluate(
         drawn = sampling._replace(temperature=temperature)
         program = summarizer(model=model, glue=glue, sampling=drawn, seed=config.seed, mesh=mesh)
         early = summarize(program, before.inference, placed, num_users, advance)
-        late = of_trained[decoding] = summarize(program, trained.inference, placed, num_users, advance)
+        late = of_trained[decoding] = summarize(
+            program, trained.inference, placed, num_users, advance
+        )
         texts += [
             ("summary_before_rl", decoding, early, mask),
             ("summary", decoding, late, mask),
             ("other_user_summary", decoding, _take(late, other), mask & differs[:, None]),
         ]
-    oracle = Tokens(*(np.concatenate(parts)[:num_users] for parts in zip(*(b.oracle for b in batches), strict=True)))
+    oracle = Tokens(
+        *(
+            np.concatenate(parts)[:num_users]
+            for parts in zip(*(b.oracle for b in batches), strict=True)
+        )
+    )
     known = mask & (oracle.lengths > 0)[:, None]
     texts.append(("oracle", "none", oracle, known))
     texts.sort(key=lambda text: CONDITIONS.index(text[0]))  # keeps greedy before sampled
     rows = [row(*text, trained.generator) for text in texts if text[3].any()]
-    drifted = {"oracle": row("oracle", "none", oracle, known, before.generator)} if known.any() else {}
+    drifted = (
+        {"oracle": row("oracle", "none", oracle, known, before.generator)} if known.any() else {}
+    )
     return Evaluation(rows, drifted, of_trained["greedy"])
 
 
 def summarizer(
     *, model: TransformerConfig, glue: Glue, sampling: Sampling, seed: int, mesh: Mesh
 ) -> Callable[[Params, UserBatch], Tokens]:
-    """Compiles (params, users) -> one summary per user [users seq], without end tokens; every process gets all."""
+    """Compiles (params, users) -> one summary per user [users seq], without end tokens; every
+    process gets all."""
     parts = partial(_summaries, model=model, glue=glue, sampling=sampling, seed=seed)
     return jax.jit(parts, out_shardings=replicated(mesh))
 
@@ -165,12 +203,14 @@ def summarize(
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *results)
 
 
-def other_persons(user_ids: Sequence[str]) -> tuple[Int[np.ndarray, " users"], Bool[np.ndarray, " users"]]:
+def other_persons(
+    user_ids: Sequence[str],
+) -> tuple[Int[np.ndarray, " users"], Bool[np.ndarray, " users"]]:
     """For each user the number of another one, and whether that is another person.
 
-    The users are rotated by the least number of places that gives the fewest of them a summary of themselves. A person
-    whose signals were drawn several times is "ann", "ann#2", ...: one person still.
-    """
+    The users are rotated by the least number of places that gives the fewest of them a summary of
+    themselves. A person whose signals were drawn several times is "ann", "ann#2", ...: one person
+    still."""
     _, persons = np.unique([user_id.split("#")[0] for user_id in user_ids], return_inverse=True)
     places = np.arange(len(persons))
     same = [int((persons == np.roll(persons, -shift)).sum()) for shift in range(1, len(persons))]
@@ -181,11 +221,19 @@ def other_persons(user_ids: Sequence[str]) -> tuple[Int[np.ndarray, " users"], B
 def place(batch: Any, mesh: Mesh, rules: Rules) -> Any:
     """Puts arrays that every process holds whole on the mesh, split along the leading axis."""
     sharding = NamedSharding(mesh, spec(("batch",), rules))
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
 
 
 def _summaries(
-    params: Params, users: UserBatch, *, model: TransformerConfig, glue: Glue, sampling: Sampling, seed: int
+    params: Params,
+    users: UserBatch,
+    *,
+    model: TransformerConfig,
+    glue: Glue,
+    sampling: Sampling,
+    seed: int,
 ) -> Tokens:
     key = jax.random.fold_in(jax.random.key(seed), _KEY)
     drawn = rollout(params, users, key, model=model, glue=glue, sampling=sampling, group_size=1)
@@ -194,7 +242,12 @@ def _summaries(
 
 
 def _text_logps(
-    params: Params, text: Tokens, users: UserBatch, *, model: TransformerConfig, prefix: tuple[int, ...]
+    params: Params,
+    text: Tokens,
+    users: UserBatch,
+    *,
+    model: TransformerConfig,
+    prefix: tuple[int, ...],
 ) -> PairLogps:
     """Log-probs of the replies [users pairs] behind a text [users 1 seq] without end token."""
     contexts = splice(prefix, text, jnp.zeros(text.lengths.shape, bool))

@@ -1,9 +1,10 @@
-"""Group-relative policy gradients (GRPO, arXiv 2402.03300, and its kin) for the summaries of a user.
+"""Group-relative policy gradients (GRPO, arXiv 2402.03300, and its kin) for the summaries of a
+user.
 
-docs/objectives.md has the table of variants. Losses are returned as sums and their weights: those of the parts of a
-batch add up to those of the whole, and one division at the end makes the loss. Old log-probs are those of the policy
-that sampled, at the temperature of the sampling, and so are `logps` and the reference's.
-"""
+docs/objectives.md has the table of variants. Losses are returned as sums and their weights: those
+of the parts of a batch add up to those of the whole, and one division at the end makes the loss.
+Old log-probs are those of the policy that sampled, at the temperature of the sampling, and so are
+`logps` and the reference's."""
 
 import dataclasses
 from typing import NamedTuple
@@ -31,15 +32,18 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 def group_advantages(
     rewards: Float[Array, "users group"], *, scale: str, baseline: str = "group"
 ) -> Float[Array, "users group"]:
-    """(reward - baseline) / (scale + 1e-4); exactly 0 where the rewards that it compares are all equal.
+    """(reward - baseline) / (scale + 1e-4); exactly 0 where the rewards that it compares are all
+    equal.
 
-    Baselines: "group", the mean of the user's G rewards (GRPO); "leave_one_out", that of the other G - 1 (RLOO, arXiv
-    2402.14740: G / (G - 1) times the former); "batch", the mean of all rewards (REINFORCE with a baseline).
+    Baselines: "group", the mean of the user's G rewards (GRPO); "leave_one_out", that of the other
+    G - 1 (RLOO, arXiv 2402.14740: G / (G - 1) times the former); "batch", the mean of all rewards
+    (REINFORCE with a baseline).
 
-    Scales: "none" (Dr. GRPO, arXiv 2503.20783); "group", the standard deviation of the group (GRPO); "batch_rewards",
-    that of all rewards (TRL "batch", REINFORCE++); "batch", that of all centred rewards, without the differences
-    between users and biased: a group whose summaries hardly differ weighs little; "whiten", less the mean of all
-    advantages, over their standard deviation (TRL's RLOO with normalize_advantages). Unbiased but for "batch".
+    Scales: "none" (Dr. GRPO, arXiv 2503.20783); "group", the standard deviation of the group
+    (GRPO); "batch_rewards", that of all rewards (TRL "batch", REINFORCE++); "batch", that of all
+    centred rewards, without the differences between users and biased: a group whose summaries
+    hardly differ weighs little; "whiten", less the mean of all advantages, over their standard
+    deviation (TRL's RLOO with normalize_advantages). Unbiased but for "batch".
 
     Raises ValueError for an unknown name, and for a group of one that must be compared with itself.
     """
@@ -47,7 +51,9 @@ def group_advantages(
     _one_of("baseline", baseline, BASELINES)
     group = rewards.shape[-1]
     if group < 2 and (scale == "group" or baseline == "leave_one_out"):
-        raise ValueError(f"scale {scale!r} with baseline {baseline!r} needs groups of two summaries or more")
+        raise ValueError(
+            f"scale {scale!r} with baseline {baseline!r} needs groups of two summaries or more"
+        )
     axis = None if baseline == "batch" else -1
     centred = rewards - jnp.mean(rewards, axis=axis, keepdims=True)
     # the mean of equal numbers may differ from them in the last bit, which 1e-4 would magnify
@@ -68,13 +74,17 @@ def group_advantages(
 
 
 def kl_estimates(
-    logps: Float[Array, "users group seq"], reference_logps: Float[Array, "users group seq"], *, estimator: str = "k3"
+    logps: Float[Array, "users group seq"],
+    reference_logps: Float[Array, "users group seq"],
+    *,
+    estimator: str = "k3",
 ) -> Float[Array, "users group seq"]:
-    """An estimate of KL(policy || reference) at each token that the policy sampled (nats), d = log ref - log policy.
+    """An estimate of KL(policy || reference) at each token that the policy sampled (nats), d = log
+    ref - log policy.
 
-    k1 = -d, unbiased; k2 = d^2 / 2, biased, >= 0; k3 = exp(d) - d - 1, unbiased, >= 0 (Schulman, "Approximating KL
-    divergence", 2020). Their gradients are another matter: see `PolicyObjective.kl`.
-    """
+    k1 = -d, unbiased; k2 = d^2 / 2, biased, >= 0; k3 = exp(d) - d - 1, unbiased, >= 0 (Schulman,
+    "Approximating KL divergence", 2020). Their gradients are another matter: see
+    `PolicyObjective.kl`."""
     _one_of("estimator", estimator, ESTIMATORS)
     log_ratio = reference_logps - logps
     match estimator:
@@ -90,33 +100,41 @@ def summed_kl(
     reference_logps: Float[Array, "users group seq"],
     mask: Bool[Array, "users group seq"],
 ) -> Float[Array, "users group"]:
-    """k1 of whole samples (nats), for `summary_rewards`: sum over tokens of log policy - log ref, without gradient.
+    """k1 of whole samples (nats), for `summary_rewards`: sum over tokens of log policy - log ref,
+    without gradient.
 
-    In the reward k1 is the right estimator: the gradient of E[reward] is then that of the KL (TRL's RLOO).
-    """
-    estimates = kl_estimates(*(jnp.where(mask, x, 0.0) for x in (logps, reference_logps)), estimator="k1")
+    In the reward k1 is the right estimator: the gradient of E[reward] is then that of the KL (TRL's
+    RLOO)."""
+    estimates = kl_estimates(
+        *(jnp.where(mask, x, 0.0) for x in (logps, reference_logps)), estimator="k1"
+    )
     return jax.lax.stop_gradient(jnp.sum(jnp.where(mask, estimates, 0.0), axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyObjective:
-    """Static settings of the policy loss. The defaults are those of this project, not of GRPO: see docs/objectives.md.
+    """Static settings of the policy loss. The defaults are those of this project, not of GRPO: see
+    docs/objectives.md.
 
-    ratio: "token", r_t = pi / old of each token; "sequence", their geometric mean over the sample (GSPO, arXiv
-    2507.18071); "sequence_token", that value with the gradient of each token (GSPO-token).
+    ratio: "token", r_t = pi / old of each token; "sequence", their geometric mean over the sample
+    (GSPO, arXiv 2507.18071); "sequence_token", that value with the gradient of each token
+    (GSPO-token).
 
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high > clip_low is clip-higher
-    (DAPO, arXiv 2503.14476). clip_max: where the advantage is negative the ratio is bounded too (TRL "delta", the dual
-    clip of arXiv 1912.09729), to what should exceed 1 + clip_high; None: unbounded.
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high > clip_low
+    is clip-higher (DAPO, arXiv 2503.14476). clip_max: where the advantage is negative the ratio is
+    bounded too (TRL "delta", the dual clip of arXiv 1912.09729), to what should exceed 1 +
+    clip_high; None: unbounded.
 
-    normalise: what the sum over tokens is divided by. "samples": their number. "sequences": each sample's tokens, then
-    the number of samples (GRPO). "tokens": all tokens of the batch (DAPO; BNPO where the batch is one part). "max_len":
-    samples times `max_len` (Dr. GRPO). A sample without a token counts among the samples.
+    normalise: what the sum over tokens is divided by. "samples": their number. "sequences": each
+    sample's tokens, then the number of samples (GRPO). "tokens": all tokens of the batch (DAPO;
+    BNPO where the batch is one part). "max_len": samples times `max_len` (Dr. GRPO). A sample
+    without a token counts among the samples.
 
-    kl: the estimator that is added to the loss, times kl_coef. k3 (GRPO) is unbiased as a value; its gradient is that
-    of KL(ref || policy), equal to the right one to first order at the reference. k2 has the right gradient on samples
-    of the present policy, and so has k3 with kl_corrected, i.e. times the ratio (TRL "use_bias_correction_kl"), which
-    also corrects for old samples. k1 is refused: its gradient, that of log pi at the policy's own samples, is 0 in
+    kl: the estimator that is added to the loss, times kl_coef. k3 (GRPO) is unbiased as a value;
+    its gradient is that of KL(ref || policy), equal to the right one to first order at the
+    reference. k2 has the right gradient on samples of the present policy, and so has k3 with
+    kl_corrected, i.e. times the ratio (TRL "use_bias_correction_kl"), which also corrects for old
+    samples. k1 is refused: its gradient, that of log pi at the policy's own samples, is 0 in
     expectation, whatever the reference; it belongs in the reward (`summed_kl`).
 
     entropy_coef: weight of the mean entropy per token, which is subtracted.
@@ -143,11 +161,17 @@ class PolicyObjective:
             )
         _one_of("kl", self.kl, ("k2", "k3"))
         if self.kl_corrected and self.kl != "k3":
-            raise ValueError(f"kl_corrected goes with kl 'k3', not {self.kl!r}, whose gradient it would make wrong")
+            raise ValueError(
+                f"kl_corrected goes with kl 'k3', not {self.kl!r}, whose gradient it would make wrong"
+            )
         if self.clip_max is not None and self.clip_max <= 1.0:
-            raise ValueError(f"clip_max is {self.clip_max}; allowed: more than 1, and sensibly more than 1 + clip_high")
+            raise ValueError(
+                f"clip_max is {self.clip_max}; allowed: more than 1, and sensibly more than 1 + clip_high"
+            )
         if (self.normalise == "max_len") != (self.max_len is not None):
-            raise ValueError(f"max_len is {self.max_len} and normalise {self.normalise!r}: they go together")
+            raise ValueError(
+                f"max_len is {self.max_len} and normalise {self.normalise!r}: they go together"
+            )
 
 
 class PolicyWeights(NamedTuple):
@@ -158,7 +182,8 @@ class PolicyWeights(NamedTuple):
 
 
 class PolicySums(NamedTuple):
-    """Sums over tokens with their weights; those of the parts of a batch add up to those of the whole."""
+    """Sums over tokens with their weights; those of the parts of a batch add up to those of the
+    whole."""
 
     policy: Mean
     entropy: Mean
@@ -167,16 +192,21 @@ class PolicySums(NamedTuple):
 def finished_mask(
     mask: Bool[Array, "users group seq"], finished: Bool[Array, "users group"]
 ) -> Bool[Array, "users group seq"]:
-    """The mask without the samples that were cut at the length limit: DAPO's overlong filtering (arXiv 2503.14476; TRL
-    "mask_truncated_completions"). They still count among the samples of "samples", "sequences" and "max_len"."""
+    """The mask without the samples that were cut at the length limit: DAPO's overlong filtering
+    (arXiv 2503.14476; TRL "mask_truncated_completions"). They still count among the samples of
+    "samples", "sequences" and "max_len"."""
     return mask & finished[..., None]
 
 
 def high_entropy_mask(
-    entropies: Float[Array, "users group seq"], mask: Bool[Array, "users group seq"], *, share: float
+    entropies: Float[Array, "users group seq"],
+    mask: Bool[Array, "users group seq"],
+    *,
+    share: float,
 ) -> Bool[Array, "users group seq"]:
-    """The tokens whose entropy is at least the (1 - share) quantile of all that count (arXiv 2506.01939; TRL
-    "top_entropy_quantile"); the quantile interpolates linearly. Of the whole batch, not of its parts."""
+    """The tokens whose entropy is at least the (1 - share) quantile of all that count (arXiv
+    2506.01939; TRL "top_entropy_quantile"); the quantile interpolates linearly. Of the whole batch,
+    not of its parts."""
     values = jnp.sort(jnp.where(mask, entropies, jnp.inf).reshape(-1))
     rank = (1.0 - share) * (jnp.maximum(jnp.sum(mask), 1) - 1).astype(jnp.float32)
     low = jnp.floor(rank).astype(jnp.int32)
@@ -209,7 +239,8 @@ def clipped_surrogates(
     clip_high: float,
     clip_max: float | None = None,
 ) -> Float[Array, "users group seq"]:
-    """-min(min(r, clip_max) A, clip(r, 1 - clip_low, 1 + clip_high) A) of each token (PPO, arXiv 1707.06347)."""
+    """-min(min(r, clip_max) A, clip(r, 1 - clip_low, 1 + clip_high) A) of each token (PPO, arXiv
+    1707.06347)."""
     a = advantages[..., None]
     bounded = ratios if clip_max is None else jnp.minimum(ratios, clip_max)
     return -jnp.minimum(bounded * a, jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high) * a)
@@ -224,7 +255,12 @@ def policy_weights(
     """The weights of `policy_sums` of the same masks."""
     samples = jnp.float32(mask.shape[0] * mask.shape[1])
     tokens = jnp.sum(mask).astype(jnp.float32)
-    policy = {"samples": samples, "sequences": samples, "tokens": tokens, "max_len": samples * (objective.max_len or 1)}
+    policy = {
+        "samples": samples,
+        "sequences": samples,
+        "tokens": tokens,
+        "max_len": samples * (objective.max_len or 1),
+    }
     counted = tokens if active is None else jnp.sum(mask & active).astype(jnp.float32)
     return PolicyWeights(policy[objective.normalise], counted)
 
@@ -240,21 +276,25 @@ def policy_sums(
     *,
     objective: PolicyObjective,
 ) -> PolicySums:
-    """The clipped surrogate plus kl_coef times the KL of each token, summed; and the entropies, summed.
+    """The clipped surrogate plus kl_coef times the KL of each token, summed; and the entropies,
+    summed.
 
-    One update per rollout: old_logps = stop_gradient(logps). Several: those that were stored with the samples.
-    `active` (`high_entropy_mask`) restricts the surrogate and the entropy, not the KL and not the denominator of the
-    surrogate, as TRL does. reference_logps may be None where kl_coef is 0, entropies where entropy_coef is 0.
-    """
+    One update per rollout: old_logps = stop_gradient(logps). Several: those that were stored with
+    the samples. `active` (`high_entropy_mask`) restricts the surrogate and the entropy, not the KL
+    and not the denominator of the surrogate, as TRL does. reference_logps may be None where kl_coef
+    is 0, entropies where entropy_coef is 0."""
     o = objective
     if o.kl_coef and reference_logps is None:
         raise ValueError("kl_coef is not 0: the log-probs of the reference are needed")
     if o.entropy_coef and entropies is None:
         raise ValueError("entropy_coef is not 0: the entropies of the tokens are needed")
-    # what stands in the padding must not reach exp: the gradient of an infinity that is masked is not a number
+    # what stands in the padding must not reach exp: the gradient of an infinity that is masked is
+    # not a number
     logps, old_logps = jnp.where(mask, logps, 0.0), jnp.where(mask, old_logps, 0.0)
     ratios = jnp.exp(_log_ratios(logps, old_logps, mask, o.ratio))
-    tokens = clipped_surrogates(ratios, advantages, clip_low=o.clip_low, clip_high=o.clip_high, clip_max=o.clip_max)
+    tokens = clipped_surrogates(
+        ratios, advantages, clip_low=o.clip_low, clip_high=o.clip_high, clip_max=o.clip_max
+    )
     if active is not None:
         tokens = jnp.where(active, tokens, 0.0)
     if o.kl_coef and reference_logps is not None:
@@ -275,9 +315,11 @@ def policy_loss(
 ) -> Float[Array, ""]:
     """The policy's sum over its weight, less entropy_coef times the mean entropy per token.
 
-    With the `weights` of a whole batch, the losses of its parts, and their gradients, add up to those of the whole.
-    """
+    With the `weights` of a whole batch, the losses of its parts, and their gradients, add up to
+    those of the whole."""
     if weights is not None:
-        sums = PolicySums(Mean(sums.policy.total, weights.policy), Mean(sums.entropy.total, weights.entropy))
+        sums = PolicySums(
+            Mean(sums.policy.total, weights.policy), Mean(sums.entropy.total, weights.entropy)
+        )
     loss = divided(sums.policy)
     return loss - objective.entropy_coef * divided(sums.entropy) if objective.entropy_coef else loss

@@ -1,4 +1,5 @@
-"""Log-probs and entropies of tokens from hidden states, chunked so that [tokens, vocabulary] is never stored."""
+"""Log-probs and entropies of tokens from hidden states, chunked so that [tokens, vocabulary] is
+never stored."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,10 @@ CHUNK = 1024  # tokens whose logits exist at a time
 
 
 def token_logits(
-    hidden: Float[Array, "*rows embed"], head: Float[Array, "embed vocab"], *, softcap: float | None = None
+    hidden: Float[Array, "*rows embed"],
+    head: Float[Array, "embed vocab"],
+    *,
+    softcap: float | None = None,
 ) -> Float[Array, "*rows vocab"]:
     """hidden @ head in float32, bounded to +-softcap by c tanh(x / c) when there is one."""
     logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
@@ -24,11 +28,11 @@ def _over_chunks(
     head: Float[Array, "embed vocab"],
     ids: Int[Array, "*rows"],
 ) -> Any:
-    """score(states, targets, head) -> numbers per token, a chunk at a time, and again in the backward pass.
+    """score(states, targets, head) -> numbers per token, a chunk at a time, and again in the
+    backward pass.
 
-    The gradient of the head is added up over the chunks in float32; neither a copy of the head nor what a chunk
-    computes on the way is kept.
-    """
+    The gradient of the head is added up over the chunks in float32; neither a copy of the head nor
+    what a chunk computes on the way is kept."""
     shape, dim = ids.shape, hidden.shape[-1]
     hidden, flat = hidden.reshape(-1, dim), ids.reshape(-1)
     num = flat.shape[0]
@@ -69,10 +73,11 @@ def token_logps(
     softcap: float | None = None,
     vocab_axes: tuple[str, ...] = (),
 ) -> Float[Array, "*rows"]:
-    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the logits.
+    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the
+    logits.
 
-    vocab_axes: inside `jax.shard_map`, the mesh axes that split the vocabulary; `head` is then the device's part.
-    """
+    vocab_axes: inside `jax.shard_map`, the mesh axes that split the vocabulary; `head` is then the
+    device's part."""
 
     def score(states: Array, targets: Array, head: Array) -> Array:
         logits = token_logits(states, head, softcap=softcap) / temperature
@@ -90,10 +95,11 @@ def token_logps_and_entropy(
     softcap: float | None = None,
     vocab_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """`token_logps` and the entropy of the distribution that each token was drawn from, of one product with the head.
+    """`token_logps` and the entropy of the distribution that each token was drawn from, of one
+    product with the head.
 
-    H = -sum_v p_v log p_v, p = softmax(logits / temperature): nats, from 0 to log vocab, with its own gradient.
-    """
+    H = -sum_v p_v log p_v, p = softmax(logits / temperature): nats, from 0 to log vocab, with its
+    own gradient."""
 
     def score(states: Array, targets: Array, head: Array) -> tuple[Array, Array]:
         logits = token_logits(states, head, softcap=softcap) / temperature
@@ -121,7 +127,9 @@ def _chosen(
     return _over_vocab(jnp.where((own >= 0) & (own < part), here, 0.0), vocab_axes)
 
 
-def _logsumexp(logits: Float[Array, "tokens part"], vocab_axes: tuple[str, ...]) -> Float[Array, " tokens"]:
+def _logsumexp(
+    logits: Float[Array, "tokens part"], vocab_axes: tuple[str, ...]
+) -> Float[Array, " tokens"]:
     if not vocab_axes:
         return jax.nn.logsumexp(logits, axis=-1)
     top = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits), axis=-1), vocab_axes)

@@ -11,7 +11,9 @@ def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array
     return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def masked_mean_last(x: Float[Array, "*rows n"], mask: Bool[Array, "*rows n"]) -> Float[Array, "*rows"]:
+def masked_mean_last(
+    x: Float[Array, "*rows n"], mask: Bool[Array, "*rows n"]
+) -> Float[Array, "*rows"]:
     """The same along the last axis."""
     return jnp.sum(jnp.where(mask, x, 0.0), axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
@@ -19,7 +21,9 @@ def masked_mean_last(x: Float[Array, "*rows n"], mask: Bool[Array, "*rows n"]) -
 def metric(x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Mean:
     """Sum and count of the masked values, for means that are formed on the host."""
     mask = jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask, x.shape)
-    return Mean(jnp.sum(jnp.where(mask, x, 0.0).astype(jnp.float32)), jnp.sum(mask).astype(jnp.float32))
+    return Mean(
+        jnp.sum(jnp.where(mask, x, 0.0).astype(jnp.float32)), jnp.sum(mask).astype(jnp.float32)
+    )
 
 
 def divided(mean: Mean) -> Float[Array, ""]:

@@ -1,12 +1,14 @@
-"""The preference objectives, from summed log-probs of chosen and rejected replies. docs/objectives.md has the table.
+"""The preference objectives, from summed log-probs of chosen and rejected replies.
+docs/objectives.md has the table.
 
-The default is L = -E log sigmoid(beta * [(log pi(y_w|x,z) - log ref(y_w|x)) - (log pi(y_l|x,z) - log ref(y_l|x))])
-(POPI, arXiv 2510.17881 v1; DPO, arXiv 2305.18290 equation 7). Whether the reference is conditioned on x alone or on
-(x, z) is decided by whoever computes `reference`: these functions see log-probs only.
+The default is L = -E log sigmoid(beta * [(log pi(y_w|x,z) - log ref(y_w|x)) - (log pi(y_l|x,z) -
+log ref(y_l|x))]) (POPI, arXiv 2510.17881 v1; DPO, arXiv 2305.18290 equation 7). Whether the
+reference is conditioned on x alone or on (x, z) is decided by whoever computes `reference`: these
+functions see log-probs only.
 
-Every objective gives one loss per pair; the caller forms the mean over real pairs (losses/masked.py). What a pair needs
-to know of the whole batch comes in as `BatchTerms`, so that parts of a batch add up to the whole.
-"""
+Every objective gives one loss per pair; the caller forms the mean over real pairs
+(losses/masked.py). What a pair needs to know of the whole batch comes in as `BatchTerms`, so that
+parts of a batch add up to the whole."""
 
 import dataclasses
 from typing import NamedTuple
@@ -36,20 +38,28 @@ class PairLengths(NamedTuple):
 
 
 class BatchTerms(NamedTuple):
-    """What losses of single pairs need to know of the whole batch (`batch_terms`); no gradient flows through it."""
+    """What losses of single pairs need to know of the whole batch (`batch_terms`); no gradient
+    flows through it."""
 
     chosen_len: Float[Array, ""]  # tokens: mean length of the chosen replies
-    kto_baseline: PairLogps  # nats: what the log-ratio of a chosen and of a rejected reply is compared with
+    kto_baseline: (
+        PairLogps  # nats: what the log-ratio of a chosen and of a rejected reply is compared with
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective:
-    """Static settings of one objective; a field that an objective does not name in docs/objectives.md has no effect."""
+    """Static settings of one objective; a field that an objective does not name in
+    docs/objectives.md has no effect."""
 
     name: str = "dpo"  # one of WITH_REFERENCE and REFERENCE_FREE
     beta: float = 0.1  # per nat (per nat per token where lengths divide); of ORPO the weight of the odds ratio
-    label_smoothing: float = 0.0  # probability that the labels of a pair are swapped: dpo, robust, cpo, simpo; < 0.5
-    length_normalised: bool = False  # dpo, robust, hinge, kto, slic, cpo; always so for ipo, simpo, orpo, rrhf
+    label_smoothing: float = (
+        0.0  # probability that the labels of a pair are swapped: dpo, robust, cpo, simpo; < 0.5
+    )
+    length_normalised: bool = (
+        False  # dpo, robust, hinge, kto, slic, cpo; always so for ipo, simpo, orpo, rrhf
+    )
     gamma: float = 0.0  # nats: the margin that SimPO asks for
     sft_coef: float = 0.0  # weight of the chosen reply's likelihood, per token; 1 in ORPO, CPO and RRHF as published
     desirable_weight: float = 1.0  # kto
@@ -58,37 +68,51 @@ class PreferenceObjective:
     def __post_init__(self) -> None:
         allowed = WITH_REFERENCE + REFERENCE_FREE
         if self.name not in allowed:
-            raise ValueError(f"the preference objective {self.name!r} is unknown; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"the preference objective {self.name!r} is unknown; allowed: {', '.join(allowed)}"
+            )
         if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; allowed: from 0 to less than 0.5")
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}; allowed: from 0 to less than 0.5"
+            )
 
     @property
     def needs_reference(self) -> bool:
         return self.name in WITH_REFERENCE
 
 
-def _scores(policy: PairLogps, reference: PairLogps | None, lengths: PairLengths | None) -> PairLogps:
+def _scores(
+    policy: PairLogps, reference: PairLogps | None, lengths: PairLengths | None
+) -> PairLogps:
     """Log-probs less those of the reference (if any), over the number of tokens (if given)."""
     if reference is not None:
         policy = PairLogps(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
     if lengths is None:
         return policy
-    return PairLogps(policy.chosen / jnp.maximum(lengths.chosen, 1), policy.rejected / jnp.maximum(lengths.rejected, 1))
+    return PairLogps(
+        policy.chosen / jnp.maximum(lengths.chosen, 1),
+        policy.rejected / jnp.maximum(lengths.rejected, 1),
+    )
 
 
 def preference_margins(
-    policy: PairLogps, reference: PairLogps | None, lengths: PairLengths | None = None, *, beta: float
+    policy: PairLogps,
+    reference: PairLogps | None,
+    lengths: PairLengths | None = None,
+    *,
+    beta: float,
 ) -> Float[Array, "*rows"]:
     """Implicit reward of the chosen reply less that of the rejected one, times beta (nats).
 
-    The reward of a reply is s = log pi - log ref (without a reference log pi), divided by its tokens if `lengths` are
-    given.
-    """
+    The reward of a reply is s = log pi - log ref (without a reference log pi), divided by its
+    tokens if `lengths` are given."""
     scores = _scores(policy, reference, lengths)
     return beta * (scores.chosen - scores.rejected)
 
 
-def _sigmoid_losses(margins: Float[Array, "*rows"], label_smoothing: float) -> Float[Array, "*rows"]:
+def _sigmoid_losses(
+    margins: Float[Array, "*rows"], label_smoothing: float
+) -> Float[Array, "*rows"]:
     if label_smoothing == 0.0:
         return -jax.nn.log_sigmoid(margins)
     agree, swapped = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
@@ -103,12 +127,15 @@ def dpo_losses(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Float[Array, "*rows"]:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = `preference_margins`: nats, >= 0; log 2 at policy = reference.
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = `preference_margins`: nats, >= 0; log 2 at
+    policy = reference.
 
-    DPO (arXiv 2305.18290 equation 7; TRL "sigmoid"); e = label_smoothing > 0 is the conservative DPO of the same author
-    (cDPO), which TRL's "sigmoid" leaves out; with `lengths` the form averaged over tokens (TRL "sigmoid_norm").
-    """
-    return _sigmoid_losses(preference_margins(policy, reference, lengths, beta=beta), label_smoothing)
+    DPO (arXiv 2305.18290 equation 7; TRL "sigmoid"); e = label_smoothing > 0 is the conservative
+    DPO of the same author (cDPO), which TRL's "sigmoid" leaves out; with `lengths` the form
+    averaged over tokens (TRL "sigmoid_norm")."""
+    return _sigmoid_losses(
+        preference_margins(policy, reference, lengths, beta=beta), label_smoothing
+    )
 
 
 def robust_dpo_losses(
@@ -119,13 +146,16 @@ def robust_dpo_losses(
     beta: float,
     label_smoothing: float,
 ) -> Float[Array, "*rows"]:
-    """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e): unbiased where a share e of the labels is swapped.
+    """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e): unbiased where a share e of the
+    labels is swapped.
 
     Robust DPO (arXiv 2403.00409; TRL "robust"). e < 1/2; not bounded below.
     """
     margins = preference_margins(policy, reference, lengths, beta=beta)
     agree, swapped = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
-    return ((1.0 - label_smoothing) * agree - label_smoothing * swapped) / (1.0 - 2.0 * label_smoothing)
+    return ((1.0 - label_smoothing) * agree - label_smoothing * swapped) / (
+        1.0 - 2.0 * label_smoothing
+    )
 
 
 def ipo_losses(
@@ -133,28 +163,32 @@ def ipo_losses(
 ) -> Float[Array, "*rows"]:
     """(s_w - s_l - 1 / (2 beta))^2, s the mean log-ratio per token.
 
-    IPO (arXiv 2310.12036 equation 17, beta = tau; TRL "ipo"). The average over tokens is that of TRL; with lengths=None
-    s is the sum, as the equation is printed.
-    """
+    IPO (arXiv 2310.12036 equation 17, beta = tau; TRL "ipo"). The average over tokens is that of
+    TRL; with lengths=None s is the sum, as the equation is printed."""
     return (preference_margins(policy, reference, lengths, beta=1.0) - 1.0 / (2.0 * beta)) ** 2
 
 
 def hinge_losses(
-    policy: PairLogps, reference: PairLogps | None, lengths: PairLengths | None = None, *, beta: float
+    policy: PairLogps,
+    reference: PairLogps | None,
+    lengths: PairLengths | None = None,
+    *,
+    beta: float,
 ) -> Float[Array, "*rows"]:
-    """max(0, 1 - m): with a reference the hinge of RSO (arXiv 2309.06657; TRL "hinge"), without one SLiC-HF (arXiv
-    2305.10425), whose margin delta is 1 / beta and whose loss is ours over beta; its likelihood term is `sft_losses`.
-    """
+    """max(0, 1 - m): with a reference the hinge of RSO (arXiv 2309.06657; TRL "hinge"), without one
+    SLiC-HF (arXiv 2305.10425), whose margin delta is 1 / beta and whose loss is ours over beta; its
+    likelihood term is `sft_losses`."""
     return jax.nn.relu(1.0 - preference_margins(policy, reference, lengths, beta=beta))
 
 
 def kto_baseline(policy: PairLogps, reference: PairLogps, mask: Bool[Array, "*rows"]) -> PairLogps:
-    """max(0, mean log-ratio of the other side): what a chosen reply is compared with is estimated from the rejected
-    replies of the batch and the other way round, as KTO does for pairs (TRL's former "kto_pair").
+    """max(0, mean log-ratio of the other side): what a chosen reply is compared with is estimated
+    from the rejected replies of the batch and the other way round, as KTO does for pairs (TRL's
+    former "kto_pair").
 
-    Biased, as every estimate from given replies: KTO for single replies (TRL's KTOTrainer) scores the replies of other
-    prompts instead, which costs another forward pass; its number can be given in place of this one. No gradient.
-    """
+    Biased, as every estimate from given replies: KTO for single replies (TRL's KTOTrainer) scores
+    the replies of other prompts instead, which costs another forward pass; its number can be given
+    in place of this one. No gradient."""
     chosen, rejected = (
         jax.lax.stop_gradient(jnp.maximum(masked_mean(p - r, mask), 0.0))
         for p, r in zip(policy, reference, strict=True)
@@ -172,7 +206,8 @@ def kto_losses(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, "*rows"]:
-    """[w_d (1 - sigmoid(beta (s_w - b_w))) + w_u (1 - sigmoid(beta (b_l - s_l)))] / 2, s the log-ratio of a reply.
+    """[w_d (1 - sigmoid(beta (s_w - b_w))) + w_u (1 - sigmoid(beta (b_l - s_l)))] / 2, s the
+    log-ratio of a reply.
 
     KTO (arXiv 2402.01306; TRL KTOTrainer "kto"). Half the sum, because TRL averages over replies:
     the mean over pairs is its mean over both sides. `baseline`: scalars b, see `kto_baseline`.
@@ -184,11 +219,14 @@ def kto_losses(
 
 
 def log_odds_ratios(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*rows"]:
-    """log odds(y_w) - log odds(y_l), odds = p / (1 - p), p the geometric mean of the token probabilities (nats)."""
+    """log odds(y_w) - log odds(y_l), odds = p / (1 - p), p the geometric mean of the token
+    probabilities (nats)."""
 
     def log_odds(logps: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
         logps = jnp.minimum(logps, -1e-6)  # the odds of a certain reply are infinite
-        near_1 = logps > -0.6931472  # log(1 - p) by whichever form is exact; the other one stays finite
+        near_1 = (
+            logps > -0.6931472
+        )  # log(1 - p) by whichever form is exact; the other one stays finite
         log_not = jnp.where(
             near_1,
             jnp.log(-jnp.expm1(jnp.where(near_1, logps, -1.0))),
@@ -201,36 +239,48 @@ def log_odds_ratios(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*r
 
 
 def orpo_losses(policy: PairLogps, lengths: PairLengths, *, beta: float) -> Float[Array, "*rows"]:
-    """-beta log sigmoid(log odds ratio), the term of ORPO (arXiv 2403.07691 equation 7) beside its likelihood term.
+    """-beta log sigmoid(log odds ratio), the term of ORPO (arXiv 2403.07691 equation 7) beside its
+    likelihood term.
 
-    The whole is this plus `sft_losses` with sft_coef 1. TRL's ORPOTrainer has the likelihood of prompt and reply there;
-    ours is of the reply, as in the paper.
-    """
+    The whole is this plus `sft_losses` with sft_coef 1. TRL's ORPOTrainer has the likelihood of
+    prompt and reply there; ours is of the reply, as in the paper."""
     return -beta * jax.nn.log_sigmoid(log_odds_ratios(policy, lengths))
 
 
 def simpo_losses(
-    policy: PairLogps, lengths: PairLengths, *, beta: float, gamma: float, label_smoothing: float = 0.0
+    policy: PairLogps,
+    lengths: PairLengths,
+    *,
+    beta: float,
+    gamma: float,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, "*rows"]:
     """The loss of DPO on m = beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma.
 
-    SimPO (arXiv 2405.14734 equation 6; TRL CPOTrainer "simpo" with simpo_gamma). With sft_coef > 0: CPO-SimPO.
-    """
-    return _sigmoid_losses(preference_margins(policy, None, lengths, beta=beta) - gamma, label_smoothing)
+    SimPO (arXiv 2405.14734 equation 6; TRL CPOTrainer "simpo" with simpo_gamma). With sft_coef > 0:
+    CPO-SimPO."""
+    return _sigmoid_losses(
+        preference_margins(policy, None, lengths, beta=beta) - gamma, label_smoothing
+    )
 
 
 def cpo_losses(
-    policy: PairLogps, lengths: PairLengths | None = None, *, beta: float, label_smoothing: float = 0.0
+    policy: PairLogps,
+    lengths: PairLengths | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, "*rows"]:
     """The loss of DPO on m = beta (log pi(y_w) - log pi(y_l)), a uniform reference.
 
-    CPO (arXiv 2401.08417 equation 3; TRL CPOTrainer "sigmoid"); the whole is this plus `sft_losses` with sft_coef 1.
-    """
+    CPO (arXiv 2401.08417 equation 3; TRL CPOTrainer "sigmoid"); the whole is this plus `sft_losses`
+    with sft_coef 1."""
     return dpo_losses(policy, None, lengths, beta=beta, label_smoothing=label_smoothing)
 
 
 def rrhf_losses(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*rows"]:
-    """max(0, p_l - p_w), p the mean log-prob per token: the ranking term of RRHF (arXiv 2304.05302) for two replies.
+    """max(0, p_l - p_w), p the mean log-prob per token: the ranking term of RRHF (arXiv 2304.05302)
+    for two replies.
 
     The whole is this plus `sft_losses` with sft_coef 1, the likelihood of the best reply.
     """
@@ -240,8 +290,8 @@ def rrhf_losses(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*rows"
 def sft_losses(policy: PairLogps, chosen_len: Float[Array, ""]) -> Float[Array, "*rows"]:
     """-log pi(y_w) over the mean length of the chosen replies of the whole batch.
 
-    The mean over pairs is then the negative log-likelihood per token of the batch (TRL "sft"), not a mean of means.
-    """
+    The mean over pairs is then the negative log-likelihood per token of the batch (TRL "sft"), not
+    a mean of means."""
     return -policy.chosen / chosen_len
 
 
@@ -255,9 +305,9 @@ def batch_terms(
 ) -> BatchTerms:
     """The terms of a batch whose real pairs `mask` tells.
 
-    `chosen_len` depends on lengths alone, so parts of a batch can share that of the whole. The KTO baseline depends on
-    the policy: a part takes it from itself, as in TRL, or all from a forward pass of the whole.
-    """
+    `chosen_len` depends on lengths alone, so parts of a batch can share that of the whole. The KTO
+    baseline depends on the policy: a part takes it from itself, as in TRL, or all from a forward
+    pass of the whole."""
     chosen_len = jnp.maximum(masked_mean(lengths.chosen.astype(jnp.float32), mask), 1.0)
     baseline = PairLogps(jnp.zeros(()), jnp.zeros(()))
     if objective.name == "kto":
@@ -281,7 +331,8 @@ def preference_losses(
     *,
     objective: PreferenceObjective,
 ) -> Float[Array, "*rows"]:
-    """The loss of each pair: the objective's own plus sft_coef times the likelihood of the chosen reply.
+    """The loss of each pair: the objective's own plus sft_coef times the likelihood of the chosen
+    reply.
 
     `reference` is not looked at by the objectives of REFERENCE_FREE.
     """
@@ -289,7 +340,9 @@ def preference_losses(
     per = lengths if o.length_normalised else None
     match o.name:
         case "dpo":
-            losses = dpo_losses(policy, _given(reference, o), per, beta=o.beta, label_smoothing=o.label_smoothing)
+            losses = dpo_losses(
+                policy, _given(reference, o), per, beta=o.beta, label_smoothing=o.label_smoothing
+            )
         case "robust":
             losses = robust_dpo_losses(
                 policy, _given(reference, o), per, beta=o.beta, label_smoothing=o.label_smoothing
@@ -313,7 +366,9 @@ def preference_losses(
         case "cpo":
             losses = cpo_losses(policy, per, beta=o.beta, label_smoothing=o.label_smoothing)
         case "simpo":
-            losses = simpo_losses(policy, lengths, beta=o.beta, gamma=o.gamma, label_smoothing=o.label_smoothing)
+            losses = simpo_losses(
+                policy, lengths, beta=o.beta, gamma=o.gamma, label_smoothing=o.label_smoothing
+            )
         case "orpo":
             losses = orpo_losses(policy, lengths, beta=o.beta)
         case _:
@@ -322,14 +377,18 @@ def preference_losses(
 
 
 def margins_of(
-    policy: PairLogps, lengths: PairLengths, reference: PairLogps | None, *, objective: PreferenceObjective
+    policy: PairLogps,
+    lengths: PairLengths,
+    reference: PairLogps | None,
+    *,
+    objective: PreferenceObjective,
 ) -> Float[Array, "*rows"]:
-    """Reward of the chosen reply less that of the rejected one as the objective implies it (nats): for accuracy, and
-    for the reward of a summary.
+    """Reward of the chosen reply less that of the rejected one as the objective implies it (nats):
+    for accuracy, and for the reward of a summary.
 
-    beta (s_w - s_l), s as in `preference_margins`, averaged over tokens and without a reference where the objective is;
-    SimPO's gamma is a target and not part of the reward. ORPO: the log odds ratio. RRHF, which has no beta: s_w - s_l.
-    """
+    beta (s_w - s_l), s as in `preference_margins`, averaged over tokens and without a reference
+    where the objective is; SimPO's gamma is a target and not part of the reward. ORPO: the log odds
+    ratio. RRHF, which has no beta: s_w - s_l."""
     o = objective
     match o.name:
         case "orpo":

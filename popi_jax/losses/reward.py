@@ -1,4 +1,5 @@
-"""The reward of a summary: how well the generator, given it, tells the user's chosen replies from the rejected ones."""
+"""The reward of a summary: how well the generator, given it, tells the user's chosen replies from
+the rejected ones."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ KINDS = ("log_sigmoid", "accuracy", "margin")
 
 
 def pair_rewards(margins: Float[Array, "*rows"], *, kind: str) -> Float[Array, "*rows"]:
-    """What one pair's margin is worth: "log_sigmoid", log sigmoid(m), nats, <= 0, the negative of the generator's loss,
-    so that both models ascend one objective (POPI, arXiv 2510.17881 v1); "accuracy", 1 where m > 0, a tie one half;
-    "margin", m itself, nats. Raises ValueError for another name.
-    """
+    """What one pair's margin is worth: "log_sigmoid", log sigmoid(m), nats, <= 0, the negative of
+    the generator's loss, so that both models ascend one objective (POPI, arXiv 2510.17881 v1);
+    "accuracy", 1 where m > 0, a tie one half; "margin", m itself, nats. Raises ValueError for
+    another name."""
     match kind:
         case "log_sigmoid":
             return jax.nn.log_sigmoid(margins)
@@ -35,15 +36,19 @@ def summary_rewards(
     kind: str = "log_sigmoid",
     kl_coef: float = 0.0,
 ) -> Float[Array, "users group"]:
-    """Mean over the user's pairs of `pair_rewards`, less `length_penalty` per token and `kl_coef` per nat of `kl`.
+    """Mean over the user's pairs of `pair_rewards`, less `length_penalty` per token and `kl_coef`
+    per nat of `kl`.
 
-    margins_without_summary: the generator's on the same pairs with no summary; their mean reward is subtracted. It is
-    the same for all summaries of a user, so it acts only on advantages that compare users (baseline or scale "batch").
-    kl: of each summary to the reference inference model, `summed_kl`.
-    """
+    margins_without_summary: the generator's on the same pairs with no summary; their mean reward is
+    subtracted. It is the same for all summaries of a user, so it acts only on advantages that
+    compare users (baseline or scale "batch"). kl: of each summary to the reference inference model,
+    `summed_kl`."""
     mask = jnp.broadcast_to(pair_mask[:, None, :], margins.shape)
     rewards = masked_mean_last(pair_rewards(margins, kind=kind), mask)
     if margins_without_summary is not None:
-        rewards = rewards - masked_mean_last(pair_rewards(margins_without_summary, kind=kind), pair_mask)[:, None]
+        rewards = (
+            rewards
+            - masked_mean_last(pair_rewards(margins_without_summary, kind=kind), pair_mask)[:, None]
+        )
     rewards = rewards - length_penalty * lengths.astype(jnp.float32)
     return rewards - kl_coef * kl if kl is not None else rewards

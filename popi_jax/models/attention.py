@@ -1,12 +1,14 @@
-"""Attention over trees of tokens: keys that branches share are kept once and scored with one matrix product.
+"""Attention over trees of tokens: keys that branches share are kept once and scored with one matrix
+product.
 
-A row of tokens is a tree of levels: level i has `nodes` equal branches of `length` slots each, which divide evenly
-among the nodes of the level above. A token sees the earlier tokens of its own node, all of its ancestors, and what lies
-in `past` (a cache), nothing else. This file decides what is seen and what is computed; it knows nothing of prompts.
-`attend` is the one interface. Behind it are the chunks of this file, which compute everything everywhere, and the fused
-kernels of kernels.py, which compute some of it faster on the devices that they are made for.
-Letters as in transformer.py, and in chunks: n groups of queries that share keys, m queries of a group, s their keys.
-"""
+A row of tokens is a tree of levels: level i has `nodes` equal branches of `length` slots each,
+which divide evenly among the nodes of the level above. A token sees the earlier tokens of its own
+node, all of its ancestors, and what lies in `past` (a cache), nothing else. This file decides what
+is seen and what is computed; it knows nothing of prompts. `attend` is the one interface. Behind it
+are the chunks of this file, which compute everything everywhere, and the fused kernels of
+kernels.py, which compute some of it faster on the devices that they are made for. Letters as in
+transformer.py, and in chunks: n groups of queries that share keys, m queries of a group, s their
+keys."""
 
 from functools import partial
 from typing import NamedTuple
@@ -36,11 +38,12 @@ Levels = tuple[Level, ...]
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of nodes computed before, in the layout that attention reads; one array for all layers.
+    """Keys and values of nodes computed before, in the layout that attention reads; one array for
+    all layers.
 
-    The nodes divide evenly among those of every level of the new tokens, or the other way round: one node is seen by
-    all, as many nodes as there are branches by one branch each. Slots need not be in the order of positions.
-    """
+    The nodes divide evenly among those of every level of the new tokens, or the other way round:
+    one node is seen by all, as many nodes as there are branches by one branch each. Slots need not
+    be in the order of positions."""
 
     k: Float[Array, "*layers batch kv_heads nodes slots head_dim"]
     v: Float[Array, "*layers batch kv_heads nodes slots head_dim"]
@@ -61,7 +64,10 @@ class _Keys(NamedTuple):
         each = nodes // self.k.shape[2]  # branches that see one of these nodes
         at = slice(node // each, -(-(node + count) // each))
         return _Keys(
-            self.k[:, :, at, :end], self.v[:, :, at, :end], self.valid[:, at, :end], self.positions[:, at, :end]
+            self.k[:, :, at, :end],
+            self.v[:, :, at, :end],
+            self.valid[:, at, :end],
+            self.positions[:, at, :end],
         )
 
 
@@ -86,20 +92,24 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of the new tokens, T = num_slots(levels), over their tree and the past.
 
-    valid: False for padding, which nothing sees; its own result means nothing, but is finite. window: positions back
-    that are seen, the token's own included; None for all. Scores are divided by sqrt(score_dim), None for head_dim, and
-    bounded to +-softcap. The backward pass computes scores again. implementation: one of IMPLEMENTATIONS; where the
-    kernel asked for does not compute this, or would gain nothing, the chunks do.
-    """
+    valid: False for padding, which nothing sees; its own result means nothing, but is finite.
+    window: positions back that are seen, the token's own included; None for all. Scores are divided
+    by sqrt(score_dim), None for head_dim, and bounded to +-softcap. The backward pass computes
+    scores again. implementation: one of IMPLEMENTATIONS; where the kernel asked for does not
+    compute this, or would gain nothing, the chunks do."""
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f'implementation = "{implementation}": must be one of {", ".join(IMPLEMENTATIONS)}')
+        raise ValueError(
+            f'implementation = "{implementation}": must be one of {", ".join(IMPLEMENTATIONS)}'
+        )
     q = q * (score_dim or q.shape[-1]) ** -0.5
     tree = tuple(level for level in levels if level.nodes * level.length)
     on = platform()
     name = BEST.get(on, "chunked") if implementation == "auto" else implementation
     if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
         if name == "splash":
-            return kernels.splash(q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=on != "tpu")
+            return kernels.splash(
+                q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=on != "tpu"
+            )
         if on == "gpu" and softcap is None and kernels.cudnn_takes(q):
             return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
     return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
@@ -132,7 +142,9 @@ def _in_chunks(
             valid[:, start:end].reshape(batch, nodes, length),
             positions[:, start:end].reshape(batch, nodes, length),
         )
-        queries = q[:, start:end].reshape(batch, nodes, length, *q.shape[2:]).transpose(0, 3, 1, 4, 2, 5)
+        queries = (
+            q[:, start:end].reshape(batch, nodes, length, *q.shape[2:]).transpose(0, 3, 1, 4, 2, 5)
+        )
         y = _attend_level(queries, own, above, window, softcap)
         outputs.append(y.transpose(0, 2, 4, 1, 3, 5).reshape(batch, end - start, heads, head_dim))
         above.append(own)
@@ -150,11 +162,15 @@ def _attend_level(
     """In chunks of some whole nodes or, where a node is longer than a chunk, of a part of one."""
     nodes, length = q.shape[2], q.shape[4]
     most = max(QUERY_CHUNK, -(-nodes * length // MOST_CHUNKS))
-    shared = [nodes // keys.k.shape[2] for keys in above]  # a chunk lies in one node above or holds whole ones
+    shared = [
+        nodes // keys.k.shape[2] for keys in above
+    ]  # a chunk lies in one node above or holds whole ones
     fitting = [
         count
         for count in range(1, nodes + 1)
-        if nodes % count == 0 and count * length <= most and all(count % n == 0 or n % count == 0 for n in shared)
+        if nodes % count == 0
+        and count * length <= most
+        and all(count % n == 0 or n % count == 0 for n in shared)
     ]
     count = max(fitting, default=1)
     step = -(-length // -(-length // most))
@@ -168,9 +184,14 @@ def _attend_level(
         parts = []
         for first in range(0, length, step):
             last = min(first + step, length)
-            seen = [*(keys.of(node, count, nodes) for keys in above), own.of(node, count, nodes, last)]
+            seen = [
+                *(keys.of(node, count, nodes) for keys in above),
+                own.of(node, count, nodes, last),
+            ]
             queries = q[:, :, node : node + count, :, first:last]
-            parts.append(chunk(queries, own.positions[:, node : node + count, first:last], seen, first))
+            parts.append(
+                chunk(queries, own.positions[:, node : node + count, first:last], seen, first)
+            )
         rows.append(jnp.concatenate(parts, axis=4) if len(parts) > 1 else parts[0])
     return jnp.concatenate(rows, axis=2) if len(rows) > 1 else rows[0]
 
@@ -183,8 +204,8 @@ def _attend_chunk(
     window: Int[Array, ""] | None,
     softcap: float | None,
 ) -> Float[Array, "B K nodes G t H"]:
-    """One softmax over several sets of keys. The last set are the chunk's own nodes, seen up to each query's slot;
-    `first` is the slot of its first query."""
+    """One softmax over several sets of keys. The last set are the chunk's own nodes, seen up to
+    each query's slot; `first` is the slot of its first query."""
     batch, kv_heads, nodes, groups, t, head_dim = q.shape
     rows = nodes * groups * t
     scores = []
@@ -204,7 +225,11 @@ def _attend_chunk(
             if own:
                 mask &= (jnp.arange(s)[None, :] <= first + jnp.arange(t)[:, None])[None, None, None]
             if window is not None:
-                mask &= q_positions.reshape(batch, n, nodes // n, t, 1) - keys.positions[:, :, None, None, :] < window
+                mask &= (
+                    q_positions.reshape(batch, n, nodes // n, t, 1)
+                    - keys.positions[:, :, None, None, :]
+                    < window
+                )
             bias = jnp.where(mask, 0.0, -1e30)[:, None, :, :, None]
             x = (x.reshape(batch, kv_heads, n, nodes // n, groups, t, s) + bias).reshape(x.shape)
         else:
@@ -223,7 +248,10 @@ def _attend_chunk(
         weights = jnp.exp(x - top.reshape(*x.shape[:-1], 1))
         total = total + flat(jnp.sum(weights, axis=-1))
         values = jnp.einsum(
-            "BKnms,BKnsH->BKnmH", weights.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32
+            "BKnms,BKnsH->BKnmH",
+            weights.astype(keys.v.dtype),
+            keys.v,
+            preferred_element_type=jnp.float32,
         )
         y = y + values.reshape(y.shape)
     return (y / total[..., None]).astype(q.dtype).reshape(q.shape)

@@ -28,11 +28,16 @@ class _Loop(NamedTuple):
     finished: Bool[Array, "batch group"]
 
 
-def sample_keys(key: Key[Array, ""], index: Int[Array, " batch"], group_size: int) -> Key[Array, "batch group"]:
-    """One key per sample, folded from the global index of its example: independent of how the batch is laid out."""
+def sample_keys(
+    key: Key[Array, ""], index: Int[Array, " batch"], group_size: int
+) -> Key[Array, "batch group"]:
+    """One key per sample, folded from the global index of its example: independent of how the batch
+    is laid out."""
 
     def per_example(i: Array) -> Array:
-        return jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(jnp.arange(group_size))
+        return jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(
+            jnp.arange(group_size)
+        )
 
     return jax.vmap(per_example)(index)
 
@@ -49,9 +54,9 @@ def sample(
 ) -> Rollouts:
     """Draws one answer per key. Shapes: context [batch seq], turn [batch seq].
 
-    The prefix is one read-only cache that all samples of a row share; each sample has its own small cache, of which a
-    step writes one slot. Stops early when every sample has ended. `budget` is of the prefixes alone, see dense.py.
-    """
+    The prefix is one read-only cache that all samples of a row share; each sample has its own small
+    cache, of which a step writes one slot. Stops early when every sample has ended. `budget` is of
+    the prefixes alone, see dense.py."""
     batch, group = keys.shape
     weights = for_rollout(params, model)
     model = dataclasses.replace(model, rules=model.rollout_rules)
@@ -61,9 +66,12 @@ def sample(
     last = context.ids.shape[1] + turn.lengths - 1
 
     def prefill(budget: Budget | None) -> tuple[Float[Array, "batch 1 embed"], tuple[Array, Array]]:
-        """The state behind which the first token is drawn, and the keys and values of all layers."""
+        """The state behind which the first token is drawn, and the keys and values of all
+        layers."""
         at = None if budget is None else dense(packed.valid, budget.tokens, budget.shards)
-        hidden, kept = transformer.apply(variables(weights), *packed[:3], levels=packed.levels, keep=True, at=at)
+        hidden, kept = transformer.apply(
+            variables(weights), *packed[:3], levels=packed.levels, keep=True, at=at
+        )
         if at is None:
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1), kept
         ends = jnp.take_along_axis(at.place_of.reshape(packed.ids.shape), last[:, None], axis=1)
@@ -76,7 +84,9 @@ def sample(
     logits = token_logits(first, kernel, softcap=model.final_logit_softcap)
     start = context.lengths + turn.lengths
     steps = jnp.arange(sampling.max_len)
-    own_positions = jnp.broadcast_to(start[:, None, None] + steps[None, None], (batch, group, sampling.max_len))
+    own_positions = jnp.broadcast_to(
+        start[:, None, None] + steps[None, None], (batch, group, sampling.max_len)
+    )
 
     @jax.named_scope("decode")
     def body(loop: _Loop) -> _Loop:
@@ -85,7 +95,9 @@ def sample(
         live = ~loop.done
         token = jnp.where(live, token, sampling.end_id)
         ids = jax.lax.dynamic_update_index_in_dim(loop.ids, token, loop.t, axis=2)
-        logps = jax.lax.dynamic_update_index_in_dim(loop.logps, jnp.where(live, logp, 0.0), loop.t, axis=2)
+        logps = jax.lax.dynamic_update_index_in_dim(
+            loop.logps, jnp.where(live, logp, 0.0), loop.t, axis=2
+        )
         written = jnp.broadcast_to((steps < loop.t)[None, None], own_positions.shape)
         positions = jnp.broadcast_to((start + loop.t)[:, None], (batch, group))
         hidden, new = transformer.apply(
@@ -98,7 +110,9 @@ def sample(
             keep=True,
         )
         k, v = (
-            jax.lax.dynamic_update_slice_in_dim(cache, x.swapaxes(2, 3)[:, :, :, :, None], loop.t, axis=4)
+            jax.lax.dynamic_update_slice_in_dim(
+                cache, x.swapaxes(2, 3)[:, :, :, :, None], loop.t, axis=4
+            )
             for cache, x in zip((loop.k, loop.v), new, strict=True)
         )
         logits = token_logits(hidden, kernel, softcap=model.final_logit_softcap)

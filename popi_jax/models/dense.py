@@ -1,9 +1,10 @@
-"""Rows without padding: what is computed token by token goes over the tokens alone, one after the other.
+"""Rows without padding: what is computed token by token goes over the tokens alone, one after the
+other.
 
-A tree of texts has *slots*, as many for each text as the longest may need. Attention works on them; all else, most of
-the arithmetic, works on *places*, a fixed number for all rows of a shard that its tokens fill from the start: there one
-long text pads no other. How many places there are is a guess (`Budget`); what does not fit is computed in its slots, so
-the guess decides about the speed alone.
+A tree of texts has *slots*, as many for each text as the longest may need. Attention works on them;
+all else, most of the arithmetic, works on *places*, a fixed number for all rows of a shard that its
+tokens fill from the start: there one long text pads no other. How many places there are is a guess
+(`Budget`); what does not fit is computed in its slots, so the guess decides about the speed alone.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ WORTHWHILE = 0.95  # places per slot, at most, for which it pays to compute them
 
 
 class Budget(NamedTuple):
-    """How many tokens the rows of one shard hold, as a rule, and how many of them belong to answers."""
+    """How many tokens the rows of one shard hold, as a rule, and how many of them belong to
+    answers."""
 
     tokens: int
     answers: int
@@ -42,14 +44,16 @@ def within(
     answers: Tokens | None,
     compute: Callable[[Budget | None], Any],
 ) -> Any:
-    """compute(budget) if the texts fit the budget, else compute(None), which must give the same: decided by their
-    lengths, inside the program, for all shards alike.
+    """compute(budget) if the texts fit the budget, else compute(None), which must give the same:
+    decided by their lengths, inside the program, for all shards alike.
 
-    Not to be differentiated: both branches would keep what the backward pass of either needs. Without a budget, or with
-    one that spares next to nothing, there is compute(None) alone.
-    """
+    Not to be differentiated: both branches would keep what the backward pass of either needs.
+    Without a budget, or with one that spares next to nothing, there is compute(None) alone."""
     parts = [context, turns] if answers is None else [context, turns, answers]
-    if budget is None or budget.tokens > WORTHWHILE * sum(part.ids.size for part in parts) / budget.shards:
+    if (
+        budget is None
+        or budget.tokens > WORTHWHILE * sum(part.ids.size for part in parts) / budget.shards
+    ):
         return compute(None)
 
     def count(part: Tokens) -> Int[Array, " shards"]:
@@ -62,15 +66,19 @@ def within(
 
 
 def dense(valid: Bool[Array, "batch slots"], places: int, shards: int) -> Dense:
-    """Gives the tokens of each shard their places, in the order of rows and slots. They must fit: what does not is
-    lost."""
+    """Gives the tokens of each shard their places, in the order of rows and slots. They must fit:
+    what does not is lost."""
     valid = valid.reshape(shards, -1)
     count = jnp.cumsum(valid, axis=1)
     place_of = jnp.clip(count - 1, 0, places - 1)
     slots = jnp.arange(valid.shape[1])
 
     def slots_of(valid: Array, place_of: Array) -> Array:
-        return jnp.zeros((places,), jnp.int32).at[jnp.where(valid, place_of, places)].set(slots, mode="drop")
+        return (
+            jnp.zeros((places,), jnp.int32)
+            .at[jnp.where(valid, place_of, places)]
+            .set(slots, mode="drop")
+        )
 
     used = jnp.arange(places)[None, :] < count[:, -1:]
     return Dense(jax.vmap(slots_of)(valid, place_of), place_of, used, valid)
@@ -82,7 +90,9 @@ def take(x: Array, index: Int[Array, "shards n"]) -> Array:
 
 
 @jax.custom_vjp
-def to_places(x: Float[Array, "shards slots *dims"], at: Dense) -> Float[Array, "shards places *dims"]:
+def to_places(
+    x: Float[Array, "shards slots *dims"], at: Dense
+) -> Float[Array, "shards places *dims"]:
     """What lies in the slots of tokens, at their places; anything at places without a token.
 
     A token has one slot and one place, so the gradient is the way back: nothing has to be added up.
@@ -91,7 +101,9 @@ def to_places(x: Float[Array, "shards slots *dims"], at: Dense) -> Float[Array, 
 
 
 @jax.custom_vjp
-def to_slots(x: Float[Array, "shards places *dims"], at: Dense) -> Float[Array, "shards slots *dims"]:
+def to_slots(
+    x: Float[Array, "shards places *dims"], at: Dense
+) -> Float[Array, "shards slots *dims"]:
     """The inverse of `to_places`; anything in slots without a token."""
     return take(x, at.place_of)
 
@@ -100,5 +112,11 @@ def _only(mask: Bool[Array, "shards n"], x: Array) -> Array:
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-to_places.defvjp(lambda x, at: (take(x, at.slot_of), at), lambda at, g: (_only(at.valid, take(g, at.place_of)), None))
-to_slots.defvjp(lambda x, at: (take(x, at.place_of), at), lambda at, g: (_only(at.used, take(g, at.slot_of)), None))
+to_places.defvjp(
+    lambda x, at: (take(x, at.slot_of), at),
+    lambda at, g: (_only(at.valid, take(g, at.place_of)), None),
+)
+to_slots.defvjp(
+    lambda x, at: (take(x, at.place_of), at),
+    lambda at, g: (_only(at.used, take(g, at.slot_of)), None),
+)

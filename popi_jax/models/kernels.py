@@ -1,11 +1,12 @@
-"""Attention over a tree by fused kernels: splash (a TPU kernel in Pallas) and the flash attention of cuDNN.
+"""Attention over a tree by fused kernels: splash (a TPU kernel in Pallas) and the flash attention
+of cuDNN.
 
-Both compute what attention.py computes in chunks, for a whole row at once, without a past and without a window, see
-`attend` there. Both keep no scores. Of a token that is padding the result means nothing, but is finite.
-A row is laid out anew for them: each node gets room for some more padding, so that nodes begin where blocks of the
-kernel do. Which blocks of scores hold any pair that sees another is known before the program runs, the others are
-skipped; padding, which only the run knows, is told by segments.
-"""
+Both compute what attention.py computes in chunks, for a whole row at once, without a past and
+without a window, see `attend` there. Both keep no scores. Of a token that is padding the result
+means nothing, but is finite. A row is laid out anew for them: each node gets room for some more
+padding, so that nodes begin where blocks of the kernel do. Which blocks of scores hold any pair
+that sees another is known before the program runs, the others are skipped; padding, which only the
+run knows, is told by segments."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernel,
+)
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
@@ -23,8 +26,13 @@ from popi_jax.sharding import Axes, Rules, shards
 
 Tree = tuple[tuple[int, int], ...]  # (nodes, slots of each) of every level, as attention.Levels
 
-BLOCKS = (128, 256, 512)  # queries and keys of a block: multiples of what the kernel asks for, that fit its memory
-# scores whose products take as long as starting one step of the grid, about 0.35 us: between those of v5e and v6e
+BLOCKS = (
+    128,
+    256,
+    512,
+)  # queries and keys of a block: multiples of what the kernel asks for, that fit its memory
+# scores whose products take as long as starting one step of the grid, about 0.35 us: between those
+# of v5e and v6e
 STEP = 320 * 320
 
 
@@ -39,7 +47,8 @@ def splash(
     rules: Rules,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Queries come scaled. `interpret`: the kernel as plain operations, for processors that are no TPU."""
+    """Queries come scaled. `interpret`: the kernel as plain operations, for processors that are no
+    TPU."""
     layout = lay_out(levels)
 
     def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
@@ -52,7 +61,9 @@ def splash(
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        q, k, v, real = (layout.joined(_spread(x, levels, layout.strides)) for x in (q, k, v, valid))
+        q, k, v, real = (
+            layout.joined(_spread(x, levels, layout.strides)) for x in (q, k, v, valid)
+        )
         segments = real.astype(jnp.int32)
 
         def run(q: Array, k: Array, v: Array, segments: Array) -> Array:
@@ -76,9 +87,12 @@ def cudnn(
     rules: Rules,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Queries come scaled. One call per level: the queries of a node with the keys of its ancestors, copied for each
-    node, and its own. Not run on a GPU yet; "xla" is the same on any processor."""
-    even = tuple(-(-length // 2) * 2 for _, length in levels)  # the kernel has no gradient of odd lengths
+    """Queries come scaled. One call per level: the queries of a node with the keys of its
+    ancestors, copied for each node, and its own. Not run on a GPU yet; "xla" is the same on any
+    processor."""
+    even = tuple(
+        -(-length // 2) * 2 for _, length in levels
+    )  # the kernel has no gradient of odd lengths
 
     def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
         batch = q.shape[0]
@@ -91,8 +105,14 @@ def cudnn(
                 return jnp.concatenate(each, axis=2).reshape(batch * nodes, -1, *each[0].shape[3:])
 
             slots, keys = even[depth], sum(even[: depth + 1])
-            slot, key = np.arange(slots)[:, None], np.arange(keys)[None, :] - (keys - slots)  # own keys from 0 on
-            mask = seen(reals)[:, None, :] & jnp.asarray(key <= slot)[None] | jnp.asarray(key == slot)[None]
+            slot, key = (
+                np.arange(slots)[:, None],
+                np.arange(keys)[None, :] - (keys - slots),
+            )  # own keys from 0 on
+            mask = (
+                seen(reals)[:, None, :] & jnp.asarray(key <= slot)[None]
+                | jnp.asarray(key == slot)[None]
+            )
             y = jax.nn.dot_product_attention(
                 qs[depth].reshape(batch * nodes, slots, *q.shape[2:]),
                 seen(ks),
@@ -109,12 +129,16 @@ def cudnn(
 
 
 def cudnn_takes(q: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN has a kernel for queries of this type and size of heads on every GPU that it supports."""
+    """Whether cuDNN has a kernel for queries of this type and size of heads on every GPU that it
+    supports."""
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def _by_device(fn: Callable[..., Array], shape: tuple[int, ...], rules: Rules) -> Callable[..., Array]:
-    """`fn` of (q, k, v, valid) on each device's rows and heads: a kernel is not split by the compiler.
+def _by_device(
+    fn: Callable[..., Array], shape: tuple[int, ...], rules: Rules
+) -> Callable[..., Array]:
+    """`fn` of (q, k, v, valid) on each device's rows and heads: a kernel is not split by the
+    compiler.
 
     shape: of the keys. An axis that does not divide over its devices is whole on each of them.
     """
@@ -136,13 +160,16 @@ def _spread(x: Array, levels: Tree, strides: tuple[int, ...]) -> list[Array]:
     parts, start = [], 0
     for (nodes, length), stride in zip(levels, strides, strict=True):
         part = x[:, start : start + nodes * length].reshape(x.shape[0], nodes, length, *x.shape[2:])
-        parts.append(jnp.pad(part, [(0, 0), (0, 0), (0, stride - length), *[(0, 0)] * (x.ndim - 2)]))
+        parts.append(
+            jnp.pad(part, [(0, 0), (0, 0), (0, stride - length), *[(0, 0)] * (x.ndim - 2)])
+        )
         start += nodes * length
     return parts
 
 
 class Layout(NamedTuple):
-    """Where a tree lies in a row of the kernel. The room before the next level belongs to the last node."""
+    """Where a tree lies in a row of the kernel. The room before the next level belongs to the last
+    node."""
 
     levels: Tree
     starts: tuple[int, ...]  # of each level
@@ -152,23 +179,32 @@ class Layout(NamedTuple):
 
     def joined(self, parts: list[Array]) -> Array:
         rows = []
-        for part, start, end in zip(parts, self.starts, (*self.starts[1:], self.slots), strict=True):
+        for part, start, end in zip(
+            parts, self.starts, (*self.starts[1:], self.slots), strict=True
+        ):
             row = part.reshape(part.shape[0], -1, *part.shape[3:])
-            rows.append(jnp.pad(row, [(0, 0), (0, end - start - row.shape[1]), *[(0, 0)] * (row.ndim - 2)]))
+            rows.append(
+                jnp.pad(row, [(0, 0), (0, end - start - row.shape[1]), *[(0, 0)] * (row.ndim - 2)])
+            )
         return jnp.concatenate(rows, axis=1)
 
     def taken(self, y: Array) -> Array:
         """The slots of the tree."""
         parts = []
-        for (nodes, length), start, stride in zip(self.levels, self.starts, self.strides, strict=True):
-            part = y[:, start : start + nodes * stride].reshape(y.shape[0], nodes, stride, *y.shape[2:])
+        for (nodes, length), start, stride in zip(
+            self.levels, self.starts, self.strides, strict=True
+        ):
+            part = y[:, start : start + nodes * stride].reshape(
+                y.shape[0], nodes, stride, *y.shape[2:]
+            )
             parts.append(part[:, :, :length].reshape(y.shape[0], nodes * length, *y.shape[2:]))
         return jnp.concatenate(parts, axis=1)
 
 
 @cache
 def lay_out(levels: Tree) -> Layout:
-    """The layout and block in which the kernels take least time, for what a block and a step of their grids cost."""
+    """The layout and block in which the kernels take least time, for what a block and a step of
+    their grids cost."""
 
     def place(block: int, multiples: tuple[int, ...]) -> Layout:
         starts, strides, end = [], [], 0
@@ -180,8 +216,8 @@ def lay_out(levels: Tree) -> Layout:
 
     def cost(layout: Layout) -> tuple[int, int]:
         computed = blocks(layout)
-        # two of the three kernels go over the keys of a block of queries, one over the queries of a block of keys; all
-        # take as many steps for each block as the fullest has
+        # two of the three kernels go over the keys of a block of queries, one over the queries of a
+        # block of keys; all take as many steps for each block as the fullest has
         steps = len(computed) * (2 * computed.sum(axis=1).max() + computed.sum(axis=0).max()) // 3
         return int(computed.sum() * layout.block**2 + steps * STEP), layout.slots
 
@@ -194,14 +230,19 @@ def lay_out(levels: Tree) -> Layout:
 
 
 def _seen(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """int[levels slots] each: of which slots on and up to which, exclusive, a slot sees keys of a level."""
+    """int[levels slots] each: of which slots on and up to which, exclusive, a slot sees keys of a
+    level."""
     first, last = np.zeros((2, len(layout.levels), layout.slots), np.int32)
     ends = (*layout.starts[1:], layout.slots)
-    for depth, ((nodes, _), start, end) in enumerate(zip(layout.levels, layout.starts, ends, strict=True)):
+    for depth, ((nodes, _), start, end) in enumerate(
+        zip(layout.levels, layout.starts, ends, strict=True)
+    ):
         slots = np.arange(start, end)
         node = np.minimum((slots - start) // layout.strides[depth], nodes - 1)
         for above, (others, length) in enumerate(layout.levels[:depth]):
-            first[above, slots] = layout.starts[above] + node // (nodes // others) * layout.strides[above]
+            first[above, slots] = (
+                layout.starts[above] + node // (nodes // others) * layout.strides[above]
+            )
             last[above, slots] = first[above, slots] + length
         first[depth, slots] = start + node * layout.strides[depth]
         last[depth, slots] = slots + 1
@@ -221,7 +262,8 @@ def blocks(layout: Layout) -> np.ndarray:
 
 
 class _Mask(splash_mask.Mask):
-    """What the tree sees, made block by block: the kernel keeps different blocks that are partly seen once each."""
+    """What the tree sees, made block by block: the kernel keeps different blocks that are partly
+    seen once each."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -244,8 +286,9 @@ class _Mask(splash_mask.Mask):
 
 
 def _block_sizes(block: int) -> splash_kernel.BlockSizes:
-    """Gradients of queries and of keys by a kernel each: a fused one would compute a part less, but write as many
-    copies of the queries' gradients, rounded, as there are blocks of keys, most of them zeros in a tree."""
+    """Gradients of queries and of keys by a kernel each: a fused one would compute a part less, but
+    write as many copies of the queries' gradients, rounded, as there are blocks of keys, most of
+    them zeros in a tree."""
     forward = {"block_q": block, "block_kv": block, "block_kv_compute": block}
     of_keys = {"block_q_dkv": block, "block_kv_dkv": block, "block_kv_dkv_compute": block}
     return splash_kernel.BlockSizes(**forward, **of_keys, block_q_dq=block, block_kv_dq=block)

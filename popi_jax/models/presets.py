@@ -1,8 +1,8 @@
-"""TransformerConfig rows of released models, by the names of their folders on Hugging Face in small letters.
+"""TransformerConfig rows of released models, by the names of their folders on Hugging Face in small
+letters.
 
-Text models alone: the counts of Gemma 3 from 4B on leave the vision tower out. A run reads its shape from its local
-folder; these rows are for planning and for tests without weights.
-"""
+Text models alone: the counts of Gemma 3 from 4B on leave the vision tower out. A run reads its
+shape from its local folder; these rows are for planning and for tests without weights."""
 
 from typing import Any
 
@@ -26,7 +26,9 @@ def _row(sizes: tuple[int, ...], **rest: Any) -> TransformerConfig:
     )
 
 
-def _llama(*sizes: int, scaling: RopeScaling | None = None, tied: bool = False) -> TransformerConfig:
+def _llama(
+    *sizes: int, scaling: RopeScaling | None = None, tied: bool = False
+) -> TransformerConfig:
     fixed: dict[str, Any] = {"vocab_size": 128256, "rope_theta": 500000.0, "norm_eps": 1e-5}
     return _row(sizes, **fixed, rope_scaling=scaling, tied_embeddings=tied)
 
@@ -34,16 +36,32 @@ def _llama(*sizes: int, scaling: RopeScaling | None = None, tied: bool = False) 
 def _mistral(vocab: int, theta: float, window: int | None) -> TransformerConfig:
     local = (True,) * 32 if window else ()
     fixed: dict[str, Any] = {"norm_eps": 1e-5, "tied_embeddings": False}
-    rest: dict[str, Any] = {"vocab_size": vocab, "rope_theta": theta, "sliding_window": window, "local_layers": local}
+    rest: dict[str, Any] = {
+        "vocab_size": vocab,
+        "rope_theta": theta,
+        "sliding_window": window,
+        "local_layers": local,
+    }
     return _row((4096, 14336, 32, 32, 8, 128), **fixed, **rest)
 
 
-def _qwen2(*sizes: int, vocab: int = 152064, tied: bool = False, eps: float = 1e-6) -> TransformerConfig:
-    return _row(sizes, vocab_size=vocab, rope_theta=1e6, norm_eps=eps, tied_embeddings=tied, qkv_bias=True)
+def _qwen2(
+    *sizes: int, vocab: int = 152064, tied: bool = False, eps: float = 1e-6
+) -> TransformerConfig:
+    return _row(
+        sizes, vocab_size=vocab, rope_theta=1e6, norm_eps=eps, tied_embeddings=tied, qkv_bias=True
+    )
 
 
 def _qwen3(*sizes: int, tied: bool = False) -> TransformerConfig:
-    return _row((*sizes, 128), vocab_size=151936, rope_theta=1e6, norm_eps=1e-6, tied_embeddings=tied, qk_norm=True)
+    return _row(
+        (*sizes, 128),
+        vocab_size=151936,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tied_embeddings=tied,
+        qk_norm=True,
+    )
 
 
 _GEMMA: dict[str, Any] = {
@@ -56,7 +74,13 @@ def _gemma2(*sizes: int, score_dim: int = 256) -> TransformerConfig:
     local = tuple(i % 2 == 0 for i in range(sizes[2]))
     caps = {"attn_logit_softcap": 50.0, "final_logit_softcap": 30.0}
     return _row(
-        sizes, vocab_size=256000, score_dim=score_dim, sliding_window=4096, local_layers=local, **caps, **_GEMMA
+        sizes,
+        vocab_size=256000,
+        score_dim=score_dim,
+        sliding_window=4096,
+        local_layers=local,
+        **caps,
+        **_GEMMA,
     )
 
 
@@ -68,8 +92,16 @@ def _gemma3(
     score_dim: int = 256,
 ) -> TransformerConfig:
     local = tuple((i + 1) % 6 != 0 for i in range(sizes[2]))
-    ropes: dict[str, Any] = {"rope_theta": 1e6, "rope_scaling": scaling, "local_rope_theta": 10000.0}
-    windows: dict[str, Any] = {"sliding_window": window, "local_layers": local, "score_dim": score_dim}
+    ropes: dict[str, Any] = {
+        "rope_theta": 1e6,
+        "rope_scaling": scaling,
+        "local_rope_theta": 10000.0,
+    }
+    windows: dict[str, Any] = {
+        "sliding_window": window,
+        "local_layers": local,
+        "score_dim": score_dim,
+    }
     return _row(sizes, vocab_size=vocab, qk_norm=True, **ropes, **windows, **_GEMMA)
 
 

@@ -1,4 +1,5 @@
-"""What each role does, as pure functions: write summaries of users, score pairs behind a summary. No gradients here."""
+"""What each role does, as pure functions: write summaries of users, score pairs behind a summary.
+No gradients here."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ class Budgets(NamedTuple):
 
     shards: int  # parts of the users while training
     rollout_shards: int  # and while sampling
-    rollout_signals: int  # of users of such a part: the inference model's contexts, and what asks for a summary
+    rollout_signals: (
+        int  # of users of such a part: the inference model's contexts, and what asks for a summary
+    )
     signals: int  # the same of users of a part while training
     contexts: int  # the generator's, each with a summary of full length
     summaries: int  # one of each user
@@ -44,7 +47,8 @@ class Tree(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of each token of sampled summaries at the sampling temperature, in nats; entropies only where asked for."""
+    """Of each token of sampled summaries at the sampling temperature, in nats; entropies only where
+    asked for."""
 
     logps: Float[Array, "users group seq"]
     mask: Bool[Array, "users group seq"]
@@ -53,7 +57,9 @@ class TokenScores(NamedTuple):
 
 def constant_turn(ids: tuple[int, ...], batch: int) -> Tokens:
     row = jnp.asarray(ids, jnp.int32)
-    return Tokens(jnp.broadcast_to(row[None, :], (batch, len(ids))), jnp.full((batch,), len(ids), jnp.int32))
+    return Tokens(
+        jnp.broadcast_to(row[None, :], (batch, len(ids))), jnp.full((batch,), len(ids), jnp.int32)
+    )
 
 
 def splice(prefix: tuple[int, ...], summaries: Tokens, finished: Bool[Array, "*rows"]) -> Tokens:
@@ -89,10 +95,13 @@ def rollout(
 
 
 def pair_tree(contexts: Tokens, users: UserBatch) -> Tree:
-    """Prompts behind each of a user's contexts [users group seq], both replies behind each prompt."""
+    """Prompts behind each of a user's contexts [users group seq], both replies behind each
+    prompt."""
     num_users, group, _ = contexts.ids.shape
 
-    def rows(tokens: Tokens) -> Tokens:  # repeats what belongs to a user for each of the user's contexts
+    def rows(
+        tokens: Tokens,
+    ) -> Tokens:  # repeats what belongs to a user for each of the user's contexts
         return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tokens)
 
     flat = jax.tree.map(lambda x: x.reshape(num_users * group, *x.shape[2:]), contexts)
@@ -104,23 +113,41 @@ def pair_budget(budgets: Budgets | None, group: int) -> Budget | None:
     """Of `pair_tree` with contexts that hold a summary each."""
     if budgets is None:
         return None
-    return Budget(group * (budgets.contexts + budgets.pairs), group * budgets.answers, budgets.shards)
+    return Budget(
+        group * (budgets.contexts + budgets.pairs), group * budgets.answers, budgets.shards
+    )
 
 
 def pair_logps(
-    params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig, budget: Budget | None = None
+    params: Params,
+    contexts: Tokens,
+    users: UserBatch,
+    *,
+    model: TransformerConfig,
+    budget: Budget | None = None,
 ) -> PairLogps:
-    """Log-probs of each user's chosen and rejected replies behind each of the user's contexts [users group seq].
+    """Log-probs of each user's chosen and rejected replies behind each of the user's contexts
+    [users group seq].
 
     Returns [users group pairs].
     """
-    return _of_pairs(answer_logps(params, *pair_tree(contexts, users), model=model, budget=budget), contexts, users)
+    return _of_pairs(
+        answer_logps(params, *pair_tree(contexts, users), model=model, budget=budget),
+        contexts,
+        users,
+    )
 
 
 def pair_logps_of_both(
-    params: Params, contexts: Tokens, users: UserBatch, *, model: TransformerConfig, budget: Budget | None = None
+    params: Params,
+    contexts: Tokens,
+    users: UserBatch,
+    *,
+    model: TransformerConfig,
+    budget: Budget | None = None,
 ) -> tuple[PairLogps, PairLogps]:
-    """`pair_logps` of a base with adapters and of the base alone, see scoring.answer_logps_of_both."""
+    """`pair_logps` of a base with adapters and of the base alone, see
+    scoring.answer_logps_of_both."""
     both = answer_logps_of_both(params, *pair_tree(contexts, users), model=model, budget=budget)
     return _of_pairs(both[0], contexts, users), _of_pairs(both[1], contexts, users)
 
@@ -137,7 +164,9 @@ def pair_lengths(users: UserBatch) -> PairLengths:
 
 def summary_tree(users: UserBatch, rollouts: Rollouts, *, glue: Glue) -> Tree:
     """All G summaries of a user behind one copy of the signals."""
-    turns = jax.tree.map(lambda x: x[:, None], constant_turn(glue.summary_turn, users.index.shape[0]))
+    turns = jax.tree.map(
+        lambda x: x[:, None], constant_turn(glue.summary_turn, users.index.shape[0])
+    )
     return Tree(users.context, turns, jax.tree.map(lambda x: x[:, None], rollouts.summaries))
 
 
@@ -145,7 +174,9 @@ def summary_budget(budgets: Budgets | None, group: int) -> Budget | None:
     """Of `summary_tree`."""
     if budgets is None:
         return None
-    return Budget(budgets.signals + group * budgets.summaries, group * budgets.summaries, budgets.shards)
+    return Budget(
+        budgets.signals + group * budgets.summaries, group * budgets.summaries, budgets.shards
+    )
 
 
 def summary_logps(
@@ -161,7 +192,9 @@ def summary_logps(
 ) -> TokenScores:
     """Log-probs of sampled summaries; the mask holds the end token."""
     tree = summary_tree(users, rollouts, glue=glue)
-    scores = answer_logps(params, *tree, model=model, temperature=temperature, entropies=entropies, budget=budget)
+    scores = answer_logps(
+        params, *tree, model=model, temperature=temperature, entropies=entropies, budget=budget
+    )
     return _of_summaries(scores)
 
 
@@ -176,9 +209,15 @@ def summary_logps_of_both(
     entropies: bool = False,
     budget: Budget | None = None,
 ) -> tuple[TokenScores, TokenScores]:
-    """`summary_logps` of a base with adapters and of the base alone, see scoring.answer_logps_of_both."""
+    """`summary_logps` of a base with adapters and of the base alone, see
+    scoring.answer_logps_of_both."""
     tree = summary_tree(users, rollouts, glue=glue)
-    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    settings: Any = {
+        "model": model,
+        "temperature": temperature,
+        "entropies": entropies,
+        "budget": budget,
+    }
     scores, of_base = answer_logps_of_both(params, *tree, **settings)
     return _of_summaries(scores), _of_summaries(of_base)
 

@@ -1,4 +1,5 @@
-"""Rotary positions in the half-split form ("rotate half") of Hugging Face's decoders, with stretched frequencies."""
+"""Rotary positions in the half-split form ("rotate half") of Hugging Face's decoders, with
+stretched frequencies."""
 
 import dataclasses
 import math
@@ -12,10 +13,9 @@ from jaxtyping import Array, Float, Int
 class RopeScaling:
     """How the frequencies are lowered for texts longer than those of the first training.
 
-    "linear" divides all of them by `factor`. "llama3" divides those of waves longer than original_len / low_freq_factor
-    tokens, keeps those shorter than original_len / high_freq_factor, and blends in between (Llama 3.1; the same as
-    `_compute_llama3_parameters` of transformers).
-    """
+    "linear" divides all of them by `factor`. "llama3" divides those of waves longer than
+    original_len / low_freq_factor tokens, keeps those shorter than original_len / high_freq_factor,
+    and blends in between (Llama 3.1; the same as `_compute_llama3_parameters` of transformers)."""
 
     kind: str  # linear | llama3
     factor: float
@@ -29,7 +29,8 @@ class RopeScaling:
 
 
 def frequencies(half: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per token of each of the `half` planes of a head: float32 [half], computed in float64."""
+    """Radians per token of each of the `half` planes of a head: float32 [half], computed in
+    float64."""
     f = theta ** (-np.arange(half) / half)
     if scaling is None:
         return f.astype(np.float32)

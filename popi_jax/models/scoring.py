@@ -1,9 +1,8 @@
 """Log-probs of answers to turns that continue one context, every shared prefix computed once.
 
-The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the earlier tokens of
-its own node and all of its ancestors, at the positions that a separate sequence would have, so the result equals that
-of scoring each (context, turn, answer) alone.
-"""
+The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the
+earlier tokens of its own node and all of its ancestors, at the positions that a separate sequence
+would have, so the result equals that of scoring each (context, turn, answer) alone."""
 
 from typing import Any, NamedTuple
 
@@ -28,18 +27,24 @@ class Packed(NamedTuple):
 
 
 class AnswerLogps(NamedTuple):
-    """Log-probs (nats) of every answer token, the mask of those that count, and the entropies where asked for."""
+    """Log-probs (nats) of every answer token, the mask of those that count, and the entropies where
+    asked for."""
 
     logps: Float[Array, "batch turns answers seq"]
     mask: Bool[Array, "batch turns answers seq"]
-    entropies: Float[Array, "batch turns answers seq"] | None = None  # of the distribution that each token is from
+    entropies: Float[Array, "batch turns answers seq"] | None = (
+        None  # of the distribution that each token is from
+    )
 
     def sums(self) -> Float[Array, "batch turns answers"]:
         return jnp.sum(jnp.where(self.mask, self.logps, 0.0), axis=-1)
 
 
 def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
-    return jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1) < tokens.lengths[..., None]
+    return (
+        jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1)
+        < tokens.lengths[..., None]
+    )
 
 
 def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packed:
@@ -50,10 +55,15 @@ def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packe
     batch, context_len = context.ids.shape
     _, num_turns, turn_len = turns.ids.shape
     if answers is None:
-        answers = Tokens(jnp.zeros((batch, num_turns, 0, 0), jnp.int32), jnp.zeros((batch, num_turns, 0), jnp.int32))
+        answers = Tokens(
+            jnp.zeros((batch, num_turns, 0, 0), jnp.int32),
+            jnp.zeros((batch, num_turns, 0), jnp.int32),
+        )
     num_answers, answer_len = answers.ids.shape[2:]
     turn_start = context.lengths[:, None] + jnp.zeros_like(turns.lengths)
-    answer_start = (context.lengths[:, None] + turns.lengths)[..., None] + jnp.zeros_like(answers.lengths)
+    answer_start = (context.lengths[:, None] + turns.lengths)[..., None] + jnp.zeros_like(
+        answers.lengths
+    )
 
     def flat(*parts: Array) -> Array:
         return jnp.concatenate([part.reshape(batch, -1) for part in parts], axis=1)
@@ -65,7 +75,11 @@ def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packe
         answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
     )
     valid = flat(length_mask(context), length_mask(turns), length_mask(answers))
-    levels = Level(1, context_len), Level(num_turns, turn_len), Level(num_turns * num_answers, answer_len)
+    levels = (
+        Level(1, context_len),
+        Level(num_turns, turn_len),
+        Level(num_turns * num_answers, answer_len),
+    )
     return Packed(ids, positions, valid, levels)
 
 
@@ -82,10 +96,15 @@ def answer_logps(
 ) -> AnswerLogps:
     """Log-probs of each answer given its context and turn, and with `entropies` those too.
 
-    The LM head is applied at the positions that predict an answer token, nowhere else. A turn has at least one token.
-    With a budget, which the tree must fit (`dense.within`), padding runs neither through the layers nor the head.
-    """
-    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    The LM head is applied at the positions that predict an answer token, nowhere else. A turn has
+    at least one token. With a budget, which the tree must fit (`dense.within`), padding runs
+    neither through the layers nor the head."""
+    settings: Any = {
+        "model": model,
+        "temperature": temperature,
+        "entropies": entropies,
+        "budget": budget,
+    }
     return _scored(params, context, turns, answers, **settings, twin=False)[0]
 
 
@@ -100,9 +119,14 @@ def answer_logps_of_both(
     entropies: bool = False,
     budget: Budget | None = None,
 ) -> tuple[AnswerLogps, AnswerLogps]:
-    """`answer_logps` of a base with adapters and, without gradient and entropies, of the base alone: one pass over the
-    layers for both. `params` as lora.join makes them."""
-    settings: Any = {"model": model, "temperature": temperature, "entropies": entropies, "budget": budget}
+    """`answer_logps` of a base with adapters and, without gradient and entropies, of the base
+    alone: one pass over the layers for both. `params` as lora.join makes them."""
+    settings: Any = {
+        "model": model,
+        "temperature": temperature,
+        "entropies": entropies,
+        "budget": budget,
+    }
     scores, of_base = _scored(params, context, turns, answers, **settings, twin=True)
     return scores, jax.lax.stop_gradient(of_base)
 
@@ -129,17 +153,24 @@ def _scored(
     hidden, _ = apply(variables(params), *packed[:3], levels=packed.levels, at=at, twin=twin)
     streams = hidden if twin else (hidden,)
     if at is None or budget is None:
-        states = tuple(_predictors(x, context, turns, answers).reshape(mask.shape[0], -1, x.shape[-1]) for x in streams)
+        states = tuple(
+            _predictors(x, context, turns, answers).reshape(mask.shape[0], -1, x.shape[-1])
+            for x in streams
+        )
         ids, scored = answers.ids.reshape(mask.shape[0], -1), None
     else:
         scored = dense(mask.reshape(mask.shape[0], -1), budget.answers, budget.shards)
-        slots = _predictor_slots(context, turns, answers, packed, budget.shards).reshape(scored.valid.shape)
+        slots = _predictor_slots(context, turns, answers, packed, budget.shards).reshape(
+            scored.valid.shape
+        )
         places = take(at.place_of, take(slots, scored.slot_of))
         states = tuple(take(x, places) for x in streams)
         ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
     settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
 
-    def score(head: Array, states: tuple[Array, ...], ids: Array, vocab_axes: Axes) -> list[tuple[Array, ...]]:
+    def score(
+        head: Array, states: tuple[Array, ...], ids: Array, vocab_axes: Axes
+    ) -> list[tuple[Array, ...]]:
         more: Any = {**settings, "vocab_axes": vocab_axes}
         found = [(token_logps(x, head, ids, **more),) for x in states[1:]]
         if entropies:
@@ -157,18 +188,25 @@ def _scored(
 def _predictors(
     hidden: Float[Array, "batch slots embed"], context: Tokens, turns: Tokens, answers: Tokens
 ) -> Float[Array, "batch turns answers seq embed"]:
-    """The states that predict each answer token: of its turn's last token, then of the answer token before."""
+    """The states that predict each answer token: of its turn's last token, then of the answer token
+    before."""
     batch, context_len = context.ids.shape
     _, num_turns, turn_len = turns.ids.shape
     num_answers, answer_len = answers.ids.shape[2:]
     dim = hidden.shape[-1]
-    of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(batch, num_turns, turn_len, dim)
+    of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(
+        batch, num_turns, turn_len, dim
+    )
     last = jnp.maximum(turns.lengths - 1, 0)
-    first = jnp.take_along_axis(of_turns, last[..., None, None], axis=2)[:, :, None]  # [batch turns 1 1 embed]
+    first = jnp.take_along_axis(of_turns, last[..., None, None], axis=2)[
+        :, :, None
+    ]  # [batch turns 1 1 embed]
     of_answers = hidden[:, context_len + num_turns * turn_len :].reshape(
         batch, num_turns, num_answers, answer_len - 1, dim
     )
-    return jnp.concatenate([jnp.broadcast_to(first, (*of_answers.shape[:3], 1, dim)), of_answers], axis=3)
+    return jnp.concatenate(
+        [jnp.broadcast_to(first, (*of_answers.shape[:3], 1, dim)), of_answers], axis=3
+    )
 
 
 def _predictor_slots(
@@ -176,7 +214,9 @@ def _predictor_slots(
 ) -> Int[Array, "batch turns answers seq"]:
     """The slots of these states, counted through all rows of a shard."""
     context_len, (_, num_turns, turn_len) = context.ids.shape[1], turns.ids.shape
-    row, turn, answer, token = (jax.lax.broadcasted_iota(jnp.int32, answers.ids.shape, axis) for axis in range(4))
+    row, turn, answer, token = (
+        jax.lax.broadcasted_iota(jnp.int32, answers.ids.shape, axis) for axis in range(4)
+    )
     last = context_len + turn * turn_len + jnp.maximum(turns.lengths - 1, 0)[..., None, None]
     nodes = turn * answers.ids.shape[2] + answer
     before = context_len + num_turns * turn_len + nodes * (answers.ids.shape[3] - 1) + token - 1

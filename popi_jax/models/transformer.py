@@ -1,13 +1,13 @@
 """The decoder: pre-norm, rotary positions, grouped-query attention, gated MLP, scanned over layers.
 
-Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers say by `Levels` and caches what a token sees, so
-this file knows nothing of prompts or samples, nor of model families: `TransformerConfig` switches behaviours.
-Einsum letters: B batch, T queries, S keys, D embed, N heads, K kv_heads, G heads per kv_head, H head_dim, F mlp,
-V vocab.
+Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers say by `Levels` and caches
+what a token sees, so this file knows nothing of prompts or samples, nor of model families:
+`TransformerConfig` switches behaviours. Einsum letters: B batch, T queries, S keys, D embed, N
+heads, K kv_heads, G heads per kv_head, H head_dim, F mlp, V vocab.
 
-A layer takes a tuple of *streams*: the hidden states of the model and, where the caller asks for its twin, those of the
-base without the adapters, of the same tokens. Each weight is read once for both, so it is gathered and cast once.
-"""
+A layer takes a tuple of *streams*: the hidden states of the model and, where the caller asks for
+its twin, those of the base without the adapters, of the same tokens. Each weight is read once for
+both, so it is gathered and cast once."""
 
 import dataclasses
 import math
@@ -61,14 +61,20 @@ class TransformerConfig:
     attn_logit_softcap: float | None = None  # c: scores become c tanh(scores / c)
     final_logit_softcap: float | None = None  # the same for the logits of tokens
     rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None  # positions that a token of a local layer sees, its own included
+    sliding_window: int | None = (
+        None  # positions that a token of a local layer sees, its own included
+    )
     local_layers: tuple[bool, ...] = ()  # which layers are local; (): none
-    local_rope_theta: float | None = None  # of local layers, then without scaling; None: as in the others
+    local_rope_theta: float | None = (
+        None  # of local layers, then without scaling; None: as in the others
+    )
     rules: Rules = UNSPLIT  # the layout on a mesh
     rollout_rules: Rules = UNSPLIT  # the same while tokens are sampled
 
     def __post_init__(self) -> None:
-        if self.local_layers and (len(self.local_layers) != self.num_layers or self.sliding_window is None):
+        if self.local_layers and (
+            len(self.local_layers) != self.num_layers or self.sliding_window is None
+        ):
             raise ValueError("local_layers: needs one entry per layer and a sliding_window")
 
 
@@ -77,14 +83,17 @@ class Now(NamedTuple):
 
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
-    past: tuple[tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...]  # (valid, positions) of each cache
+    past: tuple[
+        tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...
+    ]  # (valid, positions) of each cache
     freqs: Float[Array, " half"]
     local_freqs: Float[Array, " half"]
     at: Dense | None  # where the tokens lie outside of attention; None: in their slots
 
 
 def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
-    """Normal with standard deviation 1/sqrt(fan in); the fan in is the product of the first `fan_in_axes` axes."""
+    """Normal with standard deviation 1/sqrt(fan in); the fan in is the product of the first
+    `fan_in_axes` axes."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         fan_in = 1
@@ -96,12 +105,11 @@ def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
 
 
 class Linear(nn.Module):
-    """A kernel that contracts the last `contract` axes of its input, and for the first stream an adapter where `lora`
-    holds one.
+    """A kernel that contracts the last `contract` axes of its input, and for the first stream an
+    adapter where `lora` holds one.
 
-    An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds (x a) b. The factor
-    alpha / rank is already in `b` (see lora.py).
-    """
+    An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds (x a)
+    b. The factor alpha / rank is already in `b` (see lora.py)."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -114,7 +122,8 @@ class Linear(nn.Module):
         init = nn.with_logical_partitioning(kernel_init(self.contract), self.names)
         kernel = in_use(self.param("kernel", init, self.shape, jnp.float32), self.names, self.cfg)
         fan_in, outputs = math.prod(self.shape[: self.contract]), self.shape[self.contract :]
-        # one plain matrix product: on CPUs several times faster than a contraction of many axes, elsewhere the same
+        # one plain matrix product: on CPUs several times faster than a contraction of many axes,
+        # elsewhere the same
         kernel = kernel.reshape(fan_in, -1)
         adapter, bias = None, None
         if self.has_variable("lora", "a"):
@@ -124,7 +133,11 @@ class Linear(nn.Module):
             adapter = a.reshape(fan_in, -1), b.reshape(b.shape[0], -1)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.contract :])
-            bias = in_use(self.param("bias", zeros, outputs, jnp.float32), self.names[self.contract :], self.cfg)
+            bias = in_use(
+                self.param("bias", zeros, outputs, jnp.float32),
+                self.names[self.contract :],
+                self.cfg,
+            )
 
         def product(x: Array, adapter: tuple[Array, Array] | None) -> Array:
             rows = x.reshape(-1, fan_in)
@@ -132,13 +145,18 @@ class Linear(nn.Module):
             if adapter is not None:
                 y = y + (rows @ adapter[0]) @ adapter[1]
             y = y.reshape(*x.shape[: x.ndim - self.contract], *outputs)
-            return y if bias is None else y + bias.reshape((1,) * (x.ndim - self.contract) + bias.shape)
+            return (
+                y
+                if bias is None
+                else y + bias.reshape((1,) * (x.ndim - self.contract) + bias.shape)
+            )
 
         return product(streams[0], adapter), *(product(x, None) for x in streams[1:])
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) times a scale of the last axis; with `plus_one` the parameter is what the scale has above 1."""
+    """x / rms(x) times a scale of the last axis; with `plus_one` the parameter is what the scale
+    has above 1."""
 
     eps: float
     plus_one: bool
@@ -148,10 +166,14 @@ class RMSNorm(nn.Module):
     def __call__(self, streams: Streams) -> Streams:
         start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         dim = streams[0].shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(start, self.names), (dim,), jnp.float32)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(start, self.names), (dim,), jnp.float32
+        )
 
         def normed(x: Array) -> Array:
-            by = (1.0 + scale if self.plus_one else scale).reshape((1,) * (x.ndim - 1) + scale.shape)
+            by = (1.0 + scale if self.plus_one else scale).reshape(
+                (1,) * (x.ndim - 1) + scale.shape
+            )
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * by
             return y.astype(x.dtype)
@@ -165,12 +187,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+        self,
+        streams: Streams,
+        past: tuple[tuple[Array, Array], ...],
+        is_local: Bool[Array, ""],
+        now: Now,
     ) -> tuple[Streams, tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """What attention adds to each stream, and the keys and values of the first."""
         c = self.cfg
         window, freqs = None, now.freqs
-        if any(c.local_layers):  # a local layer sees a window of positions, wherever their slots lie
+        if any(
+            c.local_layers
+        ):  # a local layer sees a window of positions, wherever their slots lie
             window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
             freqs = jnp.where(is_local, now.local_freqs, now.freqs)
 
@@ -187,8 +215,13 @@ class Attention(nn.Module):
 
         def attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
             if now.at is not None:
-                q, k, v = (to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v))
-            q, k, v = (constrain(x, ("batch", None, "attention_heads", "head_dim"), c.rules) for x in (q, k, v))
+                q, k, v = (
+                    to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v)
+                )
+            q, k, v = (
+                constrain(x, ("batch", None, "attention_heads", "head_dim"), c.rules)
+                for x in (q, k, v)
+            )
             q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
             y = attend(
                 q,
@@ -236,7 +269,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, past: tuple[tuple[Array, Array], ...], is_local: Bool[Array, ""], now: Now
+        self,
+        streams: Streams,
+        past: tuple[tuple[Array, Array], ...],
+        is_local: Bool[Array, ""],
+        now: Now,
     ) -> tuple[Streams, tuple[Array, Array] | None]:
         c = self.cfg
 
@@ -244,7 +281,9 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(streams)
 
         x = tuple(constrain(x, ("batch", "seq", "embed_unsharded"), c.rules) for x in streams)
-        y, new = Attention(c, self.levels, name="attention")(norm(x, "attention_norm"), past, is_local, now)
+        y, new = Attention(c, self.levels, name="attention")(
+            norm(x, "attention_norm"), past, is_local, now
+        )
         x = tuple(map(jnp.add, x, norm(y, "attention_post_norm") if c.post_norms else y))
         y = Mlp(c, name="mlp")(norm(x, "mlp_norm"))
         x = tuple(map(jnp.add, x, norm(y, "mlp_post_norm") if c.post_norms else y))
@@ -266,19 +305,26 @@ class Transformer(nn.Module):
         keep: bool = False,
         at: Dense | None = None,
         twin: bool = False,
-    ) -> tuple[Float[Array, "*rows D"] | Streams, tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None]:
-        """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values of all layers.
+    ) -> tuple[
+        Float[Array, "*rows D"] | Streams,
+        tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None,
+    ]:
+        """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values
+        of all layers.
 
-        The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False for padding.
-        The hidden states are [B T D] or, with `at`, those of its places, [shards places D].
+        The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False
+        for padding. The hidden states are [B T D] or, with `at`, those of its places, [shards
+        places D].
 
-        With `twin` they are a pair, the second of the base without the adapters. Its stream never meets the other's, so
-        where the adapters alone are differentiated it has no backward pass.
+        With `twin` they are a pair, the second of the base without the adapters. Its stream never
+        meets the other's, so where the adapters alone are differentiated it has no backward pass.
         """
         c = self.cfg
         if at is not None:
             ids = take(ids.reshape(at.valid.shape), at.slot_of)
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "vocab_embed"))
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "vocab_embed")
+        )
         embedding = Embedding(c, init, name="embed")()
         x = lookup(embedding, ids, c.rules, c.dtype)
         if c.embed_scale:
@@ -297,8 +343,14 @@ class Transformer(nn.Module):
         )(c, levels, keep, name="layers")
         half = c.head_dim // 2
         freqs = jnp.asarray(frequencies(half, c.rope_theta, c.rope_scaling))
-        local = freqs if c.local_rope_theta is None else jnp.asarray(frequencies(half, c.local_rope_theta, None))
-        now = Now(positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local, at)
+        local = (
+            freqs
+            if c.local_rope_theta is None
+            else jnp.asarray(frequencies(half, c.local_rope_theta, None))
+        )
+        now = Now(
+            positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local, at
+        )
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
         streams = (x, jax.lax.stop_gradient(x)) if twin else (x,)
         streams, new = layers(streams, tuple((kv.k, kv.v) for kv in past), is_local, now)
@@ -314,7 +366,9 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        return self.param("embedding", self.init, (self.cfg.vocab_size, self.cfg.embed_dim), jnp.float32)
+        return self.param(
+            "embedding", self.init, (self.cfg.vocab_size, self.cfg.embed_dim), jnp.float32
+        )
 
 
 class Head(nn.Module):
@@ -327,13 +381,15 @@ class Head(nn.Module):
 
 
 def variables(params: dict) -> dict:
-    """What `Transformer.apply` takes, of a plain parameter tree or of base weights joined with adapters (lora.py)."""
+    """What `Transformer.apply` takes, of a plain parameter tree or of base weights joined with
+    adapters (lora.py)."""
     return params if "lora" in params else {"params": params}
 
 
 def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
-    """A parameter as it is multiplied with: in the compute type, and gathered along `embed`, in this order, so that
-    half the bytes move. Its gradient is added up where the parameter lies: no device holds all of it."""
+    """A parameter as it is multiplied with: in the compute type, and gathered along `embed`, in
+    this order, so that half the bytes move. Its gradient is added up where the parameter lies: no
+    device holds all of it."""
 
     @jax.custom_vjp
     def gathered(x: Array) -> Array:
@@ -345,11 +401,14 @@ def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
 
 
 def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
-    """The weights as a loop over tokens reads them: matrices in the compute type, laid out by `cfg.rollout_rules`.
+    """The weights as a loop over tokens reads them: matrices in the compute type, laid out by
+    `cfg.rollout_rules`.
 
     Cast and moved once, before the loop, so that no step of it gathers weights.
     """
-    names = logical_names(jax.eval_shape(partial(init_boxed, cfg=cfg), jax.eval_shape(jax.random.key, 0)))
+    names = logical_names(
+        jax.eval_shape(partial(init_boxed, cfg=cfg), jax.eval_shape(jax.random.key, 0))
+    )
 
     def laid_out(path: tuple[Any, ...], x: Array) -> Array:
         if path[-1].key == "scale":
@@ -360,8 +419,14 @@ def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
         for key in [*keys[:-1], "kernel"] if adapter else keys:
             at = at[key]
         if adapter:  # of a kernel [layers, inputs, outputs]: a is [layers, inputs, rank], b is [layers, rank, outputs]
-            at = (*at[: x.ndim - 1], "rank") if adapter == "a" else (at[0], "rank", *at[len(at) - x.ndim + 2 :])
-        return relaid(constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rules, cfg.rollout_rules)
+            at = (
+                (*at[: x.ndim - 1], "rank")
+                if adapter == "a"
+                else (at[0], "rank", *at[len(at) - x.ndim + 2 :])
+            )
+        return relaid(
+            constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rules, cfg.rollout_rules
+        )
 
     return jax.tree_util.tree_map_with_path(laid_out, params)
 
@@ -376,7 +441,9 @@ def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
 def init_boxed(key: Array, cfg: TransformerConfig) -> dict:
     """Random parameters that still carry their logical axis names; `unbox` drops them."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, one, one, jnp.ones((1, 1), bool), levels=(Level(1, 1),))["params"]
+    return Transformer(cfg).init(key, one, one, jnp.ones((1, 1), bool), levels=(Level(1, 1),))[
+        "params"
+    ]
 
 
 def unbox(boxed: dict) -> dict:

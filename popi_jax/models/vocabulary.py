@@ -1,9 +1,10 @@
-"""Both ends of a model on a mesh: the lookup of embeddings and the LM head, where the vocabulary may be split.
+"""Both ends of a model on a mesh: the lookup of embeddings and the LM head, where the vocabulary
+may be split.
 
-Written for each device, since the compiler, left alone, gathers the LM head and adds up its gradient in each chunk of
-tokens. Devices that hold users of their own and parts of the vocabulary at once exchange tokens, which are fewer bytes
-than the vocabulary: each computes its part for the tokens of all.
-"""
+Written for each device, since the compiler, left alone, gathers the LM head and adds up its
+gradient in each chunk of tokens. Devices that hold users of their own and parts of the vocabulary
+at once exchange tokens, which are fewer bytes than the vocabulary: each computes its part for the
+tokens of all."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,16 +24,22 @@ def _alone() -> bool:
 
 
 def _layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
-    """Mesh axes of (rows, width of the table or head, devices that share a vocabulary but no rows)."""
+    """Mesh axes of (rows, width of the table or head, devices that share a vocabulary but no
+    rows)."""
     if rows % shards(rules.batch):  # every device computes all rows
         return (), (), ()
-    return rules.batch, rules.vocab_embed, tuple(axis for axis in rules.vocab if axis in rules.batch)
+    return (
+        rules.batch,
+        rules.vocab_embed,
+        tuple(axis for axis in rules.vocab if axis in rules.batch),
+    )
 
 
 def lookup(
     table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"], rules: Rules, dtype: str
 ) -> Float[Array, "rows n embed"]:
-    """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in float32."""
+    """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in
+    float32."""
     if _alone():
         return _rows(table, ids).astype(dtype)
     rows, embed, shared = _layout(ids.shape[0], rules)
@@ -62,7 +69,9 @@ def lookup(
 
 
 @jax.custom_vjp
-def _rows(table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"]) -> Float[Array, "rows n embed"]:
+def _rows(
+    table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"]
+) -> Float[Array, "rows n embed"]:
     return table[ids]
 
 
@@ -83,11 +92,12 @@ def with_head(
     ids: Int[Array, "rows n"],
     rules: Rules,
 ) -> Any:
-    """score(head, states, ids, vocab_axes) -> a tree of [rows n]; on a mesh each device does so with its tokens.
+    """score(head, states, ids, vocab_axes) -> a tree of [rows n]; on a mesh each device does so
+    with its tokens.
 
-    The head is gathered along its width once, before the chunks that `score` goes through, and its gradient is summed
-    over the devices once, behind them. `vocab_axes` are the mesh axes that split the vocabulary.
-    """
+    The head is gathered along its width once, before the chunks that `score` goes through, and its
+    gradient is summed over the devices once, behind them. `vocab_axes` are the mesh axes that split
+    the vocabulary."""
     if _alone():
         return score(head, states, ids, ())
     rows, embed, shared = _layout(ids.shape[0], rules)
@@ -99,7 +109,11 @@ def with_head(
     def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
         if embed:
             head = jax.lax.all_gather(head, embed, axis=0, tiled=True)
-        of_all = partial(jax.lax.all_gather, axis_name=shared, axis=0, tiled=True) if shared else lambda x: x
+        of_all = (
+            partial(jax.lax.all_gather, axis_name=shared, axis=0, tiled=True)
+            if shared
+            else lambda x: x
+        )
         own = ids.shape[0]
         states, ids = jax.tree.map(of_all, (states, ids))
         # of different tokens on each device, so that its gradients are added up behind the chunks
@@ -111,6 +125,8 @@ def with_head(
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own, axis=0), found)
 
     by_token = P(rows, rules.seq)
-    program = jax.shard_map(here, in_specs=(P(embed, rules.vocab), by_token, by_token), out_specs=by_token)
+    program = jax.shard_map(
+        here, in_specs=(P(embed, rules.vocab), by_token, by_token), out_specs=by_token
+    )
     found = program(head, states, jnp.pad(ids, ((0, 0), (0, pad))))
     return jax.tree.map(lambda x: x[:, :count], found)

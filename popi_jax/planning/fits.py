@@ -1,4 +1,5 @@
-"""Compiles a plan and reads from the program what a device needs: memory, time at the rates of its chip, structure."""
+"""Compiles a plan and reads from the program what a device needs: memory, time at the rates of its
+chip, structure."""
 
 import resource
 import time
@@ -16,13 +17,24 @@ from popi_jax.planning.program import Access, Collective, Traffic, parse_exhaust
 from popi_jax.planning.roofline import CHIPS, Chip, Seconds, estimate
 from popi_jax.planning.target import Target
 
-NAMES: dict[Kind, Mode] = {(True, False): "inference", (False, True): "generator", (True, True): "joint"}
-SCOPES = ("sampling", "rewards", "reference", "generator_step", "inference_step")  # of schedule.popi_update
+NAMES: dict[Kind, Mode] = {
+    (True, False): "inference",
+    (False, True): "generator",
+    (True, True): "joint",
+}
+SCOPES = (
+    "sampling",
+    "rewards",
+    "reference",
+    "generator_step",
+    "inference_step",
+)  # of schedule.popi_update
 GIB = 2**30
 
 
 class DoesNotFit(Exception):
-    """The program needs more memory than a device has. Bytes; `needed` is 0 where the compiler does not say."""
+    """The program needs more memory than a device has. Bytes; `needed` is 0 where the compiler does
+    not say."""
 
     def __init__(self, needed: float, available: float, state: dict[str, int]) -> None:
         super().__init__(f"{needed / GIB:.1f} of {available / GIB:.1f} GiB")
@@ -71,9 +83,8 @@ class Fit(NamedTuple):
 
 
 def fit(plan: Plan, target: Target) -> Fit:
-    """Raises:
-    DoesNotFit: when the compiler finds that memory does not suffice, or the arguments alone are too many.
-    """
+    """Raises: DoesNotFit: when the compiler finds that memory does not suffice, or the arguments
+    alone are too many."""
     chip = CHIPS.get(target.chip)
     state, available = state_bytes(plan), _available(target, chip)
     if available and sum(state.values()) > available:
@@ -85,7 +96,9 @@ def fit(plan: Plan, target: Target) -> Fit:
     except Exception as e:  # of a type that differs by platform
         found = parse_exhausted(str(e))
         if found is None:
-            raise UserError(f"the program does not compile: {' '.join(str(e).split())[:400]}") from e
+            raise UserError(
+                f"the program does not compile: {' '.join(str(e).split())[:400]}"
+            ) from e
         raise DoesNotFit(found.needed, found.available, state) from None
     del program  # its text is as long as that of the compiled one
     seconds, cpu = time.monotonic() - began, time.process_time()
@@ -103,7 +116,9 @@ def fit(plan: Plan, target: Target) -> Fit:
     text = compiled.as_text()
     turns = [_turn(plan, kind, text, target, chip) for kind in plan.kinds]
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Fit(target.name, len(target.devices), memory, turns, checks(plan, turns), seconds, cpu, rss)
+    return Fit(
+        target.name, len(target.devices), memory, turns, checks(plan, turns), seconds, cpu, rss
+    )
 
 
 def _available(target: Target, chip: Chip | None) -> float:
@@ -139,7 +154,11 @@ def _of_part(traffic: Traffic, part: str) -> Traffic:
     """What runs in a scope, by its own name or that of a loop around it."""
 
     def scope(found: Access | Collective) -> str:
-        names = (word for name in (found.op_name, *(loop.op_name for loop in found.loops)) for word in name.split("/"))
+        names = (
+            word
+            for name in (found.op_name, *(loop.op_name for loop in found.loops))
+            for word in name.split("/")
+        )
         return next((word for word in names if word in SCOPES), "")
 
     return traffic._replace(
@@ -153,7 +172,9 @@ def torus_axes(mesh: Mesh) -> dict[str, int]:
 
     def lies_over(number: int) -> int:
         line = np.moveaxis(mesh.devices, number, 0).reshape(mesh.devices.shape[number], -1)[:, 0]
-        return sum(len(set(places)) > 1 for places in zip(*(device.coords for device in line), strict=True))
+        return sum(
+            len(set(places)) > 1 for places in zip(*(device.coords for device in line), strict=True)
+        )
 
     return {axis: max(lies_over(number), 1) for number, axis in enumerate(mesh.axis_names)}
 
@@ -163,14 +184,22 @@ def flops_of(plan: Plan, kind: Kind) -> dict[str, int]:
     phase = Phase(NAMES[kind], int(kind[0]), int(kind[1]), 1)
     update: Any = update_of(plan, (phase,)).__wrapped__
     trips = plan.config.data.summary_len
-    return flops_by_scope(update, plan.state, plan.frozen, plan.users, scopes=SCOPES, while_trips=trips)
+    return flops_by_scope(
+        update, plan.state, plan.frozen, plan.users, scopes=SCOPES, while_trips=trips
+    )
 
 
 def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
     """What the layout promises, looked for in the compiled program."""
     model, found = plan.parts.model, []
-    weights = plan.frozen.inference if plan.config.inference.lora.rank else plan.state.inference.params
-    matrices = [x for path, x in jax.tree.leaves_with_path(weights) if path[-1].key in ("kernel", "embedding")]
+    weights = (
+        plan.frozen.inference if plan.config.inference.lora.rank else plan.state.inference.params
+    )
+    matrices = [
+        x
+        for path, x in jax.tree.leaves_with_path(weights)
+        if path[-1].key in ("kernel", "embedding")
+    ]
     if len(plan.mesh.devices.flat) > 1:
         moved = [
             c
@@ -179,20 +208,30 @@ def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
             if any(loop.says("decode") for loop in c.loops) and c.kind != "all-reduce"
         ]
         number = 2 if model.dtype == "bfloat16" else 4
-        kv = model.embed_dim * model.num_kv_heads * model.head_dim * number // plan.split(model.rollout_rules.kv_heads)
+        kv = (
+            model.embed_dim
+            * model.num_kv_heads
+            * model.head_dim
+            * number
+            // plan.split(model.rollout_rules.kv_heads)
+        )
         users = plan.config.batch.users // plan.split(model.rollout_rules.batch)
-        states = users * plan.config.inference.group_size * model.embed_dim * number  # that a step works on
+        states = (
+            users * plan.config.inference.group_size * model.embed_dim * number
+        )  # that a step works on
         of_weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
         text = f"collectives of weights in a step of sampling: {len(of_weights)}"
         found.append(Check(not of_weights, text))
         head = model.embed_dim * model.vocab_size * number // plan.split(model.rules.vocab)
         for turn in turns if plan.split(model.rules.vocab_embed) > 1 else []:
-            heads = [c for c in turn.traffic.collectives if "/head/all_gather" in c.op_name and c.bytes >= head]
+            heads = [
+                c
+                for c in turn.traffic.collectives
+                if "/head/all_gather" in c.op_name and c.bytes >= head
+            ]
             inside = sum(any(loop.says("/head/") for loop in c.loops) for c in heads)
             times = sum(c.executions for c in heads) / plan.config.batch.microbatches
-            text = (
-                f"gathers of the LM head for a microbatch, {turn.name} turn: {times:.0f}, each before a pass over its "
-            )
+            text = f"gathers of the LM head for a microbatch, {turn.name} turn: {times:.0f}, each before a pass over its "
             found.append(Check(not inside, f"{text}tokens; inside of one: {inside}"))
     if _splits(plan):
         whole = [x for x in matrices if bytes_per_device(x) == x.size * x.dtype.itemsize]

@@ -1,4 +1,5 @@
-"""Which devices a collective joins, and along which axes of the mesh they lie: the syntaxes of groups in HLO text."""
+"""Which devices a collective joins, and along which axes of the mesh they lie: the syntaxes of
+groups in HLO text."""
 
 import math
 import re
@@ -8,16 +9,19 @@ Groups = list[tuple[int, ...]]
 
 
 def groups_of(attributes: str, num_devices: int) -> Groups:
-    """The groups of positions that `replica_groups=...` says; without any, all devices are one group.
+    """The groups of positions that `replica_groups=...` says; without any, all devices are one
+    group.
 
-    Explicit lists "{{0,1},{2,3}}"; counted "[4,16]<=[16,4]T(1,0)": the positions 0, 1, ... as an array of the sizes on
-    the right, axes permuted, cut into rows of the sizes on the left; and axes of a mesh of its own,
-    "mesh['a'=16,'b'=4], device_ids=([16,4]T(1,0)) {'a'}", where 'a':(2)4 is the part of 4 of an axis that lies behind a
-    part of 2.
+    Explicit lists "{{0,1},{2,3}}"; counted "[4,16]<=[16,4]T(1,0)": the positions 0, 1, ... as an
+    array of the sizes on the right, axes permuted, cut into rows of the sizes on the left; and axes
+    of a mesh of its own, "mesh['a'=16,'b'=4], device_ids=([16,4]T(1,0)) {'a'}", where 'a':(2)4 is
+    the part of 4 of an axis that lies behind a part of 2.
 
     Raises ValueError on a syntax that is none of these.
     """
-    found = re.search(r"replica_groups=(\{\{[\d,{} ]*\}\}|\{\}|\[[\d,]+\]<=\S+|mesh\[.*?\}|@\S+)", attributes)
+    found = re.search(
+        r"replica_groups=(\{\{[\d,{} ]*\}\}|\{\}|\[[\d,]+\]<=\S+|mesh\[.*?\}|@\S+)", attributes
+    )
     if found is None or found[1] == "{}":
         return [tuple(range(num_devices))]
     text = found[1]
@@ -48,7 +52,8 @@ def axes_of_groups(groups: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, 
 
 
 def pairs_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], float]:
-    """Of `source_target_pairs`: the axes that they cross, and the steps of a device's data as a mean over all devices.
+    """Of `source_target_pairs`: the axes that they cross, and the steps of a device's data as a
+    mean over all devices.
 
     Each axis is taken for a ring; a device that sends nothing counts as no step.
     """
@@ -64,7 +69,8 @@ def pairs_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str,
 
 
 def ring_hops(n: int) -> float:
-    """Links that a byte of an all-to-all crosses on a ring of n, going the shorter way; a mean over all targets."""
+    """Links that a byte of an all-to-all crosses on a ring of n, going the shorter way; a mean over
+    all targets."""
     return n * n // 4 / n
 
 

@@ -1,8 +1,8 @@
-"""The text of a compiled program as computations and instructions: syntax alone, no costs. Imports nothing.
+"""The text of a compiled program as computations and instructions: syntax alone, no costs. Imports
+nothing.
 
-`compiled.as_text()` has one instruction a line, but kernels written by hand put newlines into theirs: what starts
-neither an instruction nor a computation belongs to the instruction before.
-"""
+`compiled.as_text()` has one instruction a line, but kernels written by hand put newlines into
+theirs: what starts neither an instruction nor a computation belongs to the instruction before."""
 
 import math
 import re
@@ -24,7 +24,9 @@ class Array(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     bytes: int
-    space: int  # 0: the main memory of the device (HBM); others: memories of the chip, or the host's
+    space: (
+        int  # 0: the main memory of the device (HBM); others: memories of the chip, or the host's
+    )
 
     @property
     def elements(self) -> int:
@@ -74,10 +76,13 @@ class Module(NamedTuple):
     computations: dict[str, Computation]
     entry: str
     num_devices: int  # that the program runs on: those of one slice, where there are several
-    frames: dict[str, tuple[str, ...]]  # number of a stack frame -> file:line of it and of its callers
+    frames: dict[
+        str, tuple[str, ...]
+    ]  # number of a stack frame -> file:line of it and of its callers
 
     def stack(self, instruction: Instruction) -> tuple[str, ...]:
-        """The lines of the traced program behind it as file:line, the innermost first; () where unknown."""
+        """The lines of the traced program behind it as file:line, the innermost first; () where
+        unknown."""
         return self.frames.get(_first(r"stack_frame_id=(\d+)", instruction.attributes), ())
 
 
@@ -108,8 +113,15 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("the text holds no ENTRY computation: is it compiled.as_text()?")
     header = lines[0] if lines else ""
-    devices = int(_first(r"num_partitions=(\d+)", header) or 1) * int(_first(r"replica_count=(\d+)", header) or 1)
-    return Module({name: _computation(name, body) for name, body in made.items()}, entry, devices, _frames(lines))
+    devices = int(_first(r"num_partitions=(\d+)", header) or 1) * int(
+        _first(r"replica_count=(\d+)", header) or 1
+    )
+    return Module(
+        {name: _computation(name, body) for name, body in made.items()},
+        entry,
+        devices,
+        _frames(lines),
+    )
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
@@ -140,7 +152,13 @@ def _instruction(text: str) -> Instruction:
     inner = text[opened + 1 : closed]
     opcode, operands = text[end:opened].strip(), tuple(_NAME.findall(inner))
     return Instruction(
-        found[2], opcode, arrays_of(text[start:end]), operands, inner, text[closed + 1 :], bool(found[1])
+        found[2],
+        opcode,
+        arrays_of(text[start:end]),
+        operands,
+        inner,
+        text[closed + 1 :],
+        bool(found[1]),
     )
 
 
@@ -165,7 +183,8 @@ def _computation(name: str, body: list[Instruction]) -> Computation:
 
 
 def _frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
-    """The tables before the first computation: files, places in them, frames that name a place and their caller."""
+    """The tables before the first computation: files, places in them, frames that name a place and
+    their caller."""
     files: dict[str, str] = {}
     places: dict[str, str] = {}
     frames: dict[str, tuple[str, ...]] = {}
@@ -181,7 +200,8 @@ def _frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
         elif section == "FileLocations" and (found := _LOCATION.match(line)):
             places[found[1]] = f"{files.get(found[2], '')}:{found[3]}"
         elif section == "StackFrames" and (found := _FRAME.match(line)):
-            # the number of the caller is one less than the text says, 0 where there is none; callers come first
+            # the number of the caller is one less than the text says, 0 where there is none;
+            # callers come first
             caller = str(int(found[3] or 1) - 1)
             frames[found[1]] = (places.get(found[2], ""), *frames.get(caller, ()))
     return frames

@@ -1,9 +1,9 @@
 """Bytes of the main memory that one instruction of a compiled program reads and writes.
 
-An instruction reads its operands and writes its result, where they lie in the main memory (space 0) and not in one of
-the chip's. Of an operand that it only slices it reads the slice, of a result that it only updates it writes the update:
-so a loop over stacked layers reads one layer each time, whether the slice stands alone or inside of a fusion.
-"""
+An instruction reads its operands and writes its result, where they lie in the main memory (space 0)
+and not in one of the chip's. Of an operand that it only slices it reads the slice, of a result that
+it only updates it writes the update: so a loop over stacked layers reads one layer each time,
+whether the slice stands alone or inside of a fusion."""
 
 from popi_jax.planning.hlo import Array, Computation, Instruction, Module
 
@@ -23,7 +23,15 @@ _WHOLE = {
     "select-and-scatter",
     "scatter",
 }
-_WHOLE |= {"all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "topk", "cholesky"}
+_WHOLE |= {
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "topk",
+    "cholesky",
+}
 
 
 def accessed(module: Module, computation: Computation, x: Instruction) -> float:
@@ -33,7 +41,9 @@ def accessed(module: Module, computation: Computation, x: Instruction) -> float:
         return 0.0
     if x.opcode in ("copy-start", "send", "recv"):
         written, operands = x.arrays[: 1 if x.opcode != "send" else 0], operands[:1]
-        return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands if x.opcode != "recv")
+        return _bytes(written) + sum(
+            _bytes(operand.arrays) for operand in operands if x.opcode != "recv"
+        )
     if x.opcode.endswith("-start"):
         written = x.arrays[len(operands) : 2 * len(operands)]
         return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
@@ -44,7 +54,8 @@ def accessed(module: Module, computation: Computation, x: Instruction) -> float:
 
 
 def in_place_update(module: Module, x: Instruction, operands: list[Instruction]) -> int | None:
-    """The elements that `x` changes of an array that it takes and gives back; None if it makes its result anew."""
+    """The elements that `x` changes of an array that it takes and gives back; None if it makes its
+    result anew."""
     if x.opcode in _UPDATES:  # what must not be changed was copied before
         return operands[_UPDATES[x.opcode]].elements
     if x.opcode == "fusion":
@@ -82,7 +93,9 @@ def _written(module: Module, x: Instruction, operands: list[Instruction]) -> flo
         if inner.root.opcode == "tuple" and len(inner.root.operands) == len(x.arrays):
             results = [inner.instructions[name] for name in inner.root.operands]
             updates = [_update(module, inner, result) for result in results]
-            return sum(_part(array, update) for array, update in zip(x.arrays, updates, strict=True))
+            return sum(
+                _part(array, update) for array, update in zip(x.arrays, updates, strict=True)
+            )
     update = in_place_update(module, x, operands)
     return sum(_part(array, update) for array in x.arrays)
 
@@ -100,16 +113,21 @@ def _needs(module: Module, x: Instruction, operands: list[Instruction]) -> list[
 
 
 def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool) -> list[float]:
-    """From the result backwards: how many elements of each value inside are needed, as a sum over its uses.
+    """From the result backwards: how many elements of each value inside are needed, as a sum over
+    its uses.
 
-    in_place: whether the result may be written where an operand lies, so that what it does not change is not read.
-    """
+    in_place: whether the result may be written where an operand lies, so that what it does not
+    change is not read."""
     inner = module.computations[x.attribute("calls")]
     share = min(needed / max(x.elements, 1), 1.0)
     wanted = {inner.root.name: inner.root.elements * share}
     updating = {inner.root.name} if in_place else set()
     for y in reversed(inner.instructions.values()):
-        amount = min(wanted.get(y.name, 0.0), y.elements) if y.opcode != "tuple" else wanted.get(y.name, 0.0)
+        amount = (
+            min(wanted.get(y.name, 0.0), y.elements)
+            if y.opcode != "tuple"
+            else wanted.get(y.name, 0.0)
+        )
         if not amount or y.opcode in _NOTHING:
             continue
         operands = [inner.instructions[name] for name in y.operands]
@@ -126,10 +144,14 @@ def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool)
                 updating.add(operands[0].name)
         for operand, part in zip(operands, parts, strict=True):
             wanted[operand.name] = wanted.get(operand.name, 0.0) + part
-    return [min(wanted.get(parameter.name, 0.0), parameter.elements) for parameter in inner.parameters]
+    return [
+        min(wanted.get(parameter.name, 0.0), parameter.elements) for parameter in inner.parameters
+    ]
 
 
-def _of_operands(x: Instruction, operands: list[Instruction], needed: float, *, in_place: bool) -> list[float]:
+def _of_operands(
+    x: Instruction, operands: list[Instruction], needed: float, *, in_place: bool
+) -> list[float]:
     """Elements of each operand for `needed` elements of a result that is no fusion."""
     sizes = [float(operand.elements) for operand in operands]
     if in_place:

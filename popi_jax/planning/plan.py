@@ -1,8 +1,9 @@
-"""The update of a run that need not exist: shapes and layouts of all that `make train` would give to it, no arrays.
+"""The update of a run that need not exist: shapes and layouts of all that `make train` would give
+to it, no arrays.
 
-Everything static comes from where training has it (training/loop.py); texts have the longest lengths of the
-configuration, since there are no data, and rows are computed with their padding: with less it is faster, not larger.
-"""
+Everything static comes from where training has it (training/loop.py); texts have the longest
+lengths of the configuration, since there are no data, and rows are computed with their padding:
+with less it is faster, not larger."""
 
 import dataclasses
 import math
@@ -27,7 +28,13 @@ from popi_jax.planning.target import Target
 from popi_jax.sharding import make_mesh, spec
 from popi_jax.training.loop import abstract_frozen, static_parts, trains_adapters
 from popi_jax.training.schedule import Parts, popi_update, role_turns
-from popi_jax.training.state import Frozen, TrainState, abstract_params, abstract_state, shardings_of
+from popi_jax.training.state import (
+    Frozen,
+    TrainState,
+    abstract_params,
+    abstract_state,
+    shardings_of,
+)
 
 TEMPLATE = 24  # tokens that a chat template puts before a summary, and that ask for one
 USERS = 1275  # of the training split, as PRISM has: decides only whether the reference's log-probs can be stored
@@ -55,7 +62,8 @@ class Plan(NamedTuple):
 
 
 def planned_model(config: Config) -> TransformerConfig:
-    """The shape of both models: of the checkpoint's folder where there is one, else of the released model of its name.
+    """The shape of both models: of the checkpoint's folder where there is one, else of the released
+    model of its name.
 
     Raises: UserError when neither is known.
     """
@@ -75,7 +83,8 @@ def planned_model(config: Config) -> TransformerConfig:
 
 
 def make_plan(config: Config, target: Target) -> Plan:
-    """Raises: UserError when something of the configuration does not fit the devices. Sets the mesh."""
+    """Raises: UserError when something of the configuration does not fit the devices. Sets the
+    mesh."""
     check_mesh(config, len(target.devices))
     mesh = make_mesh(*resolve_mesh(config.mesh, len(target.devices)), devices=target.devices)
     jax.set_mesh(mesh)
@@ -120,7 +129,12 @@ def abstract_users(config: Config, mesh: Mesh, model: TransformerConfig) -> User
 def update_of(plan: Plan, phases: tuple) -> Any:
     """The update as training/loop.py jits it, with the turns of some phases."""
     update = partial(popi_update, parts=plan.parts, phases=phases)
-    return jax.jit(update, donate_argnums=(0,), out_shardings=(shardings_of(plan.state), None), keep_unused=True)
+    return jax.jit(
+        update,
+        donate_argnums=(0,),
+        out_shardings=(shardings_of(plan.state), None),
+        keep_unused=True,
+    )
 
 
 def state_bytes(plan: Plan) -> dict[str, int]:
@@ -136,11 +150,14 @@ def state_bytes(plan: Plan) -> dict[str, int]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def cache_bytes(plan: Plan) -> int:
-    """Keys and values per device while summaries are sampled: of the signals and of what is sampled."""
+    """Keys and values per device while summaries are sampled: of the signals and of what is
+    sampled."""
     model, cfg = plan.parts.model, plan.config
     split = plan.split
     users = cfg.batch.users // cfg.batch.microbatches / split(model.rollout_rules.batch)

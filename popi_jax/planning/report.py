@@ -50,18 +50,28 @@ def _memory(fit: Fit) -> list[str]:
     lines = [f"{'memory per device':<34}{unit}"]
     lines += [f"  {name:<28}{size / one:>9.2f}" for name, size in rows]
     lines[-1] += f"   among them at times {m.cache / one:.2f} of keys and values while sampling"
-    lines += [f"  {'results beside arguments':<28}{m.results / one:>9.2f}"] if m.results > 0.005 * one else []
+    lines += (
+        [f"  {'results beside arguments':<28}{m.results / one:>9.2f}"]
+        if m.results > 0.005 * one
+        else []
+    )
     lines += [f"  {'total':<28}{m.total / one:>9.2f}"]
     if m.available:
-        lines[-1] += f"   of {m.available / one:.2f}: {100 * (1 - m.total / m.available):.0f} % are left"
+        lines[-1] += (
+            f"   of {m.available / one:.2f}: {100 * (1 - m.total / m.available):.0f} % are left"
+        )
     return lines
 
 
 def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
-    lines = [f"update that trains {'both roles' if turn.name == 'joint' else f'the {turn.name} alone'}"]
+    lines = [
+        f"update that trains {'both roles' if turn.name == 'joint' else f'the {turn.name} alone'}"
+    ]
     if turn.name != "joint":
         lines[0] = lines[0].replace(" alone", " model" if turn.name == "inference" else "")
-    amount = f"{turn.flops / 1e12:.1f} TFLOP" if turn.flops >= 1e11 else f"{turn.flops / 1e9:.1f} GFLOP"
+    amount = (
+        f"{turn.flops / 1e12:.1f} TFLOP" if turn.flops >= 1e11 else f"{turn.flops / 1e9:.1f} GFLOP"
+    )
     lines += [f"  {amount} per device, {turn.traffic.hbm_bytes / 1e9:.0f} GB of its memory moved"]
     if turn.seconds is not None:
         s = turn.seconds
@@ -70,10 +80,16 @@ def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
             f"{s.cross_slice:.2f}; serial {s.serial:.2f}, overlapped {s.best:.2f}; bound by {s.bound}",
             f"  share of the peak FLOP/s, serial: {s.serial_fraction:.2f}",
         ]
-        lines += [f"  {'seconds of its parts':<24}{'compute':>9}{'HBM':>9}{'links':>9}{'slices':>9}{'share':>9}"]
-        for name, part in ((name, part) for name, part in turn.parts.items() if part.serial > 0.0005):
+        lines += [
+            f"  {'seconds of its parts':<24}{'compute':>9}{'HBM':>9}{'links':>9}{'slices':>9}{'share':>9}"
+        ]
+        for name, part in (
+            (name, part) for name, part in turn.parts.items() if part.serial > 0.0005
+        ):
             numbers = "".join(f"{value:>9.3f}" for value in part)
-            lines += [f"    {name.replace('_', ' ') or 'the rest':<22}{numbers}{part.serial_fraction:>9.2f}"]
+            lines += [
+                f"    {name.replace('_', ' ') or 'the rest':<22}{numbers}{part.serial_fraction:>9.2f}"
+            ]
         users, tokens = plan.config.batch.users, tokens_of(plan)
         per_day = [86400 / seconds for seconds in (s.serial, s.best)]
         lines += [
@@ -85,7 +101,9 @@ def _turn(plan: Plan, turn: Turn, num_devices: int) -> list[str]:
         lines += [f"  {'between devices':<28}{'over':<24}{'times':>9}{'GB':>9}{'GB sent':>9}"]
         for (kind, axes), (times, payload, sent) in table.items():
             over = ", ".join(axes) or "-"
-            lines += [f"    {kind:<26}{over:<24}{times:>9.0f}{payload / 1e9:>9.2f}{sent / 1e9:>9.2f}"]
+            lines += [
+                f"    {kind:<26}{over:<24}{times:>9.0f}{payload / 1e9:>9.2f}{sent / 1e9:>9.2f}"
+            ]
     return lines
 
 
@@ -93,12 +111,18 @@ def tokens_of(plan: Plan) -> int:
     """Of the users' texts in an update: signals, prompts, both replies and what is sampled."""
     c = plan.config
     pairs = c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
-    return c.batch.users * (c.data.context_len + pairs + c.inference.group_size * c.data.summary_len)
+    return c.batch.users * (
+        c.data.context_len + pairs + c.inference.group_size * c.data.summary_len
+    )
 
 
 def render_misfit(plan: Plan, name: str, failure: DoesNotFit) -> str:
     lines = [heading(plan, name), ""]
-    needed = f"needs {failure.needed / GIB:.1f} GiB per device" if failure.needed else "needs more memory"
+    needed = (
+        f"needs {failure.needed / GIB:.1f} GiB per device"
+        if failure.needed
+        else "needs more memory"
+    )
     lines += [
         f"does not fit: the update {needed}, {failure.available / GIB:.2f} GiB are there",
         "the largest buffers, GiB per device",
@@ -106,7 +130,9 @@ def render_misfit(plan: Plan, name: str, failure: DoesNotFit) -> str:
     rest = failure.needed - sum(failure.state.values())
     rows = [*failure.state.items()]
     rows += [("temporaries", int(rest))] if rest > 0 else []
-    lines += [f"  {name:<28}{size / GIB:>9.2f}" for name, size in sorted(rows, key=lambda row: -row[1])]
+    lines += [
+        f"  {name:<28}{size / GIB:>9.2f}" for name, size in sorted(rows, key=lambda row: -row[1])
+    ]
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
-"""The cheapest change of a configuration that does not fit: changes in the order of what they cost, first estimated,
-then compiled."""
+"""The cheapest change of a configuration that does not fit: changes in the order of what they cost,
+first estimated, then compiled."""
 
 import dataclasses
 import math
@@ -22,7 +22,9 @@ class Change(NamedTuple):
 
     def applied(self, config: Config) -> Config:
         def replaced(section: Any, path: list[str], value: Any) -> Any:
-            inner = value if len(path) == 1 else replaced(getattr(section, path[0]), path[1:], value)
+            inner = (
+                value if len(path) == 1 else replaced(getattr(section, path[0]), path[1:], value)
+            )
             return dataclasses.replace(section, **{path[0]: inner})
 
         for name, value in self.fields.items():
@@ -31,8 +33,9 @@ class Change(NamedTuple):
 
 
 def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterator[Change]:
-    """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little arithmetic, other
-    sizes of the mesh, with the layout `rules`, communication, fewer users throughput; adapters are another training."""
+    """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little
+    arithmetic, other sizes of the mesh, with the layout `rules`, communication, fewer users
+    throughput; adapters are another training."""
     b, mesh = config.batch, config.mesh
     splits = [n for n in range(b.microbatches + 1, b.users + 1) if b.users % n == 0]
     yield from (Change({"batch.microbatches": n}) for n in splits)
@@ -52,9 +55,15 @@ def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterato
                 yield Change({**shape, "batch.microbatches": n})
     for users in sorted((n for n in range(1, b.users) if b.users % n == 0), reverse=True):
         yield Change({"batch.users": users, "batch.microbatches": 1, "model.remat": "full"})
-    if config.model.checkpoint and not config.generator.lora.rank and not config.inference.lora.rank:
+    if (
+        config.model.checkpoint
+        and not config.generator.lora.rank
+        and not config.inference.lora.rank
+    ):
         adapters = {"generator.lora.rank": 16, "inference.lora.rank": 16, "model.remat": "full"}
-        yield from (Change({**adapters, "batch.microbatches": n}) for n in (b.microbatches, *splits))
+        yield from (
+            Change({**adapters, "batch.microbatches": n}) for n in (b.microbatches, *splits)
+        )
 
 
 def first_that_may_fit(
@@ -72,8 +81,9 @@ def first_that_may_fit(
 
 
 def estimated_bytes(plan: Plan) -> float:
-    """Bytes per device of an update without compiling it: arguments exactly, and the largest of what its parts hold at
-    a time. Within a third of what compilers need for models of billions of parameters."""
+    """Bytes per device of an update without compiling it: arguments exactly, and the largest of
+    what its parts hold at a time. Within a third of what compilers need for models of billions of
+    parameters."""
     return sum(state_bytes(plan).values()) + max(temporaries(plan).values())
 
 
@@ -87,14 +97,18 @@ def temporaries(plan: Plan) -> dict[str, float]:
     tokens = {
         "rewards": users * (c.inference.group_size - 1) * behind,
         "generator step": users * behind,
-        "inference step": users * (c.data.context_len + c.inference.group_size * c.data.summary_len),
+        "inference step": users
+        * (c.data.context_len + c.inference.group_size * c.data.summary_len),
     }
     tokens = {name: count / split(rules.seq) for name, count in tokens.items()}
     wide = 4 * model.mlp_dim / split(rules.mlp) + 8 * model.embed_dim
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.state.inference.params))
     head = model.embed_dim * model.vocab_size / split(rules.vocab) * (number + 4)
     rollout = params * number / split(plan.parts.model.rollout_rules.mlp)
-    found = {"sampling": rollout + cache_bytes(plan), "rewards": tokens["rewards"] * wide * number + head}
+    found = {
+        "sampling": rollout + cache_bytes(plan),
+        "rewards": tokens["rewards"] * wide * number + head,
+    }
     gradients = 3 * bytes_per_device(plan.state.inference.params)
     layers = model.num_layers if c.model.remat == "full" else 8 * model.num_layers
     for name in ("generator step", "inference step"):

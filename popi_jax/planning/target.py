@@ -1,4 +1,5 @@
-"""The devices that a program is planned for: a TPU slice that need not be there, or those of this machine."""
+"""The devices that a program is planned for: a TPU slice that need not be there, or those of this
+machine."""
 
 import contextlib
 import importlib.util
@@ -13,7 +14,9 @@ from popi_jax.config import MESH_AXES, Config
 from popi_jax.config_check import resolve_mesh
 from popi_jax.errors import UserError
 
-LIBRARY = Path(__file__).resolve().parents[2] / ".libtpu" / "libtpu" / "libtpu.so"  # where `make fit` installs it
+LIBRARY = (
+    Path(__file__).resolve().parents[2] / ".libtpu" / "libtpu" / "libtpu.so"
+)  # where `make fit` installs it
 
 
 class Target(NamedTuple):
@@ -28,11 +31,14 @@ def chips_of(topology: str) -> int:
     try:
         return math.prod(map(int, sizes.split("x"))) if kind else 0
     except ValueError:
-        raise UserError(f'config.mesh.topology = "{topology}": must be like v5p:4x4x4 or v5e:16x16') from None
+        raise UserError(
+            f'config.mesh.topology = "{topology}": must be like v5p:4x4x4 or v5e:16x16'
+        ) from None
 
 
 def set_environment(environ: MutableMapping[str, str], *, fast: bool) -> None:
-    """What the TPU compiler needs of the environment on a machine without a TPU; before jax is imported.
+    """What the TPU compiler needs of the environment on a machine without a TPU; before jax is
+    imported.
 
     fast: a third of the time to compile, with memory within 5 % and a slower program.
     """
@@ -51,8 +57,8 @@ def set_environment(environ: MutableMapping[str, str], *, fast: bool) -> None:
 def open_target(config: Config) -> Target:
     """The devices of the mesh of a configuration.
 
-    Raises: UserError when the mesh does not fill whole slices, or the compiler is missing or knows no such slice.
-    """
+    Raises: UserError when the mesh does not fill whole slices, or the compiler is missing or knows
+    no such slice."""
     import jax
 
     topology = config.mesh.topology
@@ -60,7 +66,9 @@ def open_target(config: Config) -> Target:
         devices = list(jax.devices())
         return Target(devices, "", f"this machine, {len(devices)} x {devices[0].device_kind}")
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        raise UserError("the compiler for TPUs is not installed: make fit installs it (Linux on x86-64 alone has it)")
+        raise UserError(
+            "the compiler for TPUs is not installed: make fit installs it (Linux on x86-64 alone has it)"
+        )
     from jax.experimental import topologies
 
     chips = chips_of(topology)
@@ -70,8 +78,16 @@ def open_target(config: Config) -> Target:
     resolve_mesh(config.mesh, chips * slices)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices)
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=slices
+            )
     except Exception as e:  # of several types, by version
-        raise UserError(f'config.mesh.topology = "{topology}": {" ".join(str(e).split())[:300]}') from None
-    name = f"{topology}, {chips} chips" if slices == 1 else f"{slices} slices of {topology}, {slices * chips} chips"
+        raise UserError(
+            f'config.mesh.topology = "{topology}": {" ".join(str(e).split())[:300]}'
+        ) from None
+    name = (
+        f"{topology}, {chips} chips"
+        if slices == 1
+        else f"{slices} slices of {topology}, {slices * chips} chips"
+    )
     return Target(list(found.devices), topology.partition(":")[0], name)

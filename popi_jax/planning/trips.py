@@ -1,4 +1,5 @@
-"""How often the body of a `while` runs, read from its condition: the text of programs for TPUs does not say it."""
+"""How often the body of a `while` runs, read from its condition: the text of programs for TPUs does
+not say it."""
 
 import re
 from collections.abc import Iterator
@@ -26,9 +27,8 @@ _SAME = {"copy", "bitcast", "convert", "reshape"}
 
 
 def trips_of(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """Trips of a loop that counts up or down to a constant; with more conditions, such as "and not all are done", the
-    most that there can be. None where it counts otherwise.
-    """
+    """Trips of a loop that counts up or down to a constant; with more conditions, such as "and not
+    all are done", the most that there can be. None where it counts otherwise."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.attribute("condition")]
@@ -44,11 +44,18 @@ def trips_of(module: Module, computation: Computation, loop: Instruction) -> int
 
 
 def _count(
-    module: Module, computation: Computation, loop: Instruction, counter: _Element, bound: _Value, direction: str
+    module: Module,
+    computation: Computation,
+    loop: Instruction,
+    counter: _Element,
+    bound: _Value,
+    direction: str,
 ) -> int | None:
     start, step = _start(module, computation, loop, counter), _step(module, loop, counter)
     if isinstance(bound, _Element):
-        bound = _start(module, computation, loop, bound) if _step(module, loop, bound) == 0 else None
+        bound = (
+            _start(module, computation, loop, bound) if _step(module, loop, bound) == 0 else None
+        )
     if not isinstance(bound, int) or not step:
         return None
     distance = bound - (start if isinstance(start, int) else 0)
@@ -101,7 +108,9 @@ def _index(x: Instruction) -> int:
     return int(found[1])
 
 
-def _start(module: Module, computation: Computation, loop: Instruction, element: _Element) -> _Value:
+def _start(
+    module: Module, computation: Computation, loop: Instruction, element: _Element
+) -> _Value:
     """Its first value, where it is a constant."""
     carried = computation.instructions[loop.operands[0]]
     if carried.opcode != "tuple":
@@ -134,7 +143,11 @@ def _added(module: Module, scope: _Scope, name: str, element: _Element) -> int |
     if x.opcode in ("add", "subtract"):
         for place, (first, second) in enumerate((x.operands, x.operands[::-1])):
             before, constant = _added(module, scope, first, element), _value(module, scope, second)
-            if before is not None and isinstance(constant, int) and (x.opcode == "add" or place == 0):
+            if (
+                before is not None
+                and isinstance(constant, int)
+                and (x.opcode == "add" or place == 0)
+            ):
                 return before + (constant if x.opcode == "add" else -constant)
     if x.opcode == "parameter" and scope.outer is not None:
         return _added(module, scope.outer, scope.operands[int(x.inner)], element)

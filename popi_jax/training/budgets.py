@@ -1,4 +1,5 @@
-"""How many places the rows of a run get, from what its users are like. Guesses: they decide about the speed alone."""
+"""How many places the rows of a run get, from what its users are like. Guesses: they decide about
+the speed alone."""
 
 import math
 
@@ -8,14 +9,19 @@ from popi_jax.models.dense import Budget
 from popi_jax.models.roles import Budgets, Glue
 
 
-def main_budgets(fill: Fill, glue: Glue, shards: int, rollout_shards: int, *, cfg: Config) -> Budgets:
-    """Of the users that one shard holds of each part of an update of the main stage, while training and sampling."""
+def main_budgets(
+    fill: Fill, glue: Glue, shards: int, rollout_shards: int, *, cfg: Config
+) -> Budgets:
+    """Of the users that one shard holds of each part of an update of the main stage, while training
+    and sampling."""
 
     def users_of(shards: int) -> int:
         return max(cfg.batch.users // (shards * cfg.batch.microbatches), 1)
 
     def signals(shards: int) -> int:
-        return fill.contexts.budget(users_of(shards), shards) + users_of(shards) * len(glue.summary_turn)
+        return fill.contexts.budget(users_of(shards), shards) + users_of(shards) * len(
+            glue.summary_turn
+        )
 
     users = users_of(shards)
     return Budgets(
@@ -35,5 +41,7 @@ def warmup_budgets(fill: Fill, shards: int, *, cfg: Config) -> dict[str, Budget]
     budgets = {}
     for task, found in fill.warmup.items():
         users = max(getattr(cfg.warmup, f"{task}_users") // shards, 1)
-        budgets[task] = Budget(found.tokens.budget(users, shards), found.answers.budget(users, shards), shards)
+        budgets[task] = Budget(
+            found.tokens.budget(users, shards), found.answers.budget(users, shards), shards
+        )
     return budgets

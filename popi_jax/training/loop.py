@@ -1,4 +1,5 @@
-"""The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the jitted programs."""
+"""The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the
+jitted programs."""
 
 import dataclasses
 import json
@@ -67,7 +68,9 @@ class Stopped(Exception):
     """The run was asked to stop and has saved; the same command continues it."""
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}; saved at step {step}: the same command continues")
+        super().__init__(
+            f"stopped by signal {signal_number}; saved at step {step}: the same command continues"
+        )
         self.signal_number = signal_number
 
 
@@ -97,7 +100,11 @@ class StagedBatches:
         return batch
 
     def get_state(self) -> bytes:
-        states = {"step": self._step, "warmup": self._warmup.get_state(), "main": self._main.get_state()}
+        states = {
+            "step": self._step,
+            "warmup": self._warmup.get_state(),
+            "main": self._main.get_state(),
+        }
         return json.dumps(states).encode()
 
     def set_state(self, state: bytes) -> None:
@@ -110,22 +117,32 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    warmup = pipeline.warmup_batches(users, built.tokenizer, cfg, seed=cfg.seed, items=_items(built), **place)
+    warmup = pipeline.warmup_batches(
+        users, built.tokenizer, cfg, seed=cfg.seed, items=_items(built), **place
+    )
     main = pipeline.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
 def _items(built: Built) -> tuple[str, ...]:
     made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
-    return pipeline.summary_items(built.dataset.splits["train"]) if built.config.warmup.steps and made else ()
+    return (
+        pipeline.summary_items(built.dataset.splits["train"])
+        if built.config.warmup.steps and made
+        else ()
+    )
 
 
 def open_fill(built: Built) -> fills.Fill:
     """How many tokens the users of the run have: measured once, and kept beside the tokenizer."""
     path = epath.Path(built.config.workdir) / "tokenizer" / "fill.json"
-    if path.exists() and checkpoints.stored_config(built.config.workdir):  # else it may be of other settings
+    if path.exists() and checkpoints.stored_config(
+        built.config.workdir
+    ):  # else it may be of other settings
         return fills.from_json(json.loads(path.read_text()))
-    fill = fills.measured_fill(built.dataset.splits["train"], built.tokenizer, built.config, items=_items(built))
+    fill = fills.measured_fill(
+        built.dataset.splits["train"], built.tokenizer, built.config, items=_items(built)
+    )
     if distributed.is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fills.to_json(fill)))
@@ -138,27 +155,37 @@ def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Tra
 
 
 def static_parts(
-    config: Config, model: TransformerConfig, glue: Glue, sampling: Sampling, fill: fills.Fill | None
+    config: Config,
+    model: TransformerConfig,
+    glue: Glue,
+    sampling: Sampling,
+    fill: fills.Fill | None,
 ) -> tuple[Parts, Transforms]:
     """`make_parts` of a run that need not exist."""
     cfg = program_config(config)
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
-    main = Transforms(optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1])))
+    main = Transforms(
+        optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1]))
+    )
     warmup = optim.warmup_transform(cfg)
     budgets = None
     if fill is not None:
-        budgets = main_budgets(fill, glue, shards(model.rules.batch), shards(model.rollout_rules.batch), cfg=cfg)
+        budgets = main_budgets(
+            fill, glue, shards(model.rules.batch), shards(model.rollout_rules.batch), cfg=cfg
+        )
     parts = Parts(model, main, glue, sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
 
 
 def program_config(cfg: Config) -> Config:
-    """The configuration as programs may see it: without the fields that must not decide on any result of theirs, so
-    that runs which differ in these alone share what is compiled."""
+    """The configuration as programs may see it: without the fields that must not decide on any
+    result of theirs, so that runs which differ in these alone share what is compiled."""
     nothing = {str: "", int: 0, bool: False}
 
     def without(section: Any, *names: str) -> Any:
-        return dataclasses.replace(section, **{name: nothing[type(getattr(section, name))] for name in names})
+        return dataclasses.replace(
+            section, **{name: nothing[type(getattr(section, name))] for name in names}
+        )
 
     return dataclasses.replace(
         without(cfg, "name", "seed", "workdir"),
@@ -169,7 +196,8 @@ def program_config(cfg: Config) -> Config:
 
 
 def program_store(built: Built, *static: Any) -> Store:
-    """Where the programs of a run are kept; `static` is what they have bound beside what is in `built`."""
+    """Where the programs of a run are kept; `static` is what they have bound beside what is in
+    `built`."""
     settings = program_config(built.config), built.model, built.glue, built.sampling, *static
     return Store(compiled_folder(built.config) / "programs", built.mesh, repr(settings))
 
@@ -186,7 +214,10 @@ def train(built: Built) -> Trained:
     fill = open_fill(built)
     parts, warmup_transforms = make_parts(built, fill)
     phases = parse_phases(cfg.schedule.phases)
-    warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + sum(phase.steps for phase in phases)
+    warmup_steps, last_step = (
+        cfg.warmup.steps,
+        cfg.warmup.steps + sum(phase.steps for phase in phases),
+    )
     base = lora_base(built)
     budgets_of_warmup = warmup_budgets(fill, shards(built.model.rules.batch), cfg=cfg)
     store = program_store(built, parts.budgets, budgets_of_warmup)
@@ -195,8 +226,14 @@ def train(built: Built) -> Trained:
     early = {stage: load_early(stage, store)}
     abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
     # the layout of what an update returns is that of what it is given, so that it is compiled once
-    updating: Any = {"store": store, "donate_argnums": (0,), "out_shardings": (shardings_of(abstract), None)}
-    warmup_update = partial(warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets_of_warmup)
+    updating: Any = {
+        "store": store,
+        "donate_argnums": (0,),
+        "out_shardings": (shardings_of(abstract), None),
+    }
+    warmup_update = partial(
+        warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets_of_warmup
+    )
     warmup = StoredProgram(warmup_update, name="warmup", early=early.get("warmup"), **updating)
     main_update = partial(popi_update, parts=parts, phases=phases)
     main = StoredProgram(main_update, name="main", early=early.get("main"), **updating)
@@ -221,18 +258,30 @@ def train(built: Built) -> Trained:
             if step > warmup_steps:
                 frozen = _still_there(stored_frozen(built, abstract, base, for_training=True), cfg)
             else:
-                copies = {r: {} if trains_adapters(cfg, r) else getattr(state, r).params for r in checkpoints.ROLES}
-                own = Frozen(**copies)  # laid out as a run that continues reads it, so that the program is the same
+                copies = {
+                    r: {} if trains_adapters(cfg, r) else getattr(state, r).params
+                    for r in checkpoints.ROLES
+                }
+                own = Frozen(
+                    **copies
+                )  # laid out as a run that continues reads it, so that the program is the same
                 own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(own))(own)
                 frozen = _on_base(own, base)
-                pairs = reference_pairs(frozen.generator, built) if stores_pairs(cfg, num_users) else None
+                pairs = (
+                    reference_pairs(frozen.generator, built)
+                    if stores_pairs(cfg, num_users)
+                    else None
+                )
                 checkpoints.save_frozen(cfg.workdir, own._replace(pairs=pairs), built.config_json)
                 frozen = frozen._replace(
-                    pairs=pairs, generator=frozen.generator if reads_generator(cfg, num_users) else {}
+                    pairs=pairs,
+                    generator=frozen.generator if reads_generator(cfg, num_users) else {},
                 )
                 del own, copies  # what training does not read is not kept in memory
                 restart = partial(restart_optimizers, transforms=parts.transforms, cfg=parts.cfg)
-                state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(state)
+                state = jax.jit(restart, donate_argnums=0, out_shardings=shardings_of(abstract))(
+                    state
+                )
             if step < last_step:
                 update = lambda state, batch: main(state, frozen, batch)  # noqa: E731
                 step, state = loop(update, state, step, last_step, label="popi")
@@ -245,7 +294,8 @@ def train(built: Built) -> Trained:
 
 
 def whole_models(trained: Trained, cfg: Config) -> tuple[Params, Params]:
-    """(inference, generator) as they are to be used: the averages where the run keeps them, adapters on their base."""
+    """(inference, generator) as they are to be used: the averages where the run keeps them,
+    adapters on their base."""
 
     def whole(role: str) -> Params:
         state: RoleState = getattr(trained.state, role)
@@ -260,23 +310,31 @@ def trains_adapters(cfg: Config, role: str) -> bool:
 
 
 def lora_base(built: Built) -> Params:
-    """The weights that adapters stand on, in the compute type and laid out on the mesh; {} when no role has adapters.
+    """The weights that adapters stand on, in the compute type and laid out on the mesh; {} when no
+    role has adapters.
 
     Raises: UserError when the checkpoint cannot be read.
     """
     cfg = built.config
     if not any(trains_adapters(cfg, role) for role in checkpoints.ROLES):
         return {}
-    return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, cfg.model.dtype))
+    return read_params(
+        cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, cfg.model.dtype)
+    )
 
 
-def stored_frozen(built: Built, abstract: TrainState, base: Params, *, for_training: bool = False) -> Frozen | None:
-    """The reference policies of a run; None while it is in its warm-up. `for_training`: as updates read them.
+def stored_frozen(
+    built: Built, abstract: TrainState, base: Params, *, for_training: bool = False
+) -> Frozen | None:
+    """The reference policies of a run; None while it is in its warm-up. `for_training`: as updates
+    read them.
 
     Raises: UserError.
     """
     if for_training:
-        shapes = abstract_frozen(built.config, abstract, built.mesh, len(built.dataset.splits["train"]))
+        shapes = abstract_frozen(
+            built.config, abstract, built.mesh, len(built.dataset.splits["train"])
+        )
     else:
         shapes = _own_params(built.config, abstract)
     own = checkpoints.restore_frozen(built.config.workdir, shapes)
@@ -284,19 +342,24 @@ def stored_frozen(built: Built, abstract: TrainState, base: Params, *, for_train
 
 
 def abstract_frozen(cfg: Config, abstract: TrainState, mesh: Mesh, num_users: int) -> Frozen:
-    """Shapes and shardings of what updates read of the reference policies, all but the base under adapters."""
+    """Shapes and shardings of what updates read of the reference policies, all but the base under
+    adapters."""
     own = _own_params(cfg, abstract)
     if not reads_generator(cfg, num_users):
         own = own._replace(generator={})
     if not stores_pairs(cfg, num_users):
         return own
-    column = jax.ShapeDtypeStruct((num_users * cfg.data.num_pairs,), jnp.float32, sharding=replicated(mesh))
+    column = jax.ShapeDtypeStruct(
+        (num_users * cfg.data.num_pairs,), jnp.float32, sharding=replicated(mesh)
+    )
     return own._replace(pairs=PairLogps(column, column))
 
 
 def _own_params(cfg: Config, abstract: TrainState) -> Frozen:
     """Of both roles, as a run stores them: of a role with adapters nothing."""
-    shapes = {r: {} if trains_adapters(cfg, r) else getattr(abstract, r).params for r in checkpoints.ROLES}
+    shapes = {
+        r: {} if trains_adapters(cfg, r) else getattr(abstract, r).params for r in checkpoints.ROLES
+    }
     return Frozen(**shapes)
 
 
@@ -314,58 +377,88 @@ def _still_there(frozen: Frozen | None, cfg: Config) -> Frozen:
 
 
 def reads_generator(cfg: Config, num_users: int) -> bool:
-    """Whether updates read the reference generator's weights: not where they need nothing but its stored log-probs."""
+    """Whether updates read the reference generator's weights: not where they need nothing but its
+    stored log-probs."""
     scores = preference_objective(cfg).needs_reference and not stores_pairs(cfg, num_users)
     return scores or trains_adapters(cfg, "generator") or cfg.inference.reward_generator == "frozen"
 
 
 def stores_pairs(cfg: Config, num_users: int) -> bool:
-    """Whether the reference's log-probs are computed beforehand: where they never change, and each is read at least
-    about once. num_users: of the training split."""
+    """Whether the reference's log-probs are computed beforehand: where they never change, and each
+    is read at least about once. num_users: of the training split."""
     draws = cfg.batch.users * sum(phase.steps for phase in parse_phases(cfg.schedule.phases))
     fixed = preference_objective(cfg).needs_reference and cfg.generator.reference == "prompt"
     return fixed and draws >= num_users
 
 
 def reference_pairs(params: Params, built: Built) -> PairLogps:
-    """The generator's log-probs of all pairs of the training users behind no summary: [users x data.num_pairs]."""
-    cfg, users, size = built.config, built.dataset.splits["train"], built.config.evaluation.batch_users
+    """The generator's log-probs of all pairs of the training users behind no summary: [users x
+    data.num_pairs]."""
+    cfg, users, size = (
+        built.config,
+        built.dataset.splits["train"],
+        built.config.evaluation.batch_users,
+    )
 
     def score(params: Params, batch: UserBatch) -> PairLogps:
-        nothing = jax.tree.map(lambda x: x[:, None], empty_summary(built.glue.generator_prefix, size))
-        return jax.tree.map(lambda x: x[:, 0], pair_logps(params, nothing, batch, model=built.model))
+        nothing = jax.tree.map(
+            lambda x: x[:, None], empty_summary(built.glue.generator_prefix, size)
+        )
+        return jax.tree.map(
+            lambda x: x[:, 0], pair_logps(params, nothing, batch, model=built.model)
+        )
 
     program = jax.jit(score, out_shardings=replicated(built.mesh))
     found = []
     batches = pipeline.eval_batches(users, built.tokenizer, cfg)
-    with Progress(-(-len(users) // size), label="reference", enabled=distributed.is_main_process()) as progress:
+    with Progress(
+        -(-len(users) // size), label="reference", enabled=distributed.is_main_process()
+    ) as progress:
         for number, batch in enumerate(batches):
-            found.append(jax.device_get(program(params, suites.place(batch.batch, built.mesh, built.model.rules))))
+            found.append(
+                jax.device_get(
+                    program(params, suites.place(batch.batch, built.mesh, built.model.rules))
+                )
+            )
             progress.update(number + 1)
     table = jax.tree.map(lambda *x: np.concatenate(x)[: len(users)].reshape(-1), *found)
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, replicated(built.mesh), lambda at: x[at]), table
+        lambda x: jax.make_array_from_callback(x.shape, replicated(built.mesh), lambda at: x[at]),
+        table,
     )
 
 
-def _first_state(built: Built, transforms: Transforms, abstract: TrainState, store: Store) -> TrainState:
+def _first_state(
+    built: Built, transforms: Transforms, abstract: TrainState, store: Store
+) -> TrainState:
     cfg, layout, seen = built.config, shardings_of(abstract), program_config(built.config)
     init = partial(init_state, model=built.model, transforms=transforms, cfg=seen)
     if not cfg.model.checkpoint:
-        return StoredProgram(init, name="init", store=store, out_shardings=layout)(jnp.int32(cfg.seed))
+        return StoredProgram(init, name="init", store=store, out_shardings=layout)(
+            jnp.int32(cfg.seed)
+        )
 
     def start(role: str) -> Params:
         if trains_adapters(cfg, role):
-            made = jax.jit(lambda seed: getattr(init(seed), role).params, out_shardings=getattr(layout, role).params)
+            made = jax.jit(
+                lambda seed: getattr(init(seed), role).params,
+                out_shardings=getattr(layout, role).params,
+            )
             return made(jnp.int32(cfg.seed))
-        return read_params(cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, "float32"))
+        return read_params(
+            cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, "float32")
+        )
 
     begin = partial(new_state, transforms=transforms, cfg=seen)
-    program = StoredProgram(begin, name="begin", store=store, out_shardings=layout, donate_argnums=(0, 1))
+    program = StoredProgram(
+        begin, name="begin", store=store, out_shardings=layout, donate_argnums=(0, 1)
+    )
     return program(start("inference"), start("generator"), jax.random.key(cfg.seed))
 
 
-def _save(manager: Any, batches: StagedBatches, config_json: str, step: int, state: TrainState) -> None:
+def _save(
+    manager: Any, batches: StagedBatches, config_json: str, step: int, state: TrainState
+) -> None:
     checkpoints.save(manager, step, state, batches, config_json)
 
 
@@ -382,19 +475,26 @@ def _run(
     save: Callable[[int, TrainState], None],
     label: str,
 ) -> tuple[int, TrainState]:
-    """Runs one stage. Metrics of a step are read only after the next one is dispatched, so the device never waits."""
+    """Runs one stage. Metrics of a step are read only after the next one is dispatched, so the
+    device never waits."""
     schedule = built.config.schedule
     pending: list[tuple[int, Metrics]] = []
     tokens, since = 0, time.monotonic()
     batch, placed = _next(batches, built)
     logging.info("%s: compiling, then steps %d to %d", label, step + 1, last_step)
-    with Progress(last_step, initial=step, label=label, enabled=distributed.is_main_process()) as progress:
+    with Progress(
+        last_step, initial=step, label=label, enabled=distributed.is_main_process()
+    ) as progress:
         while step < last_step:
             tokens += _num_tokens(batch)
             state, metrics = program(state, placed)
             step += 1
             saving = step % schedule.save_every == 0 or step == last_step
-            number = stop.agreed() if saving or step % schedule.log_every == 0 or jax.process_count() == 1 else 0
+            number = (
+                stop.agreed()
+                if saving or step % schedule.log_every == 0 or jax.process_count() == 1
+                else 0
+            )
             pending.append((step, metrics))
             if saving or number:
                 _write(pending, writer)
@@ -417,14 +517,17 @@ def _run(
 
 
 def _next(batches: Iterator[Any], built: Built) -> tuple[Any, Any]:
-    """The next batch on the host, and on the devices: its copy runs while the update before it does."""
+    """The next batch on the host, and on the devices: its copy runs while the update before it
+    does."""
     batch = next(batches)
     return batch, place_batch(batch, built.mesh, built.model.rules)
 
 
 def _num_tokens(batch: Any) -> int:
     """Tokens of data in a batch of this process, padding left out."""
-    lengths = [x for path, x in jax.tree.leaves_with_path(batch) if "lengths" in jax.tree_util.keystr(path)]
+    lengths = [
+        x for path, x in jax.tree.leaves_with_path(batch) if "lengths" in jax.tree_util.keystr(path)
+    ]
     return int(sum(x.sum() for x in lengths)) * jax.process_count()
 
 
@@ -435,10 +538,16 @@ def _write(pending: list[tuple[int, Metrics]], writer: MetricWriter) -> dict[str
     """
     totals: dict[str, list[float]] = {}
     for step, metrics in jax.device_get(pending):
-        values = {name: float(m.total) / float(m.weight) for name, m in metrics.items() if float(m.weight) > 0}
+        values = {
+            name: float(m.total) / float(m.weight)
+            for name, m in metrics.items()
+            if float(m.weight) > 0
+        }
         bad = sorted(name for name, value in values.items() if not math.isfinite(value))
         if bad:
-            raise NotFinite(f"step {step}: {', '.join(bad)} is not finite; lower the learning rate of that role")
+            raise NotFinite(
+                f"step {step}: {', '.join(bad)} is not finite; lower the learning rate of that role"
+            )
         writer.write(step, values)
         for name, value in values.items():
             totals.setdefault(name, []).append(value)

@@ -1,4 +1,5 @@
-"""The alternation of both roles as one jitted program: which branch runs is decided inside, by the step."""
+"""The alternation of both roles as one jitted program: which branch runs is decided inside, by the
+step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +44,9 @@ class Parts(NamedTuple):
     sampling: Sampling
     cfg: Config
     first_step: int  # updates of the stages before this one
-    budgets: Budgets | None = None  # of a part of the users on one shard; None: all is computed with its padding
+    budgets: Budgets | None = (
+        None  # of a part of the users on one shard; None: all is computed with its padding
+    )
 
 
 def role_turns(phases: tuple[Phase, ...]) -> np.ndarray:
@@ -54,7 +57,8 @@ def role_turns(phases: tuple[Phase, ...]) -> np.ndarray:
             "inference": [(True, False)],
             "generator": [(False, True)],
             "joint": [(True, True)],
-            "alternate": [(True, False)] * phase.num_inference + [(False, True)] * phase.num_generator,
+            "alternate": [(True, False)] * phase.num_inference
+            + [(False, True)] * phase.num_generator,
         }[phase.mode]
         rows += [cycle[i % len(cycle)] for i in range(phase.steps)]
     return np.array(rows, bool).reshape(-1, 2)
@@ -65,11 +69,11 @@ def popi_update(
 ) -> tuple[TrainState, Metrics]:
     """One update of one role or both, on one batch of users (POPI, arXiv 2510.17881 v1).
 
-    If it is the inference model's turn, samples G summaries per user, rewards them by the generator's objective on K of
-    the user's pairs and takes policy-gradient steps; if it is the generator's turn, takes a preference step on the same
-    pairs behind the first summary of each group. In a joint update both see the models as they were before it, and the
-    margins behind that first summary come from the generator's gradient pass.
-    """
+    If it is the inference model's turn, samples G summaries per user, rewards them by the
+    generator's objective on K of the user's pairs and takes policy-gradient steps; if it is the
+    generator's turn, takes a preference step on the same pairs behind the first summary of each
+    group. In a joint update both see the models as they were before it, and the margins behind that
+    first summary come from the generator's gradient pass."""
     cfg, model, prefix, budgets = parts.cfg, parts.model, parts.glue.generator_prefix, parts.budgets
     key = jax.random.fold_in(state.key, state.step)
     objective = preference_objective(cfg)
@@ -81,11 +85,19 @@ def popi_update(
 
     @jax.named_scope("sampling")
     def draw(group_size: int) -> tuple[Rollouts, Tokens]:
-        """Summaries and the contexts that they make; a sample does not depend on how many there are."""
+        """Summaries and the contexts that they make; a sample does not depend on how many there
+        are."""
         weights = for_rollout(writer, model)  # once for all parts
-        settings: Any = {"model": model, "glue": parts.glue, "sampling": parts.sampling, "group_size": group_size}
+        settings: Any = {
+            "model": model,
+            "glue": parts.glue,
+            "sampling": parts.sampling,
+            "group_size": group_size,
+        }
         settings["budgets"] = budgets
-        sampled = by_parts(lambda part: rollout(weights, part, key, **settings), users, cfg.batch.microbatches)
+        sampled = by_parts(
+            lambda part: rollout(weights, part, key, **settings), users, cfg.batch.microbatches
+        )
         return sampled, splice(prefix, sampled.summaries, sampled.finished)
 
     def logps(params: Params, contexts: Tokens, score: Callable[..., Any] = pair_logps) -> Any:
@@ -111,10 +123,15 @@ def popi_update(
     def of_generator(
         contexts: Tokens, reference: PairLogps | None
     ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
-        """A step behind the first summary of each group, and its margins before the step. Without `reference` the step
-        scores what it needs of it itself."""
+        """A step behind the first summary of each group, and its margins before the step. Without
+        `reference` the step scores what it needs of it itself."""
         first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
-        static: Any = {"model": model, "tx": parts.transforms.generator, "cfg": cfg, "budgets": budgets}
+        static: Any = {
+            "model": model,
+            "tx": parts.transforms.generator,
+            "cfg": cfg,
+            "budgets": budgets,
+        }
         return generator_step(state.generator, frozen.generator, given, first, users, **static)
 
     def of_inference(
@@ -123,17 +140,28 @@ def popi_update(
         reference: PairLogps | None,
         known: Float[Array, "users group pairs"] | None = None,
     ) -> tuple[RoleState, Metrics]:
-        """A step by the rewards of the margins; `known` are those behind the first summary of each group. Without
-        `reference` it is computed for the margins that are not known."""
-        judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(cfg.inference.reward_generator)
-        judge = frozen.generator if judged_by is None else policy(judged_by, frozen.generator, cfg.generator)
+        """A step by the rewards of the margins; `known` are those behind the first summary of each
+        group. Without `reference` it is computed for the margins that are not known."""
+        judged_by = {"current": state.generator.params, "ema": state.generator.ema}.get(
+            cfg.inference.reward_generator
+        )
+        judge = (
+            frozen.generator
+            if judged_by is None
+            else policy(judged_by, frozen.generator, cfg.generator)
+        )
 
         @jax.named_scope("rewards")
-        def margins_behind(contexts: Tokens, reference: PairLogps | None) -> Float[Array, "users group pairs"]:
+        def margins_behind(
+            contexts: Tokens, reference: PairLogps | None
+        ) -> Float[Array, "users group pairs"]:
             if reference is None and in_one_pass and judged_by is not None:
                 own, reference = logps(judge, contexts, pair_logps_of_both)
             else:
-                own, reference = logps(judge, contexts), reference_of(contexts) if reference is None else reference
+                own, reference = (
+                    logps(judge, contexts),
+                    reference_of(contexts) if reference is None else reference,
+                )
             return margins_of(own, pair_lengths(users), reference, objective=objective)
 
         without = None
@@ -151,7 +179,9 @@ def popi_update(
 
     def inference_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
-        role, metrics = of_inference(rollouts, contexts, None if in_one_pass else reference_of(contexts))
+        role, metrics = of_inference(
+            rollouts, contexts, None if in_one_pass else reference_of(contexts)
+        )
         return role, state.generator, metrics
 
     def generator_turn() -> tuple[RoleState, RoleState, Metrics]:
@@ -161,7 +191,8 @@ def popi_update(
 
     def joint_turn() -> tuple[RoleState, RoleState, Metrics]:
         rollouts, contexts = draw(cfg.inference.group_size)
-        # margins are known behind the first summary alone: what the step scored there is needed no second time
+        # margins are known behind the first summary alone: what the step scored there is needed no
+        # second time
         once = in_one_pass and cfg.inference.reward_generator == "current"
         reference = None if once else reference_of(contexts)
         generator, more, known = of_generator(contexts, reference)

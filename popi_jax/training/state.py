@@ -43,8 +43,11 @@ class Frozen(NamedTuple):
 
     inference: Params
     generator: Params
-    pairs: PairLogps | None = None  # [train pairs]: the generator's log-probs of every pair of the training users
-    # without a summary, computed once at the start of the main stage; None: each update computes those of its pairs
+    pairs: PairLogps | None = (
+        None  # [train pairs]: the generator's log-probs of every pair of the training users
+    )
+    # without a summary, computed once at the start of the main stage; None: each update computes
+    # those of its pairs
 
 
 class Transforms(NamedTuple):
@@ -53,16 +56,26 @@ class Transforms(NamedTuple):
 
 
 def policy(params: Params, frozen: Params, role: InferenceConfig | GeneratorConfig) -> Params:
-    """The whole model of a role, as models/ takes it, from what is trained of it and the role's `Frozen` weights."""
-    return join(frozen, params, scale=role.lora.alpha / role.lora.rank) if role.lora.rank else params
+    """The whole model of a role, as models/ takes it, from what is trained of it and the role's
+    `Frozen` weights."""
+    return (
+        join(frozen, params, scale=role.lora.alpha / role.lora.rank) if role.lora.rank else params
+    )
 
 
 def new_role(params: Params, tx: optax.GradientTransformation, ema_decay: float) -> RoleState:
-    return RoleState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema_decay else None)
+    return RoleState(
+        jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params) if ema_decay else None
+    )
 
 
 def new_state(
-    inference: Params, generator: Params, key: Key[Array, ""], *, transforms: Transforms, cfg: Config
+    inference: Params,
+    generator: Params,
+    key: Key[Array, ""],
+    *,
+    transforms: Transforms,
+    cfg: Config,
 ) -> TrainState:
     """The state at step 0 with given parameters."""
     return TrainState(
@@ -73,7 +86,9 @@ def new_state(
     )
 
 
-def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms, cfg: Config) -> TrainState:
+def init_state(
+    seed: Int[Array, ""], *, model: TransformerConfig, transforms: Transforms, cfg: Config
+) -> TrainState:
     """The state at step 0 with random parameters, or with adapters that change nothing yet."""
     key = jax.random.key(seed)
     inference, generator = (unbox(params) for params in _boxed(key, model, cfg))
@@ -81,7 +96,8 @@ def init_state(seed: Int[Array, ""], *, model: TransformerConfig, transforms: Tr
 
 
 def restart_optimizers(state: TrainState, *, transforms: Transforms, cfg: Config) -> TrainState:
-    """The state at the start of a stage: parameters stay; optimizers, averages and role counters start anew."""
+    """The state at the start of a stage: parameters stay; optimizers, averages and role counters
+    start anew."""
     return TrainState(
         new_role(state.inference.params, transforms.inference, cfg.inference.ema_decay),
         new_role(state.generator.params, transforms.generator, cfg.generator.ema_decay),
@@ -90,23 +106,34 @@ def restart_optimizers(state: TrainState, *, transforms: Transforms, cfg: Config
     )
 
 
-def abstract_state(model: TransformerConfig, transforms: Transforms, mesh: Mesh, *, cfg: Config) -> TrainState:
+def abstract_state(
+    model: TransformerConfig, transforms: Transforms, mesh: Mesh, *, cfg: Config
+) -> TrainState:
     """Shapes, types and shardings of the whole state, without any array."""
     for rules in (model.rules, model.rollout_rules):
         check_heads(model.num_kv_heads, mesh, rules)
     key = jax.eval_shape(jax.random.key, 0)
     boxed = jax.eval_shape(partial(_boxed, model=model, cfg=cfg), key)
-    shapes = jax.eval_shape(partial(new_state, transforms=transforms, cfg=cfg), unbox(boxed[0]), unbox(boxed[1]), key)
+    shapes = jax.eval_shape(
+        partial(new_state, transforms=transforms, cfg=cfg), unbox(boxed[0]), unbox(boxed[1]), key
+    )
 
     def role(shape: RoleState, params: Params) -> RoleState:
-        layout = match_shardings(shape, shape.params, param_shardings(params, mesh, model.rules), mesh)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, layout)
+        layout = match_shardings(
+            shape, shape.params, param_shardings(params, mesh, model.rules), mesh
+        )
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, layout
+        )
 
     def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
 
     return TrainState(
-        role(shapes.inference, boxed[0]), role(shapes.generator, boxed[1]), whole(shapes.step), whole(shapes.key)
+        role(shapes.inference, boxed[0]),
+        role(shapes.generator, boxed[1]),
+        whole(shapes.step),
+        whole(shapes.key),
     )
 
 
@@ -114,7 +141,9 @@ def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
     """Shapes and shardings of a whole model whose parameters are stored as `dtype`."""
     boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.eval_shape(jax.random.key, 0))
     layout = param_shardings(boxed, mesh, model.rules)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout
+    )
 
 
 def shardings_of(abstract: PyTree) -> PyTree:
@@ -129,4 +158,6 @@ def _boxed(key: Key[Array, ""], model: TransformerConfig, cfg: Config) -> tuple[
             return init_lora_boxed(key, model, rank=role.lora.rank, targets=role.lora.targets)
         return init_boxed(key, model)
 
-    return made(jax.random.fold_in(key, 0), cfg.inference), made(jax.random.fold_in(key, 1), cfg.generator)
+    return made(jax.random.fold_in(key, 0), cfg.inference), made(
+        jax.random.fold_in(key, 1), cfg.generator
+    )

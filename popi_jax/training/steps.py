@@ -1,4 +1,5 @@
-"""One gradient step of each role: loss, gradient, update. Nothing else: no jit, no logging, no mesh."""
+"""One gradient step of each role: loss, gradient, update. Nothing else: no jit, no logging, no
+mesh."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +11,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from popi_jax.arrays import Demonstrations, Mean, Metrics, Params, Rollouts, Tokens, UserBatch, WarmupBatch
+from popi_jax.arrays import (
+    Demonstrations,
+    Mean,
+    Metrics,
+    Params,
+    Rollouts,
+    Tokens,
+    UserBatch,
+    WarmupBatch,
+)
 from popi_jax.config import Config
 from popi_jax.losses.grpo import (
     finished_mask,
@@ -54,8 +64,13 @@ from popi_jax.training.state import RoleState, TrainState, Transforms, policy
 
 def idle_metrics(cfg: Config) -> Metrics:
     """The metrics of both roles' steps, with weight 0: of a role whose turn it is not."""
-    names = [f"generator/{name}" for name in ("loss", "accuracy", "margin", "grad_norm", "unpadded")]
-    names += [f"inference/{name}" for name in ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std")]
+    names = [
+        f"generator/{name}" for name in ("loss", "accuracy", "margin", "grad_norm", "unpadded")
+    ]
+    names += [
+        f"inference/{name}"
+        for name in ("loss", "kl", "entropy", "grad_norm", "reward", "reward_std")
+    ]
     names += [f"inference/{name}" for name in ("accuracy", "summary_len", "finished", "unpadded")]
     names += ["inference/clip_fraction"] if cfg.inference.updates_per_rollout > 1 else []
     return {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in names}
@@ -67,7 +82,11 @@ def apply_gradients(
     """The updated role and the norm of its gradient before clipping."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    ema: Any = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    ema: Any = (
+        state.ema
+        if state.ema is None
+        else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    )
     return RoleState(state.step + 1, params, opt_state, ema), optax.tree.norm(grads)
 
 
@@ -83,12 +102,12 @@ def generator_step(
     cfg: Config,
     budgets: Budgets | None = None,
 ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
-    """The preference objective on the users' pairs behind sampled summaries; also the margins before the step.
+    """The preference objective on the users' pairs behind sampled summaries; also the margins
+    before the step.
 
-    contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does not see the summary.
-    Of a generator with adapters it may be None, though the objective needs it: then it is the base behind the same
-    contexts, out of the gradient's own pass.
-    """
+    contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does
+    not see the summary. Of a generator with adapters it may be None, though the objective needs it:
+    then it is the base behind the same contexts, out of the gradient's own pass."""
     objective = preference_objective(cfg)
     in_one_pass = reference is None and objective.needs_reference and cfg.generator.lora.rank > 0
     group = contexts.lengths.shape[1]
@@ -98,23 +117,33 @@ def generator_step(
         return jnp.broadcast_to(x[:, None], (x.shape[0], group, x.shape[1]))
 
     total = jnp.maximum(jnp.sum(behind_each(users.pair_mask)), 1)
-    chosen_len = jnp.maximum(masked_mean(users.chosen.lengths.astype(jnp.float32), users.pair_mask), 1.0)
+    chosen_len = jnp.maximum(
+        masked_mean(users.chosen.lengths.astype(jnp.float32), users.pair_mask), 1.0
+    )
 
     def choose(part: Any, compute: Any) -> Any:
         users, contexts, _ = part
         return within(within_budget, *pair_tree(contexts, users), compute)
 
-    def loss_fn(params: Params, part: Any, budget: Budget | None) -> tuple[Array, tuple[Metrics, Array]]:
+    def loss_fn(
+        params: Params, part: Any, budget: Budget | None
+    ) -> tuple[Array, tuple[Metrics, Array]]:
         users, contexts, reference = part
         mask = behind_each(users.pair_mask)
-        lengths = PairLengths(behind_each(users.chosen.lengths), behind_each(users.rejected.lengths))
+        lengths = PairLengths(
+            behind_each(users.chosen.lengths), behind_each(users.rejected.lengths)
+        )
         whole = policy(params, frozen, cfg.generator)
         if in_one_pass:
-            logps, reference = pair_logps_of_both(whole, contexts, users, model=model, budget=budget)
+            logps, reference = pair_logps_of_both(
+                whole, contexts, users, model=model, budget=budget
+            )
         else:
             logps = pair_logps(whole, contexts, users, model=model, budget=budget)
         reference = jax.tree.map(lambda x: jnp.broadcast_to(x, mask.shape), reference)
-        terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(chosen_len=chosen_len)
+        terms = batch_terms(logps, lengths, reference, mask, objective=objective)._replace(
+            chosen_len=chosen_len
+        )
         losses = preference_losses(logps, lengths, reference, terms, objective=objective)
         margins = jax.lax.stop_gradient(margins_of(logps, lengths, reference, objective=objective))
         metrics = {
@@ -126,7 +155,9 @@ def generator_step(
         return jnp.sum(jnp.where(mask, losses, 0.0)) / total, (metrics, margins)
 
     parts = users, contexts, reference
-    grads, metrics, margins = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches, choose)
+    grads, metrics, margins = summed_gradients(
+        loss_fn, state.params, parts, cfg.batch.microbatches, choose
+    )
     state, norm = apply_gradients(state, grads, tx, cfg.generator.ema_decay)
     return state, metrics | {"generator/grad_norm": metric(norm)}, margins
 
@@ -147,9 +178,9 @@ def inference_step(
 ) -> tuple[RoleState, Metrics]:
     """Policy gradient on sampled summaries: `inference.updates_per_rollout` steps.
 
-    `margins` are the generator's on the users' held-out pairs behind each summary. `frozen` is the reference; of a
-    model with adapters it is scored in the gradient's own pass, where nothing asks for it before and there is but one.
-    """
+    `margins` are the generator's on the users' held-out pairs behind each summary. `frozen` is the
+    reference; of a model with adapters it is scored in the gradient's own pass, where nothing asks
+    for it before and there is but one."""
     c, objective = cfg.inference, policy_objective(cfg)
     settings: Any = {"model": model, "glue": glue, "temperature": c.temperature}
     within_budget = summary_budget(budgets, rollouts.finished.shape[1])
@@ -158,10 +189,16 @@ def inference_step(
         return within(within_budget, *summary_tree(*part[:2], glue=glue), compute)
 
     def score_reference(part: Any) -> Float[Array, "users group seq"]:
-        return choose(part, lambda budget: summary_logps(frozen, *part, **settings, budget=budget).logps)
+        return choose(
+            part, lambda budget: summary_logps(frozen, *part, **settings, budget=budget).logps
+        )
 
     in_one_pass = c.lora.rank > 0 and c.kl != "k1" and c.updates_per_rollout == 1
-    reference = None if in_one_pass else by_parts(score_reference, (users, rollouts), cfg.batch.microbatches)
+    reference = (
+        None
+        if in_one_pass
+        else by_parts(score_reference, (users, rollouts), cfg.batch.microbatches)
+    )
     mask = length_mask(rollouts.summaries)
     counted = finished_mask(mask, rollouts.finished) if c.skip_unfinished else mask
     rewards = summary_rewards(
@@ -178,11 +215,15 @@ def inference_step(
     weights = policy_weights(counted, objective=objective)
     wants_entropy = c.entropy_coef > 0 or c.high_entropy_share < 1
 
-    def loss_fn(params: Params, part: Any, budget: Budget | None) -> tuple[Array, tuple[Metrics, tuple]]:
+    def loss_fn(
+        params: Params, part: Any, budget: Budget | None
+    ) -> tuple[Array, tuple[Metrics, tuple]]:
         users, rollouts, reference, advantages, counted = part
         more: Any = {**settings, "entropies": wants_entropy, "budget": budget}
         if in_one_pass:
-            scores, of_reference = summary_logps_of_both(policy(params, frozen, c), users, rollouts, **more)
+            scores, of_reference = summary_logps_of_both(
+                policy(params, frozen, c), users, rollouts, **more
+            )
             reference = of_reference.logps
         else:
             scores = summary_logps(policy(params, frozen, c), users, rollouts, **more)
@@ -191,15 +232,28 @@ def inference_step(
         old = rollouts.logps if c.updates_per_rollout > 1 else jax.lax.stop_gradient(logps)
         active = None
         if c.high_entropy_share < 1:
-            active = high_entropy_mask(jax.lax.stop_gradient(scores.entropies), counted, share=c.high_entropy_share)
-        sums = policy_sums(logps, old, reference, advantages, counted, scores.entropies, active, objective=objective)
+            active = high_entropy_mask(
+                jax.lax.stop_gradient(scores.entropies), counted, share=c.high_entropy_share
+            )
+        sums = policy_sums(
+            logps,
+            old,
+            reference,
+            advantages,
+            counted,
+            scores.entropies,
+            active,
+            objective=objective,
+        )
         loss = policy_loss(sums, None if active is not None else weights, objective=objective)
         kl = jnp.sum(jnp.where(scores.mask, kl_estimates(logps, reference), 0.0), axis=-1)
         metrics = {
             "inference/loss": Mean(loss, jnp.float32(1 / cfg.batch.microbatches)),
             "inference/kl": metric(kl),
             "inference/unpadded": metric(jnp.full((), budget is not None, jnp.float32)),
-            "inference/entropy": metric(-logps if scores.entropies is None else scores.entropies, scores.mask),
+            "inference/entropy": metric(
+                -logps if scores.entropies is None else scores.entropies, scores.mask
+            ),
         }
         if c.updates_per_rollout > 1:
             ratios = jnp.exp(jnp.where(counted, logps - old, 0.0))
@@ -209,7 +263,9 @@ def inference_step(
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
         parts = users, rollouts, reference, advantages, counted
-        grads, metrics, _ = summed_gradients(loss_fn, state.params, parts, cfg.batch.microbatches, choose)
+        grads, metrics, _ = summed_gradients(
+            loss_fn, state.params, parts, cfg.batch.microbatches, choose
+        )
         state, norm = apply_gradients(state, grads, tx, c.ema_decay)
         return state, metrics | {"inference/grad_norm": metric(norm)}
 
@@ -235,7 +291,8 @@ def demonstration_tree(batch: Demonstrations) -> Tree:
 def demonstration_loss(
     params: Params, batch: Demonstrations, *, model: TransformerConfig, budget: Budget | None = None
 ) -> tuple[Float[Array, ""], Mean]:
-    """Mean negative log-likelihood of the answers' tokens (nats per token), as a loss and as a metric."""
+    """Mean negative log-likelihood of the answers' tokens (nats per token), as a loss and as a
+    metric."""
     scores = answer_logps(params, *demonstration_tree(batch), model=model, budget=budget)
     mask = scores.mask & batch.mask[:, :, None, None]
     return -masked_mean(scores.logps, mask), metric(-scores.logps, mask)
@@ -249,13 +306,17 @@ def warmup_step(
     transforms: Transforms,
     budgets: Mapping[str, Budget] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
-    """One likelihood step of both roles; the inference model's two tasks, summaries and readings, weigh the same.
+    """One likelihood step of both roles; the inference model's two tasks, summaries and readings,
+    weigh the same.
 
     `budgets` are those of tasks, see models/dense.py.
     """
 
     def role_step(
-        role: RoleState, tasks: dict[str, Demonstrations], tx: optax.GradientTransformation, name: str
+        role: RoleState,
+        tasks: dict[str, Demonstrations],
+        tx: optax.GradientTransformation,
+        name: str,
     ) -> tuple[RoleState, Metrics]:
         def gradient(task: str) -> tuple[Params, Mean]:
             def compute(budget: Budget | None) -> tuple[Params, Mean]:

@@ -16,7 +16,8 @@ from popi_jax.models.attention import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
-# every size different, so that a swapped axis is seen; two query heads per key head; heads x head_dim is not embed_dim
+# every size different, so that a swapped axis is seen; two query heads per key head; heads x
+# head_dim is not embed_dim
 CFG = TransformerConfig(
     vocab_size=37,
     num_layers=2,
@@ -37,7 +38,9 @@ def make_params(cfg: TransformerConfig) -> dict:
     """Random weights, scales away from 1, large enough that small errors show in the logits."""
     params = unbox(jax.jit(lambda key: init_boxed(key, cfg))(jax.random.key(0)))
     noise = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.asarray(x * 1.5 + 0.1 * noise.standard_normal(x.shape), np.float32), params)
+    return jax.tree.map(
+        lambda x: np.asarray(x * 1.5 + 0.1 * noise.standard_normal(x.shape), np.float32), params
+    )
 
 
 PARAMS = {cfg: make_params(cfg) for cfg in (CFG, TIED)}
@@ -46,14 +49,23 @@ PARAMS = {cfg: make_params(cfg) for cfg in (CFG, TIED)}
 def write(folder: Path, cfg: TransformerConfig = CFG, dtype: str = "float32", **sizes: int) -> Path:
     folder.mkdir(exist_ok=True)
     hf_io.write_model(
-        folder, PARAMS[cfg], cfg, dtype=dtype, max_len=64, special_ids=IDS, mark={"role": "generator"}, **sizes
+        folder,
+        PARAMS[cfg],
+        cfg,
+        dtype=dtype,
+        max_len=64,
+        special_ids=IDS,
+        mark={"role": "generator"},
+        **sizes,
     )
     return folder
 
 
 def edit(folder: Path, **fields) -> None:
     config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "drop"}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v != "drop"})
+    )
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -64,7 +76,9 @@ def padded_logits(params: dict, ids: jax.Array, cfg: TransformerConfig) -> jax.A
 
 
 def logits(params: dict, cfg: TransformerConfig, ids: np.ndarray) -> np.ndarray:
-    return np.asarray(padded_logits(params, jnp.pad(jnp.asarray(ids), (0, 16 - len(ids))), cfg))[: len(ids)]
+    return np.asarray(padded_logits(params, jnp.pad(jnp.asarray(ids), (0, 16 - len(ids))), cfg))[
+        : len(ids)
+    ]
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -74,7 +88,10 @@ def assert_same(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("cfg", [CFG, TIED])
 def test_the_table_names_each_parameter_once(cfg):
     abstract = unbox(jax.eval_shape(lambda key: init_boxed(key, cfg), jax.random.key(0)))
-    leaves = {tuple(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    leaves = {
+        tuple(k.key for k in path): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(abstract)
+    }
     rows = hf_names.table(cfg)
     layers = {row.path: (cfg.num_layers,) if row.stacked else () for row in rows}
     assert {row.path: layers[row.path] + row.shape for row in rows} == leaves
@@ -91,7 +108,9 @@ def test_names_there_and_back_is_identity(cfg):
 
     def leaf(row):
         whole = (slice(None),) * (row.stacked + len(row.shape))
-        return hf_names.read_part(row, whole, lambda name, index: tensors[name][index], cfg, np.float32)
+        return hf_names.read_part(
+            row, whole, lambda name, index: tensors[name][index], cfg, np.float32
+        )
 
     assert_same(hf_names.build_tree(leaf, cfg), PARAMS[cfg])
 
@@ -147,7 +166,8 @@ def test_shards_hold_at_most_the_given_bytes(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rope_theta": "drop", "dtype": "drop", "rope_scaling": "drop"} | {"torch_dtype": "drop"},  # as transformers 5
+        {"rope_theta": "drop", "dtype": "drop", "rope_scaling": "drop"}
+        | {"torch_dtype": "drop"},  # as transformers 5
         {"rope_parameters": "drop", "dtype": "drop"},  # as transformers 4
     ],
 )
@@ -157,16 +177,30 @@ def test_reads_the_spellings_of_both_versions(tmp_path, fields):
 
 
 def test_fields_that_old_files_leave_out(tmp_path):
-    edit(write(tmp_path), head_dim="drop", num_key_value_heads="drop", tie_word_embeddings="drop", rms_norm_eps="drop")
+    edit(
+        write(tmp_path),
+        head_dim="drop",
+        num_key_value_heads="drop",
+        tie_word_embeddings="drop",
+        rms_norm_eps="drop",
+    )
     cfg = hf_config.read_config(tmp_path, dtype="bfloat16", remat="full")
-    assert (cfg.head_dim, cfg.num_kv_heads, cfg.tied_embeddings, cfg.norm_eps) == (3, 4, False, 1e-6)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.tied_embeddings, cfg.norm_eps) == (
+        3,
+        4,
+        False,
+        1e-6,
+    )
     assert (cfg.dtype, cfg.remat) == ("bfloat16", "full")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mixtral"}, 'model_type is "mixtral", supported is "llama", "mistral", "qwen2"'),
+        (
+            {"model_type": "mixtral"},
+            'model_type is "mixtral", supported is "llama", "mistral", "qwen2"',
+        ),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
@@ -174,7 +208,10 @@ def test_fields_that_old_files_leave_out(tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
             "'low_freq_factor' is missing",
         ),
-        ({"rope_parameters": "drop", "rope_scaling": {"type": "yarn", "factor": 2.0}}, 'rope type is "yarn"'),
+        (
+            {"rope_parameters": "drop", "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            'rope type is "yarn"',
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"hidden_size": "drop"}, "'hidden_size' is missing"),
         ({"hidden_size": "many"}, "wrong type"),
@@ -208,7 +245,10 @@ def rewrite(folder: Path, change) -> None:
             lambda t: t.update({"lm_head.weight": np.ones((5, 12), np.float32)}),
             r"lm_head.weight has shape \[5, 12\], config.json says \[37, 12\]",
         ),
-        (lambda t: t.update({"model.norm.weight": np.ones(12, np.int64)}), "model.norm.weight is I64, allowed"),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(12, np.int64)}),
+            "model.norm.weight is I64, allowed",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_told(tmp_path, change, message):
@@ -220,7 +260,9 @@ def test_weights_that_do_not_fit_are_told(tmp_path, change, message):
 def test_what_other_writers_add_is_passed_over(tmp_path):
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-        tensors["lm_head.weight"] = np.ones((37, 12), np.float32)  # a copy of the embedding in some tied models
+        tensors["lm_head.weight"] = np.ones(
+            (37, 12), np.float32
+        )  # a copy of the embedding in some tied models
 
     rewrite(write(tmp_path, TIED), add)
     assert_same(hf_io.read_params(tmp_path, TIED), PARAMS[TIED])
@@ -255,7 +297,12 @@ def test_an_export_replaces_an_earlier_one(tmp_path):
             write(folder)
             (folder / f"{step}.txt").write_text("")
     assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["2.txt", "config.json", "generation_config.json", "model.safetensors"]
+    assert names(tmp_path / "out") == [
+        "2.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_an_export_that_fails_changes_nothing(tmp_path):
@@ -281,7 +328,10 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
             hf_io.new_export(tmp_path / name),
         ):
             pass
-    with pytest.raises(UserError, match="cannot write in"), hf_io.new_export(tmp_path / "file/x/out"):
+    with (
+        pytest.raises(UserError, match="cannot write in"),
+        hf_io.new_export(tmp_path / "file/x/out"),
+    ):
         pass
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
@@ -303,7 +353,9 @@ def test_transformers_computes_the_same_logits_and_tokens(tmp_path, cfg):
     ids = np.random.default_rng(1).integers(3, cfg.vocab_size, 9)
     with torch.no_grad():
         expected = model(torch.tensor(ids)[None]).logits[0].numpy()
-        continued = model.generate(torch.tensor(ids)[None], max_new_tokens=6, do_sample=False, eos_token_id=None)[0]
+        continued = model.generate(
+            torch.tensor(ids)[None], max_new_tokens=6, do_sample=False, eos_token_id=None
+        )[0]
     np.testing.assert_allclose(logits(PARAMS[cfg], cfg, ids), expected, atol=1e-4)
     greedy = list(ids)
     for _ in range(6):

@@ -54,7 +54,9 @@ def make_state(seed: int, rows: int = 16) -> TrainState:
 
 class Batches:
     def __init__(self) -> None:
-        self._iterator = iter(grain.MapDataset.range(100).seed(1).shuffle().batch(4).to_iter_dataset())
+        self._iterator = iter(
+            grain.MapDataset.range(100).seed(1).shuffle().batch(4).to_iter_dataset()
+        )
 
     def __next__(self) -> np.ndarray:
         return next(self._iterator)
@@ -82,7 +84,8 @@ def assert_same(a, b) -> None:
 
 
 def write_run(folder: Path, steps: int, keep: int = 5) -> list:
-    """Saves states 1..steps, each after one more batch; returns the batch that follows each step."""
+    """Saves states 1..steps, each after one more batch; returns the batch that follows each
+    step."""
     m, iterator, following = manager.open_manager(str(folder), keep, CONFIG_JSON), Batches(), []
     twin = Batches()
     next(twin)
@@ -155,7 +158,9 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path):
     manager.save(m, 1, state, None, CONFIG_JSON)
     overwrite(state.generator.params)
     manager.close(m)
-    assert_same(jax.tree.map(np.asarray, manager.restore_params(str(tmp_path), "generator")[1]), expected)
+    assert_same(
+        jax.tree.map(np.asarray, manager.restore_params(str(tmp_path), "generator")[1]), expected
+    )
 
 
 def test_restores_on_another_mesh(tmp_path):
@@ -244,7 +249,9 @@ def test_killed_at_any_time_the_newest_step_is_whole(tmp_path):
     rng = np.random.default_rng(0)
     last = 0
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], env=os.environ)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], env=os.environ
+        )
         deadline = time.time() + 60
         while not (tmp_path / f"checkpoints/{last + 1}").is_dir() and time.time() < deadline:
             time.sleep(0.05)
@@ -268,7 +275,9 @@ def test_parameters_of_one_role_alone(tmp_path):
     assert step == 2
     assert_same(params, make_state(2).generator.params)
     sharding = NamedSharding(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), P())
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
+    )
     _, params = manager.restore_params(str(tmp_path), "generator", target)
     assert len(params["a"]["kernel"].sharding.device_set) == 8
 
@@ -294,7 +303,10 @@ def test_a_workdir_of_another_run_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         manager.open_manager(str(tmp_path), 2, other)
     message = str(error.value)
-    assert "added was absent, is 3; generator.beta was 0.3, is 0.5; seed was 0, is 1; give another WORKDIR" in message
+    assert (
+        "added was absent, is 3; generator.beta was 0.3, is 0.5; seed was 0, is 1; give another WORKDIR"
+        in message
+    )
     assert "\n" not in message
     assert manager.stored_config(str(tmp_path)) == CONFIG
 
@@ -304,7 +316,9 @@ def test_fields_that_do_not_touch_learning_may_change(tmp_path):
     free = {"name": "b", "workdir": "y", "mesh": {"fsdp": 8}, "evaluation": {"max_users": 3}}
     schedule = CONFIG["schedule"] | {"keep": 9, "save_every": 1, "log_every": 2}
     data = CONFIG["data"] | {"path": "q"}
-    manager.check_same_run(str(tmp_path), json.dumps(CONFIG | free | {"schedule": schedule, "data": data}))
+    manager.check_same_run(
+        str(tmp_path), json.dumps(CONFIG | free | {"schedule": schedule, "data": data})
+    )
 
 
 def test_a_workdir_that_holds_only_the_reference_is_compared_too(tmp_path):
@@ -331,7 +345,9 @@ def test_reference_round_trip(tmp_path):
         manager.restore_frozen(str(tmp_path), abstract(frozen))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the threads that failed
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of the threads that failed
 def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_stays(tmp_path, caplog):
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
@@ -339,7 +355,10 @@ def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_stays(tmp_path,
     try:
         write_run(tmp_path, 1)
         m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
-        with pytest.raises(UserError, match="no space left to write .*bytes free") as error, caplog.at_level("ERROR"):
+        with (
+            pytest.raises(UserError, match="no space left to write .*bytes free") as error,
+            caplog.at_level("ERROR"),
+        ):
             manager.save(m, 2, make_state(2, rows=200_000), None, CONFIG_JSON)
             manager.wait(m)
         assert "\n" not in str(error.value)
@@ -357,7 +376,9 @@ def test_a_full_disk_is_known_inside_other_errors(tmp_path):
     full = OSError(errno.ENOSPC, "x")
     wrapped = RuntimeError("save failed")
     wrapped.__cause__ = full
-    store = ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: No space left on device")
+    store = ValueError(
+        "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: No space left on device"
+    )
     for error in (full, wrapped, store, ExceptionGroup("several", [KeyError("x"), full])):
         with pytest.raises(UserError, match="no space left"), manager.full_disk_told(tmp_path):
             raise error

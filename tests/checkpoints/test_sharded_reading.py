@@ -1,4 +1,5 @@
-"""Weights read straight onto 8 devices: each part once, none larger than what a device holds; and back to files."""
+"""Weights read straight onto 8 devices: each part once, none larger than what a device holds; and
+back to files."""
 
 import json
 from functools import partial
@@ -17,8 +18,21 @@ from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import make_mesh, param_shardings
 from tests.oracles.plain import RULES
 
-SIZES = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "mlp_dim": 20}
-GEMMA = {"norm_plus_one": True, "post_norms": True, "embed_scale": True, "activation": "gelu_tanh", "score_dim": 5}
+SIZES = {
+    "num_layers": 2,
+    "embed_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "mlp_dim": 20,
+}
+GEMMA = {
+    "norm_plus_one": True,
+    "post_norms": True,
+    "embed_scale": True,
+    "activation": "gelu_tanh",
+    "score_dim": 5,
+}
 LOCAL = {"sliding_window": 3, "local_layers": (True, False)}
 CAPS = {"attn_logit_softcap": 5.0, "final_logit_softcap": 3.0}
 MODELS = {
@@ -41,17 +55,34 @@ def random_params(cfg: TransformerConfig, dtype: np.dtype) -> dict:
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(dtype), abstract)
 
 
-def write(folder: Path, params: dict, cfg: TransformerConfig, model_type: str, dtype: str = "bfloat16", **rest) -> None:
+def write(
+    folder: Path,
+    params: dict,
+    cfg: TransformerConfig,
+    model_type: str,
+    dtype: str = "bfloat16",
+    **rest,
+) -> None:
     folder.mkdir(exist_ok=True)
     hf_io.write_model(
-        folder, params, cfg, dtype=dtype, max_len=64, special_ids={}, mark={}, model_type=model_type, **rest
+        folder,
+        params,
+        cfg,
+        dtype=dtype,
+        max_len=64,
+        special_ids={},
+        mark={},
+        model_type=model_type,
+        **rest,
     )
 
 
 def abstract_of(cfg: TransformerConfig, dtype: str) -> dict:
     boxed = jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0))
     layout = param_shardings(boxed, make_mesh(1, 4, 2), RULES)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,7 +131,9 @@ def test_each_part_is_read_once_and_alone(tmp_path: Path, monkeypatch: pytest.Mo
 
     jax.tree_util.tree_map_with_path(check, found, params, abstract)
     assert len(sizes["layers", "mlp", "up", "kernel"]) == 8
-    assert sum(from_file) == 2 * hf_names.num_params(cfg)  # bytes of bfloat16: nothing was read that nobody holds
+    assert sum(from_file) == 2 * hf_names.num_params(
+        cfg
+    )  # bytes of bfloat16: nothing was read that nobody holds
 
 
 def test_folder_with_a_vision_tower_is_read_as_its_text_model(tmp_path: Path) -> None:
@@ -126,7 +159,9 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, dtype: str, bad:
     params = random_params(cfg, np.float32)
     params["layers"]["attention"]["q_norm"]["scale"][1, 4] = bad
     write(tmp_path, params, cfg, "qwen3", dtype)
-    message = r"model.layers.1.self_attn.q_norm.weight of shape \[6\] holds numbers that are not finite"
+    message = (
+        r"model.layers.1.self_attn.q_norm.weight of shape \[6\] holds numbers that are not finite"
+    )
     for abstract in (None, abstract_of(cfg, "float32")):
         with pytest.raises(UserError, match=message):
             hf_io.read_params(tmp_path, cfg, abstract)
@@ -138,13 +173,20 @@ def test_shards_that_differ_from_the_index_are_refused(tmp_path: Path) -> None:
     file = sorted(tmp_path.glob("model-*"))[1]
     tensors = load_file(file)
     gone = next(iter(tensors))
-    save_file({name: x for name, x in tensors.items() if name != gone} | {"x": np.ones(2, np.float32)}, file)
+    save_file(
+        {name: x for name, x in tensors.items() if name != gone} | {"x": np.ones(2, np.float32)},
+        file,
+    )
     with pytest.raises(UserError, match=f"{gone} is missing, model.safetensors.index.json says"):
         hf_io.read_params(tmp_path, cfg)
     save_file(tensors | {"x": np.ones(2, np.float32)}, file)
-    with pytest.raises(UserError, match=r"x of shape \[2\] is not listed in model.safetensors.index.json"):
+    with pytest.raises(
+        UserError, match=r"x of shape \[2\] is not listed in model.safetensors.index.json"
+    ):
         hf_io.read_params(tmp_path, cfg)
     save_file(tensors, file)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"is cut short: .*weight of shape \[.*\] ends at byte .*, the file at"):
+    with pytest.raises(
+        UserError, match=r"is cut short: .*weight of shape \[.*\] ends at byte .*, the file at"
+    ):
         hf_io.read_params(tmp_path, cfg)

@@ -8,11 +8,19 @@ from popi_jax.config_check import from_config_dict
 from popi_jax.data import templates, tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 
-ITEMS = ("short answers", "long answers", "warm tone", "formal tone", "plain words", "technical terms")
+ITEMS = (
+    "short answers",
+    "long answers",
+    "warm tone",
+    "formal tone",
+    "plain words",
+    "technical terms",
+)
 
 
 def make_user(n: int, num_pairs: int) -> User:
-    """Even numbers like the first item of each contrast, odd ones the second. The survey states one on the last."""
+    """Even numbers like the first item of each contrast, odd ones the second. The survey states one
+    on the last."""
     likes, dislikes = ITEMS[n % 2 :: 2], ITEMS[1 - n % 2 :: 2]
     return User(
         user_id=f"u{n}",
@@ -21,7 +29,12 @@ def make_user(n: int, num_pairs: int) -> User:
         shots=tuple(Shot(f"shot {n} {k} ?", f"they sing {k}", "no idea") for k in range(3)),
         comments=(Comment("tea ?", "too long"),),
         pairs=tuple(
-            Pair(f"{n}/{k}", [{"role": "user", "content": f"pair {n} {k} ?"}], f"yes {n} {k}", f"no {n} {k}")
+            Pair(
+                f"{n}/{k}",
+                [{"role": "user", "content": f"pair {n} {k} ?"}],
+                f"yes {n} {k}",
+                f"no {n} {k}",
+            )
             for k in range(num_pairs)
         ),
         oracle=" ; ".join(likes[:2]),
@@ -34,7 +47,9 @@ USERS = [make_user(n, 1 + n % 6) for n in range(11)]
 
 
 def make_tokenizer() -> tokenizer.Tokenizer:
-    texts = [f"{templates.signals_text(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS]
+    texts = [
+        f"{templates.signals_text(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS
+    ]
     return tokenizer.train(texts, 420)
 
 
@@ -56,7 +71,9 @@ def make_config(**changes: Any) -> Config:
         "warmup.reading_users": 4,
         "evaluation.batch_users": 4,
     }
-    c.update_from_flattened_dict(fields | {name.replace("__", "."): value for name, value in changes.items()})
+    c.update_from_flattened_dict(
+        fields | {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return from_config_dict(c)
 
 

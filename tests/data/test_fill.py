@@ -29,10 +29,15 @@ def test_a_budget_holds_for_nearly_all_batches() -> None:
 def test_measures_the_batches_of_the_run() -> None:
     found = fills.measured_fill(USERS, TOKENIZER, CFG, items=())
     batches = [
-        batch for _, batch in zip(range(8), iter(user_batches(USERS, TOKENIZER, CFG, seed=CFG.seed)), strict=False)
+        batch
+        for _, batch in zip(
+            range(8), iter(user_batches(USERS, TOKENIZER, CFG, seed=CFG.seed)), strict=False
+        )
     ]
     contexts = np.concatenate([batch.context.lengths for batch in batches])
-    pairs = np.concatenate([sum(x.lengths.sum(axis=1) for x in (b.turns, b.chosen, b.rejected)) for b in batches])
+    pairs = np.concatenate(
+        [sum(x.lengths.sum(axis=1) for x in (b.turns, b.chosen, b.rejected)) for b in batches]
+    )
     assert found.contexts == pytest.approx((contexts.mean(), contexts.std()))
     assert found.pairs == pytest.approx((pairs.mean(), pairs.std()))
     assert found.answers.mean < found.pairs.mean

@@ -61,14 +61,19 @@ def error(path: Path) -> str:
 
 
 def test_lines_with_the_same_signals_are_one_user(tmp_path: Path) -> None:
-    (user,) = jsonl.load(write(tmp_path / "a.jsonl", [record(record_id=str(i)) for i in range(3)]), options()).users
+    (user,) = jsonl.load(
+        write(tmp_path / "a.jsonl", [record(record_id=str(i)) for i in range(3)]), options()
+    ).users
     assert user == User(
         user_id="ann",
         profile="a nurse",
         survey="age: 30",
         shots=(Shot("tea?", "yes", "no"),),
         comments=(Comment("coffee?", "too bitter"),),
-        pairs=tuple(Pair(str(i), [{"role": "user", "content": "what now?"}], "rest", "run") for i in range(3)),
+        pairs=tuple(
+            Pair(str(i), [{"role": "user", "content": "what now?"}], "rest", "run")
+            for i in range(3)
+        ),
         oracle="calm",
         split=split_of("ann", 0.2, 0.2),
     )
@@ -89,8 +94,13 @@ def test_other_signals_are_a_further_user_of_the_same_split(tmp_path: Path) -> N
 def test_counts_are_limited(tmp_path: Path) -> None:
     shots = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
     records = [record(record_id=str(i), signals={"fewshot": shots}) for i in range(3)]
-    (user,) = jsonl.load(write(tmp_path / "a.jsonl", records), options(num_shots=2, num_pairs=1)).users
-    assert ([s.prompt for s in user.shots], [p.record_id for p in user.pairs]) == (["p0", "p1"], ["0"])
+    (user,) = jsonl.load(
+        write(tmp_path / "a.jsonl", records), options(num_shots=2, num_pairs=1)
+    ).users
+    assert ([s.prompt for s in user.shots], [p.record_id for p in user.pairs]) == (
+        ["p0", "p1"],
+        ["0"],
+    )
 
 
 def test_a_folder_gives_the_splits(tmp_path: Path) -> None:
@@ -127,8 +137,14 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [{"role": "user", "content": "too bitter"}]}, "signals.comments[0]"),
     ({"signals": {"profil": "x"}}, 'unknown field "signals.profil"; allowed: profile'),
     ({"signals": {"profile": None}}, 'field "signals.profile": found null'),
-    ({"signals": {"fewshot": [{"prompt": "p", "chosen": "a"}]}}, 'no field "signals.fewshot[0].rejected"'),
-    ({"signals": {"fewshot": [{"prompt": "p", "chosen": "a", "rejected": "a"}]}}, "signals.fewshot[0].rejected"),
+    (
+        {"signals": {"fewshot": [{"prompt": "p", "chosen": "a"}]}},
+        'no field "signals.fewshot[0].rejected"',
+    ),
+    (
+        {"signals": {"fewshot": [{"prompt": "p", "chosen": "a", "rejected": "a"}]}},
+        "signals.fewshot[0].rejected",
+    ),
     ({"signals": {"comments": ["x"]}}, 'field "signals.comments"'),
     ({"orcale": "x"}, 'unknown field "orcale"'),
 ]
@@ -136,7 +152,9 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "words"), CHANGES, ids=lambda v: str(v)[:40])
 def test_rules_are_enforced(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    path = write(tmp_path / "a.jsonl", [record(), record(record_id="2", **{**{"user_id": "bob"}, **change})])
+    path = write(
+        tmp_path / "a.jsonl", [record(), record(record_id="2", **{**{"user_id": "bob"}, **change})]
+    )
     message = error(path)
     assert message.startswith(f"{path}:2: ") and words in message
 
@@ -153,7 +171,9 @@ def test_missing_and_repeated_are_named(tmp_path: Path) -> None:
 
 
 def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [record(), record(record_id="2", chosen=""), record(record_id="3")])
+    path = write(
+        tmp_path / "a.jsonl", [record(), record(record_id="2", chosen=""), record(record_id="3")]
+    )
     path.write_text(path.read_text() + '{"user_id": "a')
     loaded = jsonl.load(path, options(on_bad_row="skip"))
     assert [p.record_id for p in loaded.users[0].pairs] == ["1", "3"]
@@ -169,7 +189,9 @@ words = (
 
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(profiles=st.lists(words, min_size=1, max_size=4, unique=True), text=words)
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, profiles: list[str], text: str) -> None:
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, profiles: list[str], text: str
+) -> None:
     users = [
         User(
             user_id=f"user {i}",
@@ -177,7 +199,9 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, profi
             survey="",
             shots=(Shot(f"{text} ?", f"{text} a", f"{text} b"),),
             comments=(Comment("", f"{text} !"),),
-            pairs=(Pair(f"{i}", [{"role": "user", "content": f"{text} x"}], f"{text} 1", f"{text} 2"),),
+            pairs=(
+                Pair(f"{i}", [{"role": "user", "content": f"{text} x"}], f"{text} 1", f"{text} 2"),
+            ),
             split=split_of(f"user {i}", 0.2, 0.2),
         )
         for i, profile in enumerate(profiles)

@@ -60,11 +60,15 @@ def test_rows_belong_together(tokenizer: Tokenizer, cfg: Config) -> None:
             seen.add(words[2])
         assert len(seen) == batch.pair_mask[row].sum()  # without replacement
     unused = ~batch.pair_mask
-    assert not batch.turns.lengths[unused].any() and (batch.turns.ids[unused] == tokenizer.pad_id).all()
+    assert (
+        not batch.turns.lengths[unused].any()
+        and (batch.turns.ids[unused] == tokenizer.pad_id).all()
+    )
 
 
 def test_a_pair_has_the_same_number_wherever_it_is_drawn(tokenizer: Tokenizer, cfg: Config) -> None:
-    """In training batches and in those of all pairs, from which the reference's log-probs are stored."""
+    """In training batches and in those of all pairs, from which the reference's log-probs are
+    stored."""
     whole = [batch.batch for batch in pipeline.eval_batches(USERS, tokenizer, cfg)]
     known = {
         int(b.pair_number[at]): (text(tokenizer, b.turns, *at), text(tokenizer, b.chosen, *at))
@@ -77,10 +81,15 @@ def test_a_pair_has_the_same_number_wherever_it_is_drawn(tokenizer: Tokenizer, c
     np.testing.assert_array_equal(flat[:, 0], first)  # rows of users, one after the other
     for b in take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 5):
         for at in zip(*np.nonzero(b.pair_mask), strict=True):
-            assert known[int(b.pair_number[at])] == (text(tokenizer, b.turns, *at), text(tokenizer, b.chosen, *at))
+            assert known[int(b.pair_number[at])] == (
+                text(tokenizer, b.turns, *at),
+                text(tokenizer, b.chosen, *at),
+            )
 
 
-def test_every_user_once_per_epoch_and_another_order_each_epoch(tokenizer: Tokenizer, cfg: Config) -> None:
+def test_every_user_once_per_epoch_and_another_order_each_epoch(
+    tokenizer: Tokenizer, cfg: Config
+) -> None:
     batches = take(pipeline.user_batches(USERS, tokenizer, cfg, seed=0), 11)  # 4 epochs of 11 users
     who = [text(tokenizer, b.context, row).split("\n")[0] for b in batches for row in range(4)]
     epochs = [who[start : start + 11] for start in range(0, 44, 11)]
@@ -92,7 +101,11 @@ def test_every_user_once_per_epoch_and_another_order_each_epoch(tokenizer: Token
 def test_pairs_are_drawn_anew_and_all_in_the_end(tokenizer: Tokenizer, cfg: Config) -> None:
     users = [make_user(0, 6)]
     batches = take(pipeline.user_batches(users, tokenizer, cfg, seed=0, num_pairs=2), 5)
-    draws = [tuple(text(tokenizer, b.turns, row, k) for k in range(2)) for b in batches for row in range(4)]
+    draws = [
+        tuple(text(tokenizer, b.turns, row, k) for k in range(2))
+        for b in batches
+        for row in range(4)
+    ]
     assert len(set(draws)) > 5 and len({turn for draw in draws for turn in draw}) == 6
 
 
@@ -110,10 +123,14 @@ def test_processes_share_the_global_batch(tokenizer: Tokenizer, cfg: Config) -> 
     for p in range(2):
         place = {"seed": 0, "process_index": p, "process_count": 2}
         halves.append(take(pipeline.user_batches(USERS, tokenizer, cfg, **place), 4))
-        warm_halves.append(take(pipeline.warmup_batches(USERS, tokenizer, cfg, items=ITEMS, **place), 4))
+        warm_halves.append(
+            take(pipeline.warmup_batches(USERS, tokenizer, cfg, items=ITEMS, **place), 4)
+        )
     assert_equal(whole, jax.tree.map(lambda *parts: np.concatenate(parts), *halves))
     assert_equal(warm, jax.tree.map(lambda *parts: np.concatenate(parts), *warm_halves))
-    with pytest.raises(UserError, match="batch.users: 4 users cannot be divided among 3 processes; try 3"):
+    with pytest.raises(
+        UserError, match="batch.users: 4 users cannot be divided among 3 processes; try 3"
+    ):
         pipeline.user_batches(USERS, tokenizer, cfg, seed=0, process_count=3)
 
 
@@ -158,11 +175,14 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_resume(tmp_path: pathlib.Path) -> None:
-    # A process of its own: closures whose shapes are checked, as in these tests, cannot be sent to a worker.
+    # A process of its own: closures whose shapes are checked, as in these tests, cannot be sent to
+    # a worker.
     (tmp_path / "run.py").write_text(WORKERS)
     root = str(pathlib.Path(__file__).parents[2])
     command = [sys.executable, str(tmp_path / "run.py")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
@@ -183,7 +203,9 @@ def test_eval_batches(tokenizer: Tokenizer) -> None:
     for n, user in enumerate(USERS):
         b, row = batches[n // 4], n % 4
         assert text(tokenizer, b.oracle, row) == user.oracle
-        turns = [text(tokenizer, b.batch.turns, row, k) for k in np.flatnonzero(b.batch.pair_mask[row])]
+        turns = [
+            text(tokenizer, b.batch.turns, row, k) for k in np.flatnonzero(b.batch.pair_mask[row])
+        ]
         assert turns == [f"pair {n} {k} ?" for k in range(min(5, len(user.pairs)))]
 
 
@@ -192,40 +214,62 @@ def test_items_are_listed_in_the_order_of_every_summary() -> None:
     users = [dataclasses.replace(USERS[0], oracle=oracle) for oracle in oracles]
     assert pipeline.summary_items(users) == ("z", "b", "c", "a", "alone")
     assert pipeline.summary_items(users[::-1]) == ("z", "b", "c", "a", "alone")
-    assert set(pipeline.summary_items([*users, dataclasses.replace(USERS[0], oracle="a ; z")])) == set("zbca") | {
-        "alone"
-    }
+    assert set(
+        pipeline.summary_items([*users, dataclasses.replace(USERS[0], oracle="a ; z")])
+    ) == set("zbca") | {"alone"}
     assert pipeline.summary_items(USERS[3:4]) == ("long answers", "formal tone")
     assert pipeline.summary_items([]) == ()
 
 
 def warm(
-    tokenizer: Tokenizer, users: list[User], *, count: int = 20, items: tuple[str, ...] = ITEMS, **changes: Any
+    tokenizer: Tokenizer,
+    users: list[User],
+    *,
+    count: int = 20,
+    items: tuple[str, ...] = ITEMS,
+    **changes: Any,
 ) -> list[Any]:
-    """The first batches; without `changes` the generator's summaries are true and readings are of pairs."""
-    true = {f"warmup__{name}": 0.0 for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey")}
+    """The first batches; without `changes` the generator's summaries are true and readings are of
+    pairs."""
+    true = {
+        f"warmup__{name}": 0.0
+        for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey")
+    }
     changes = true | changes
-    return take(pipeline.warmup_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
+    return take(
+        pipeline.warmup_batches(users, tokenizer, make_config(**changes), seed=0, items=items),
+        count,
+    )
 
 
 def told(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:
     """The items in the generator's contexts."""
-    contexts = [b.generator.context for b in warm(tokenizer, users, warmup__reading_users=1, **changes)]
+    contexts = [
+        b.generator.context for b in warm(tokenizer, users, warmup__reading_users=1, **changes)
+    ]
     return [
-        [item for item in text(tokenizer, c, row).split(" ; ") if item] for c in contexts for row in range(len(c.ids))
+        [item for item in text(tokenizer, c, row).split(" ; ") if item]
+        for c in contexts
+        for row in range(len(c.ids))
     ]
 
 
 def taught(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:
     """The items in the summaries that the inference model is taught."""
-    answers = [b.summary.answers for b in warm(tokenizer, users, warmup__reading_users=1, **changes)]
+    answers = [
+        b.summary.answers for b in warm(tokenizer, users, warmup__reading_users=1, **changes)
+    ]
     return [text(tokenizer, a, row, 0).split(" ; ") for a in answers for row in range(len(a.ids))]
 
 
 def test_warmup_of_the_generator(tokenizer: Tokenizer) -> None:
     prefix = templates.generator_prefix(tokenizer, make_config())
     d = warm(tokenizer, USERS, count=1)[0].generator
-    assert d.context.ids.shape == (4, len(prefix) + 24) and d.turns.ids.shape == (4, 3, 16) and d.mask.shape == (4, 3)
+    assert (
+        d.context.ids.shape == (4, len(prefix) + 24)
+        and d.turns.ids.shape == (4, 3, 16)
+        and d.mask.shape == (4, 3)
+    )
     for row in range(4):
         n = text(tokenizer, d.turns, row, 0).split()[1]
         user = USERS[int(n)]
@@ -260,11 +304,15 @@ def test_noise_in_what_the_generator_is_told(tokenizer: Tokenizer) -> None:
     assert all(named == sorted(named, key=ITEMS.index) for named in kept)
     assert told(tokenizer, USERS, warmup__drop=1.0, count=1) == [[]] * 4
     added = told(tokenizer, USERS, warmup__drop=1.0, warmup__wrong=0.1)
-    assert 0.5 < np.mean([len(named) for named in added]) < 1.1  # 0.8 of 8 slots; standard error 0.1
+    assert (
+        0.5 < np.mean([len(named) for named in added]) < 1.1
+    )  # 0.8 of 8 slots; standard error 0.1
     assert {item for named in added for item in named} == set(ITEMS)
     assert told(tokenizer, USERS, warmup__wrong=1.0, count=1) == [list(ITEMS)] * 4
     once = told(tokenizer, USERS, count=1)
-    assert told(tokenizer, USERS, warmup__repeat=1.0, count=1) == [[i for i in row for _ in range(2)] for row in once]
+    assert told(tokenizer, USERS, warmup__repeat=1.0, count=1) == [
+        [i for i in row for _ in range(2)] for row in once
+    ]
     again = [len(row) - len(set(row)) for row in told(tokenizer, USERS, warmup__repeat=0.5)]
     assert 0.7 < np.mean(again) < 1.3  # of 2 items
 
@@ -278,7 +326,11 @@ def test_summaries_and_readings_of_the_same_signals(tokenizer: Tokenizer) -> Non
     cfg = make_config()
     questions = set()
     for d in (b.summary for b in warm(tokenizer, USERS, warmup__guess=0.0)):
-        assert d.context.ids.shape == (2, 120) and d.turns.ids.shape == (2, 3, 16) and d.answers.ids.shape == (2, 3, 24)
+        assert (
+            d.context.ids.shape == (2, 120)
+            and d.turns.ids.shape == (2, 3, 16)
+            and d.answers.ids.shape == (2, 3, 24)
+        )
         assert d.mask.all()
         for row in range(2):
             n = number_of(tokenizer, d, row)
@@ -291,8 +343,12 @@ def test_summaries_and_readings_of_the_same_signals(tokenizer: Tokenizer) -> Non
             asked = [int(text(tokenizer, d.turns, row, k).split()[2]) for k in (1, 2)]
             assert len(set(asked)) == 2
             for k, number in zip((1, 2), asked, strict=True):
-                assert ids_at(d.turns, row, k) == templates.reading_turn(tokenizer, f"read {n} {number} ?")
-                assert ids_at(d.answers, row, k) == templates.answer(tokenizer, user.readings[number].answer)
+                assert ids_at(d.turns, row, k) == templates.reading_turn(
+                    tokenizer, f"read {n} {number} ?"
+                )
+                assert ids_at(d.answers, row, k) == templates.answer(
+                    tokenizer, user.readings[number].answer
+                )
             questions.update(asked)
     assert questions == {0, 1, 2}
 
@@ -308,16 +364,24 @@ def test_guesses_tell_nothing_of_the_choices(tokenizer: Tokenizer) -> None:
     for n in (0, 1):  # who chose opposite sides of each contrast
         stated = USERS[n].stated
         summaries = taught(tokenizer, USERS[n : n + 1], warmup__guess=1.0, warmup__summary_users=10)
-        assert all(s[2:] == [stated] for s in summaries)  # the side that the survey states is never contradicted
+        assert all(
+            s[2:] == [stated] for s in summaries
+        )  # the side that the survey states is never contradicted
         assert {tuple(s[:2]) for s in summaries} == set(itertools.product(ITEMS[:2], ITEMS[2:4]))
         named[n] = np.mean([[s[0] == ITEMS[0], s[1] == ITEMS[2]] for s in summaries], axis=0)
-    np.testing.assert_allclose([named[0], named[1]], 0.5, atol=0.12)  # 200 summaries: standard error 0.035
+    np.testing.assert_allclose(
+        [named[0], named[1]], 0.5, atol=0.12
+    )  # 200 summaries: standard error 0.035
     some = taught(tokenizer, USERS[:1], warmup__guess=0.3, warmup__summary_users=10)
     assert 0.45 < np.mean([len(s) - 1 for s in some]) < 0.75  # of two contrasts
 
 
 def test_contrasts_shown_twice_count_once_and_words_for_nothing_go(tokenizer: Tokenizer) -> None:
-    pair = (Reading("a ?", ITEMS[0], ITEMS[1]), Reading("b ?", ITEMS[1], ITEMS[0]), Reading("c ?", ITEMS[0], ITEMS[1]))
+    pair = (
+        Reading("a ?", ITEMS[0], ITEMS[1]),
+        Reading("b ?", ITEMS[1], ITEMS[0]),
+        Reading("c ?", ITEMS[0], ITEMS[1]),
+    )
     users = [dataclasses.replace(USERS[0], stated="no idea", readings=pair)]
     assert taught(tokenizer, users, warmup__guess=0.0, count=1) == [["no idea"]] * 2
     summaries = taught(tokenizer, users, warmup__guess=1.0)
@@ -337,15 +401,21 @@ def test_data_that_states_nothing_is_summarised_by_its_profile(tokenizer: Tokeni
 def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
     asked, shown = set(), set()
     for d in (b.reading for b in warm(tokenizer, USERS, warmup__reading_shots=shots)):
-        assert d.turns.ids.shape == (4, 1, 16) and d.answers.ids.shape == (4, 1, 24) and d.mask.all()
+        assert (
+            d.turns.ids.shape == (4, 1, 16) and d.answers.ids.shape == (4, 1, 24) and d.mask.all()
+        )
         for row in range(4):
             _, n, k, _ = text(tokenizer, d.turns, row, 0).split()[:4]
             user = USERS[int(n)]
             assert ids_at(d.turns, row, 0) == templates.reading_turn(tokenizer, f"read {n} {k} ?")
-            assert ids_at(d.answers, row, 0) == templates.answer(tokenizer, user.readings[int(k)].answer)
+            assert ids_at(d.answers, row, 0) == templates.answer(
+                tokenizer, user.readings[int(k)].answer
+            )
             present = [s for s in user.shots if s.prompt in text(tokenizer, d.context, row)]
             assert user.shots[int(k)] in present
-            only = dataclasses.replace(user, profile="", survey="", comments=(), shots=tuple(present))
+            only = dataclasses.replace(
+                user, profile="", survey="", comments=(), shots=tuple(present)
+            )
             assert ids_at(d.context, row) == templates.inference_context(
                 tokenizer, templates.signals_text(only, "grouped")
             )
@@ -355,7 +425,8 @@ def test_readings_of_a_few_past_pairs(tokenizer: Tokenizer, shots: int) -> None:
 
 
 def test_readings_of_the_survey_alone(tokenizer: Tokenizer) -> None:
-    """Summaries of what it states, without past pairs; data that states nothing keeps to the pairs."""
+    """Summaries of what it states, without past pairs; data that states nothing keeps to the
+    pairs."""
     cfg = make_config()
     for d in (b.reading for b in warm(tokenizer, USERS, warmup__reading_survey=1.0)):
         for row in range(4):
@@ -378,14 +449,18 @@ def test_contexts_of_readings_are_as_long_as_past_pairs_need(tokenizer: Tokenize
     users = [dataclasses.replace(user, stated="") for user in USERS]
 
     def room(shots: int) -> tuple[int, int]:
-        contexts = [b.reading.context for b in warm(tokenizer, users, count=8, warmup__reading_shots=shots)]
+        contexts = [
+            b.reading.context for b in warm(tokenizer, users, count=8, warmup__reading_shots=shots)
+        ]
         return contexts[0].ids.shape[1], max(int(c.lengths.max()) for c in contexts)
 
     (one, longest), (two, longest_of_two) = room(1), room(2)
     assert longest <= one < longest + 4 and longest_of_two <= two < longest_of_two + 4
     assert one % 4 == two % 4 == 0 and one < two < 120
     tight = warm(tokenizer, users, count=1, data__context_len=14)[0].reading
-    assert tight.context.ids.shape == (4, 4) and not tight.mask.any()  # a pair that does not fit asks for nothing
+    assert (
+        tight.context.ids.shape == (4, 4) and not tight.mask.any()
+    )  # a pair that does not fit asks for nothing
 
 
 @pytest.mark.parametrize("readings", [(), USERS[0].readings[:2]])
@@ -405,16 +480,23 @@ def test_reading_exercise() -> None:
     for user in found:
         assert (user.profile, user.survey, user.comments, user.pairs) == ("", "", (), ())
         numbers = [USERS[1].shots.index(s) for s in user.shots]
-        assert numbers == sorted(numbers)  # in the order of the signals, wherever the asked one stands
+        assert numbers == sorted(
+            numbers
+        )  # in the order of the signals, wherever the asked one stands
         (reading,) = user.readings
         assert USERS[1].readings.index(reading) in numbers
     assert {len(user.shots) for user in found} == {1, 2, 3}
-    last = [user.readings[0] == USERS[1].readings[USERS[1].shots.index(user.shots[-1])] for user in found]
+    last = [
+        user.readings[0] == USERS[1].readings[USERS[1].shots.index(user.shots[-1])]
+        for user in found
+    ]
     assert 0.2 < np.mean(last) < 0.9
     bare = dataclasses.replace(USERS[1], shots=())
     assert pipeline._reading_exercise(bare, 2, rngs[0]).readings == ()
 
 
 def test_instruction_that_leaves_no_room_is_told(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="data.turn_len: 16 is less than the 22 tokens of model.summary_instruction"):
+    with pytest.raises(
+        UserError, match="data.turn_len: 16 is less than the 22 tokens of model.summary_instruction"
+    ):
         warm(tokenizer, USERS, model__summary_instruction="yes " * 20)

@@ -10,7 +10,9 @@ import pytest
 from popi_jax.data import prefeval
 from popi_jax.errors import UserError
 
-Topics = dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]  # topic -> rows of options, rows of chats
+Topics = dict[
+    str, tuple[list[dict[str, Any]], list[dict[str, Any]]]
+]  # topic -> rows of options, rows of chats
 
 
 def options(**changes: object) -> types.SimpleNamespace:
@@ -42,7 +44,9 @@ def world(topics: int = 1, rows: int = 2) -> Topics:
 
 def write(folder: Path, topics: Topics) -> Path:
     for topic, files in topics.items():
-        for kind, rows in zip(("mcq_options", "implicit_preference/persona-driven"), files, strict=True):
+        for kind, rows in zip(
+            ("mcq_options", "implicit_preference/persona-driven"), files, strict=True
+        ):
             (folder / kind).mkdir(parents=True, exist_ok=True)
             (folder / kind / f"{topic}.json").write_text(json.dumps(rows, indent=1))
     return folder
@@ -58,10 +62,17 @@ def error(folder: Path, **changes: object) -> str:
 def test_a_row_is_a_user(tmp_path: Path) -> None:
     user, _ = prefeval.load(write(tmp_path, world()), options()).users
     assert (user.profile, user.oracle, user.shots) == ("a nurse", "likes 0.0", ())
-    assert [(c.prompt, c.comment) for c in user.comments[:2]] == [("", "user 0"), ("assistant 0", "user 1")]
-    assert user.comments[-1].comment == "user 10"  # turns in the order of their numbers, not of their letters
+    assert [(c.prompt, c.comment) for c in user.comments[:2]] == [
+        ("", "user 0"),
+        ("assistant 0", "user 1"),
+    ]
+    assert (
+        user.comments[-1].comment == "user 10"
+    )  # turns in the order of their numbers, not of their letters
     assert {p.prompt[0]["content"] for p in user.pairs} == {"which 0.0?"}
-    assert [(p.chosen, p.rejected) for p in user.pairs] == [("right", f"wrong {n}") for n in (1, 2, 3)]
+    assert [(p.chosen, p.rejected) for p in user.pairs] == [
+        ("right", f"wrong {n}") for n in (1, 2, 3)
+    ]
     assert len({p.record_id for p in user.pairs}) == 3
     assert "SECRET" not in user.to_json()
 
@@ -72,7 +83,11 @@ def test_ids_and_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> No
     made["topic0"][0].reverse()
     made["topic0"][1].reverse()
     after = {u.user_id: u.split for u in prefeval.load(write(tmp_path, made), options()).users}
-    assert before == after and len(before) == 40 and set(before.values()) == {"train", "validation", "test"}
+    assert (
+        before == after
+        and len(before) == 40
+        and set(before.values()) == {"train", "validation", "test"}
+    )
 
 
 def test_rows_of_one_preference_share_the_split(tmp_path: Path) -> None:
@@ -88,7 +103,11 @@ def test_split_by_topic_keeps_topics_whole(tmp_path: Path) -> None:
     by_split: dict[str, set[str]] = {}
     for user in users:
         by_split.setdefault(user.split, set()).add(user.user_id.split("/")[1])
-    assert {split: len(topics) for split, topics in by_split.items()} == {"train": 7, "validation": 1, "test": 2}
+    assert {split: len(topics) for split, topics in by_split.items()} == {
+        "train": 7,
+        "validation": 1,
+        "test": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,11 +120,18 @@ def test_split_by_topic_keeps_topics_whole(tmp_path: Path) -> None:
         (1, "persona", "", "a text that is not empty"),
         (1, "conversation", {}, "at least one turn"),
         (1, "conversation", {"0": {"user": "u"}}, 'no field "conversation.0.assistant"'),
-        (1, "conversation", {"0": {"user": "which 0.1?", "assistant": "a"}}, "without the question"),
+        (
+            1,
+            "conversation",
+            {"0": {"user": "which 0.1?", "assistant": "a"}},
+            "without the question",
+        ),
         (1, "question", "which 0.0?", "a preference and question of"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, kind: int, field: str, value: object, words: str) -> None:
+def test_bad_rows_are_named(
+    tmp_path: Path, kind: int, field: str, value: object, words: str
+) -> None:
     made = world()
     made["topic0"][kind][1][field] = value
     message = error(write(tmp_path, made))
@@ -123,9 +149,13 @@ def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
     made["topic0"][1][1]["persona"] = None
     loaded = prefeval.load(write(tmp_path, made), options(on_bad_row="skip"))
     assert len(loaded.users) == 2 and len(loaded.bad_rows) == 1 and "row 2" in loaded.bad_rows[0]
-    made["topic0"][0][2]["classification_task_options"] = []  # its chat goes with it and is not a second bad row
+    made["topic0"][0][2][
+        "classification_task_options"
+    ] = []  # its chat goes with it and is not a second bad row
     loaded = prefeval.load(write(tmp_path, made), options(on_bad_row="skip"))
-    assert len(loaded.users) == 1 and len(loaded.bad_rows) == 2 and "mcq_options" in loaded.bad_rows[0]
+    assert (
+        len(loaded.users) == 1 and len(loaded.bad_rows) == 2 and "mcq_options" in loaded.bad_rows[0]
+    )
 
 
 def test_broken_json_names_line_and_column_even_when_rows_are_skipped(tmp_path: Path) -> None:
@@ -134,7 +164,9 @@ def test_broken_json_names_line_and_column_even_when_rows_are_skipped(tmp_path: 
     assert f"{path}:2: not JSON at column 19" in error(tmp_path, on_bad_row="skip")
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("{}", "a JSON array"), ("[]", "at least one object")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "is empty"), ("{}", "a JSON array"), ("[]", "at least one object")]
+)
 def test_empty_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     path = write(tmp_path, world()) / "mcq_options" / "topic0.json"
     path.write_text(text)

@@ -1,4 +1,5 @@
-"""The prepared copy: made once per content and options, read by index; the sample, the download, and their refusals."""
+"""The prepared copy: made once per content and options, read by index; the sample, the download,
+and their refusals."""
 
 import json
 import logging
@@ -43,7 +44,14 @@ def own(tmp_path: Path, people: int = 40) -> types.SimpleNamespace:
     """Options for a file of own data: one pair for each of the people."""
     prompt = [{"role": "user", "content": "what now?"}]
     users = [
-        User(f"u{i}", "ünïcode\u2028", "", (), (Comment("", f"I am {i}"),), (Pair(f"{i}", prompt, "a", "b"),))
+        User(
+            f"u{i}",
+            "ünïcode\u2028",
+            "",
+            (),
+            (Comment("", f"I am {i}"),),
+            (Pair(f"{i}", prompt, "a", "b"),),
+        )
         for i in range(people)
     ]
     jsonl.write(users, tmp_path / "raw.jsonl")
@@ -65,7 +73,9 @@ def test_users_come_back_by_index(tmp_path: Path) -> None:
             users[len(users)]
 
 
-def test_a_copy_is_made_once_and_never_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_made_once_and_never_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = own(tmp_path)
     first = prepare.prepare(cfg, allow_sample=False)
     with monkeypatch.context() as patch:
@@ -92,7 +102,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(prepare, "_build", fail)
         with pytest.raises(OSError, match="disk full"):
             prepare.prepare(cfg, allow_sample=False)
-    assert [p for p in (tmp_path / "prepared").rglob("*") if p.is_file() or p.name.startswith(".part")] == []
+    assert [
+        p for p in (tmp_path / "prepared").rglob("*") if p.is_file() or p.name.startswith(".part")
+    ] == []
     assert len(prepare.prepare(cfg, allow_sample=False).splits["train"]) > 0
 
 
@@ -115,7 +127,11 @@ def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
         prepare.prepare(cfg, allow_sample=False)
     cfg.validation_fraction = cfg.test_fraction = 0.0
     dataset = prepare.prepare(cfg, allow_sample=False)
-    assert {split: len(users) for split, users in dataset.splits.items()} == {"train": 1, "validation": 0, "test": 0}
+    assert {split: len(users) for split, users in dataset.splits.items()} == {
+        "train": 1,
+        "validation": 0,
+        "test": 0,
+    }
 
 
 def test_no_user_is_an_error(tmp_path: Path) -> None:
@@ -130,7 +146,9 @@ def test_unknown_source(tmp_path: Path) -> None:
         prepare.prepare(options(tmp_path, source="prsm"), allow_sample=False)
 
 
-def test_the_sample_stands_in_only_when_allowed_and_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_sample_stands_in_only_when_allowed_and_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = options(tmp_path)
     with pytest.raises(UserError, match="no PRISM files"):
         prepare.prepare(cfg, allow_sample=False)
@@ -148,11 +166,15 @@ def test_published_files_are_preferred_and_must_be_complete(tmp_path: Path) -> N
     write_sample(tmp_path / "raw", people=30)
     assert prepare.prepare(cfg, allow_sample=True).data == "published"
     (tmp_path / "raw" / "survey.jsonl").unlink()
-    with pytest.raises(UserError, match=r"no survey.jsonl beside conversations.jsonl, utterances.jsonl"):
+    with pytest.raises(
+        UserError, match=r"no survey.jsonl beside conversations.jsonl, utterances.jsonl"
+    ):
         prepare.prepare(cfg, allow_sample=True)
 
 
-def test_a_failed_download_falls_back_or_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_falls_back_or_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(folder: Path) -> None:
         raise download.DownloadFailed("the hub is away.")
 
@@ -170,13 +192,18 @@ def test_a_run_of_the_sample_goes_on_without_a_download(
     cfg = options(tmp_path, download=True)
     assert prepare.prepare(cfg, allow_sample=True, trained_on="sample").data == "sample"
     assert "MADE data" not in caplog.text
-    write_sample(tmp_path / "raw", people=30)  # real files that came later are taken, and refused by check_same_run
+    write_sample(
+        tmp_path / "raw", people=30
+    )  # real files that came later are taken, and refused by check_same_run
     assert prepare.prepare(cfg, allow_sample=True, trained_on="sample").data == "published"
 
 
 def test_download_checks_and_records_sums(tmp_path: Path) -> None:
     write_sample(tmp_path / "hub", people=3)
-    url, names = f"file://{tmp_path}/hub/{{name}}", ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")
+    url, names = (
+        f"file://{tmp_path}/hub/{{name}}",
+        ("survey.jsonl", "conversations.jsonl", "utterances.jsonl"),
+    )
     sums = {name: download.sha256_of(tmp_path / "hub" / name) for name in names}
     raw = tmp_path / "raw"
     with pytest.raises(UserError, match=r"survey.jsonl: sha256 of the download is .*, allowed: 00"):
@@ -186,7 +213,9 @@ def test_download_checks_and_records_sums(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]  # all or none
     download.download_prism(raw, url, {**sums, "survey.jsonl": ""})
     assert json.loads((raw / "SOURCE.json").read_text())["sha256"] == sums
-    prepare.prepare(options(tmp_path, validation_fraction=0.0, test_fraction=0.0), allow_sample=False)
+    prepare.prepare(
+        options(tmp_path, validation_fraction=0.0, test_fraction=0.0), allow_sample=False
+    )
     (raw / "survey.jsonl").write_bytes((raw / "survey.jsonl").read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"survey.jsonl: sha256 is .*SOURCE.json"):
         prepare.prepare(options(tmp_path), allow_sample=False)
@@ -194,11 +223,22 @@ def test_download_checks_and_records_sums(tmp_path: Path) -> None:
 
 def test_fractions_are_met() -> None:
     splits = [split_of(f"user{i}", 0.1, 0.3) for i in range(5000)]
-    assert abs(splits.count("test") / 5000 - 0.3) < 0.03 and abs(splits.count("validation") / 5000 - 0.1) < 0.02
+    assert (
+        abs(splits.count("test") / 5000 - 0.3) < 0.03
+        and abs(splits.count("validation") / 5000 - 0.1) < 0.02
+    )
     wider = [split_of(f"user{i}", 0.4, 0.3) for i in range(5000)]
     assert [s == "test" for s in splits] == [s == "test" for s in wider]
-    assert (split_of("user0", 0.1, 0.2), split_of("user1", 0.0, 0.04)) == ("validation", "test")  # by `sha256sum`
-    assert sorted(split_topics("abcd", 0.1, 0.0).values()) == ["train", "train", "train", "validation"]
+    assert (split_of("user0", 0.1, 0.2), split_of("user1", 0.0, 0.04)) == (
+        "validation",
+        "test",
+    )  # by `sha256sum`
+    assert sorted(split_topics("abcd", 0.1, 0.0).values()) == [
+        "train",
+        "train",
+        "train",
+        "validation",
+    ]
 
 
 def test_reading_needs_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
@@ -211,7 +251,9 @@ assert "tensorflow_datasets" not in sys.modules, "imported too early"
 assert len(prepare.prepare(cfg, allow_sample=False).splits["train"][0].pairs) == 4
 assert not {{"jax", "tensorflow"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -233,5 +275,8 @@ def test_command_prints_the_splits_and_a_user(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert sum(int(line[1]) for line in lines if line and line[0] in ("train", "validation", "test")) == 60
+    assert (
+        sum(int(line[1]) for line in lines if line and line[0] in ("train", "validation", "test"))
+        == 60
+    )
     assert "true persona" in done.stdout and "chosen: " in done.stdout

@@ -1,4 +1,5 @@
-"""PRISM on a small hand-made copy of its schema: pairs, histories, context and targets, and every kind of bad input."""
+"""PRISM on a small hand-made copy of its schema: pairs, histories, context and targets, and every
+kind of bad input."""
 
 import json
 import types
@@ -31,7 +32,16 @@ def options(**changes: object) -> types.SimpleNamespace:
 
 def survey_row(user_id: str) -> dict[str, Any]:
     nothing = "Prefer not to say"
-    names = ("values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness")
+    names = (
+        "values",
+        "creativity",
+        "fluency",
+        "factuality",
+        "diversity",
+        "safety",
+        "personalisation",
+        "helpfulness",
+    )
     return {
         "user_id": user_id,
         "self_description": f"I am {user_id}.",
@@ -40,7 +50,13 @@ def survey_row(user_id: str) -> dict[str, Any]:
         "lm_direct_use": "Unsure",
         "lm_indirect_use": "No",
         "lm_frequency_use": None,
-        "lm_usecases": {"research": 1, "games": 0, "well-being_guidance": 1, "other": 0, "other_text": None},
+        "lm_usecases": {
+            "research": 1,
+            "games": 0,
+            "well-being_guidance": 1,
+            "other": 0,
+            "other_text": None,
+        },
         "stated_prefs": {**dict.fromkeys((*names, "other"), 50), "other_text": None},
         "age": "25-34 years old",
         "gender": "Female",
@@ -54,7 +70,9 @@ def survey_row(user_id: str) -> dict[str, Any]:
     }
 
 
-def add_conversation(rows: Rows, number: int, user_id: str, turns: list[list[tuple[str, int]]], day: int = 1) -> None:
+def add_conversation(
+    rows: Rows, number: int, user_id: str, turns: list[list[tuple[str, int]]], day: int = 1
+) -> None:
     """`turns` holds the (reply, score) of each turn; the first best reply is the chosen one."""
     conversation_id = f"c{number}"
     rows["conversations"].append(
@@ -86,13 +104,17 @@ def add_conversation(rows: Rows, number: int, user_id: str, turns: list[list[tup
 def world(conversations: int = 4) -> Rows:
     rows: Rows = {"survey": [survey_row("user0")], "conversations": [], "utterances": []}
     for number in range(conversations):
-        add_conversation(rows, number, "user0", [[(f"good {number}", 80), (f"bad {number}", 20)]], day=number + 1)
+        add_conversation(
+            rows, number, "user0", [[(f"good {number}", 80), (f"bad {number}", 20)]], day=number + 1
+        )
     return rows
 
 
 def write(folder: Path, rows: Rows) -> Path:
     for name, items in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(item) + "\n" for item in items), encoding="utf-8"
+        )
     return folder
 
 
@@ -108,7 +130,9 @@ def error(folder: Path) -> str:
     return str(caught.value)
 
 
-def pairs_of(folder: Path, turns: list[list[tuple[str, int]]], **changes: object) -> list[tuple[str, str]]:
+def pairs_of(
+    folder: Path, turns: list[list[tuple[str, int]]], **changes: object
+) -> list[tuple[str, str]]:
     rows = world(1)
     add_conversation(rows, 9, "user0", turns, day=20)
     (user,) = load(folder, rows, **changes)
@@ -122,7 +146,9 @@ def test_context_is_the_earlier_half(tmp_path: Path) -> None:
     (user,) = load(tmp_path, rows)
     assert [s.prompt for s in user.shots] == ["question 0.0", "question 1.0"]
     assert [c.comment for c in user.comments] == ["feedback 0", "feedback 1"]
-    assert [p.prompt for p in user.pairs] == [[{"role": "user", "content": f"question {n}.0"}] for n in (2, 3)]
+    assert [p.prompt for p in user.pairs] == [
+        [{"role": "user", "content": f"question {n}.0"}] for n in (2, 3)
+    ]
     assert (user.pairs[0].chosen, user.pairs[0].rejected) == ("good 2", "bad 2")
     assert user.user_id == "prism/user0"
     assert (user.profile, user.oracle, user.readings) == ("I am user0.", "", ())
@@ -130,7 +156,14 @@ def test_context_is_the_earlier_half(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("conversations", "num_shots", "num_pairs", "expected"),
-    [(2, 3, 4, (1, 1)), (5, 3, 4, (2, 3)), (6, 3, 4, (3, 3)), (6, 2, 4, (2, 4)), (9, 2, 4, (2, 4)), (6, 4, 1, (4, 1))],
+    [
+        (2, 3, 4, (1, 1)),
+        (5, 3, 4, (2, 3)),
+        (6, 3, 4, (3, 3)),
+        (6, 2, 4, (2, 4)),
+        (9, 2, 4, (2, 4)),
+        (6, 4, 1, (4, 1)),
+    ],
 )
 def test_half_of_the_conversations_or_num_shots(
     tmp_path: Path, conversations: int, num_shots: int, num_pairs: int, expected: tuple[int, int]
@@ -167,8 +200,11 @@ REPLIES = [("a", 60), ("b", 90), ("c", 10), ("b", 20), ("EMPTY STRING", 1)]
         ("all_pairs", 51, [("b", "c")]),
     ],
 )
-def test_pair_modes(tmp_path: Path, mode: str, margin: int, expected: list[tuple[str, str]]) -> None:
-    """An equal reply counts once (the first), the stand-in for an empty one never, a narrow difference not at all."""
+def test_pair_modes(
+    tmp_path: Path, mode: str, margin: int, expected: list[tuple[str, str]]
+) -> None:
+    """An equal reply counts once (the first), the stand-in for an empty one never, a narrow
+    difference not at all."""
     assert pairs_of(tmp_path, [REPLIES], pair_mode=mode, score_margin=margin) == expected
 
 
@@ -249,7 +285,9 @@ def test_system_string_is_off_by_default(tmp_path: Path) -> None:
 
 
 def test_latents_fill_oracle_and_readings_of_the_shots(tmp_path: Path) -> None:
-    readings = {f"c{n}": {"question": f"q{n}", "answer": f"a{n}", "contrast": f"b{n}"} for n in range(4)}
+    readings = {
+        f"c{n}": {"question": f"q{n}", "answer": f"a{n}", "contrast": f"b{n}"} for n in range(4)
+    }
     latents = [{"user_id": "user0", "oracle": "terse", "stated": "brief", "readings": readings}]
     (user,) = load(tmp_path, {**world(4), "latents": latents})
     assert (user.oracle, user.stated) == ("terse", "brief")
@@ -261,7 +299,9 @@ def test_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     for number in range(60):
         rows["survey"].append(survey_row(f"user{number}"))
         for k in range(2):
-            add_conversation(rows, 2 * number + k, f"user{number}", [[("a", 80), ("b", 20)]], day=k + 1)
+            add_conversation(
+                rows, 2 * number + k, f"user{number}", [[("a", 80), ("b", 20)]], day=k + 1
+            )
     changes = {"validation_fraction": 0.2, "test_fraction": 0.3}
     before = {u.user_id: u.split for u in load(tmp_path, rows, **changes)}
     rows["survey"] = rows["survey"][::-1][:30]
@@ -276,7 +316,12 @@ def test_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
 CHANGES: list[tuple[str, str, Any, list[str]]] = [
     ("survey", "user_id", None, ["found null", "a text that is not empty"]),
     ("survey", "self_description", 3, ['"self_description"', "found 3"]),
-    ("survey", "stated_prefs", {"value": 1}, ['no field "stated_prefs.values"', 'Did you mean "value"']),
+    (
+        "survey",
+        "stated_prefs",
+        {"value": 1},
+        ['no field "stated_prefs.values"', 'Did you mean "value"'],
+    ),
     ("survey", "religion", "none", ['"religion"', "an object"]),
     ("conversations", "user_id", "user7", ['"user7"', "a user of survey.jsonl"]),
     ("utterances", "score", 101, ['"score"', "found 101", "1 to 100"]),
@@ -293,7 +338,9 @@ CHANGES: list[tuple[str, str, Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("file", "field", "value", "words"), CHANGES, ids=lambda v: str(v)[:20])
-def test_bad_values_are_named(tmp_path: Path, file: str, field: str, value: object, words: list[str]) -> None:
+def test_bad_values_are_named(
+    tmp_path: Path, file: str, field: str, value: object, words: list[str]
+) -> None:
     rows = world(2)
     line = 2 if file == "utterances" else 1
     rows[file][line - 1][field] = value
@@ -315,7 +362,10 @@ def test_ids_occur_once(tmp_path: Path, file: str) -> None:
     rows = world(2)
     rows[file].append(rows[file][0])
     message = error(write(tmp_path, rows))
-    assert f"{file}.jsonl:{len(rows[file])}: " in message and f"first at {tmp_path}/{file}.jsonl:1" in message
+    assert (
+        f"{file}.jsonl:{len(rows[file])}: " in message
+        and f"first at {tmp_path}/{file}.jsonl:1" in message
+    )
 
 
 @pytest.mark.parametrize("file", ["survey", "conversations", "utterances"])
@@ -342,7 +392,10 @@ def test_damaged_files_are_named(tmp_path: Path, file: str, damage: Any, words: 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (write(tmp_path, world(2)) / "utterances.jsonl").rename(tmp_path / "utterance.jsonl")
     message = error(tmp_path)
-    assert f"{tmp_path}/utterances.jsonl: no such file" in message and 'Did you mean "utterance.jsonl"' in message
+    assert (
+        f"{tmp_path}/utterances.jsonl: no such file" in message
+        and 'Did you mean "utterance.jsonl"' in message
+    )
 
 
 def test_bad_rows_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
@@ -350,7 +403,9 @@ def test_bad_rows_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     rows["utterances"][-1]["score"] = 200
     rows["utterances"][0]["score"] = "high"
     loaded = prism.load(write(tmp_path, rows), options(on_bad_row="skip"))
-    assert [m.split(": ")[0] for m in loaded.bad_rows] == [f"{tmp_path}/utterances.jsonl:{n}" for n in (1, 12)]
+    assert [m.split(": ")[0] for m in loaded.bad_rows] == [
+        f"{tmp_path}/utterances.jsonl:{n}" for n in (1, 12)
+    ]
     (user,) = loaded.users
     assert [s.prompt for s in user.shots] == ["question 1.0", "question 2.0"]
     assert [p.chosen for p in user.pairs] == ["good 3", "good 4"]

@@ -1,4 +1,5 @@
-"""The PRISM-format sample: that it is what its module says, and that `bayes_optimum` is the best possible."""
+"""The PRISM-format sample: that it is what its module says, and that `bayes_optimum` is the best
+possible."""
 
 import itertools
 import json
@@ -18,7 +19,10 @@ SIGMA = 1 / (1 + math.exp(-2.5))
 POLES = [[pole.item for pole in sides] for sides in sample.ATTRIBUTES]
 PLACE = {item: (a, p) for a, items in enumerate(POLES) for p, item in enumerate(items)}
 SHOWN = {
-    reply: (a, p) for a, sides in enumerate(sample.ATTRIBUTES) for p, pole in enumerate(sides) for reply in pole.replies
+    reply: (a, p)
+    for a, sides in enumerate(sample.ATTRIBUTES)
+    for p, pole in enumerate(sides)
+    for reply in pole.replies
 }
 
 
@@ -63,7 +67,9 @@ def test_the_prism_loader_reads_it_like_any_other(users: list[User]) -> None:
 
 
 def test_files_tell_one_story(folder: Path) -> None:
-    utterances = {(u["conversation_id"], u["within_turn_id"]): u for u in rows(folder, "utterances")}
+    utterances = {
+        (u["conversation_id"], u["within_turn_id"]): u for u in rows(folder, "utterances")
+    }
     conversations = rows(folder, "conversations")
     assert len(conversations) == 14 * PEOPLE and len(utterances) == 2 * len(conversations)
     for conversation in conversations:
@@ -71,7 +77,10 @@ def test_files_tell_one_story(folder: Path) -> None:
         assert first["content"] == conversation["opening_prompt"]
         for reply in replies:
             row = utterances[conversation["conversation_id"], reply["within_turn_id"]]
-            assert (row["model_response"], row["user_prompt"]) == (reply["content"], first["content"])
+            assert (row["model_response"], row["user_prompt"]) == (
+                reply["content"],
+                first["content"],
+            )
             assert (row["score"], row["if_chosen"]) == (reply["score"], reply["if_chosen"])
         (best,) = (reply["score"] for reply in replies if reply["if_chosen"])
         assert 100 >= best > min(reply["score"] for reply in replies) >= 1
@@ -81,7 +90,9 @@ def test_same_seed_same_bytes_and_more_people_change_nothing_before_them(tmp_pat
     for name, people, seed in (("a", 4, 0), ("b", 4, 0), ("more", 6, 0), ("other", 4, 1)):
         sample.write_sample(tmp_path / name, people=people, seed=seed)
     for file in (*prism.FILES, prism.LATENTS):
-        a, b, more, other = ((tmp_path / name / file).read_bytes() for name in ("a", "b", "more", "other"))
+        a, b, more, other = (
+            (tmp_path / name / file).read_bytes() for name in ("a", "b", "more", "other")
+        )
         assert a == b and more.startswith(a) and len(more) > len(a) and a != other
 
 
@@ -91,7 +102,9 @@ def test_verdicts_follow_bradley_terry(users: list[User]) -> None:
         wanted = {PLACE[item] for item in user.oracle.split(" ; ")}
         for pair in (*user.shots, *user.pairs):
             shown = SHOWN[pair.chosen]
-            assert shown in wanted or (shown[0], 1 - shown[1]) in wanted  # of an attribute that the person cares about
+            assert (
+                shown in wanted or (shown[0], 1 - shown[1]) in wanted
+            )  # of an attribute that the person cares about
             hits[shown[0]] += shown in wanted
             counts[shown[0]] += 1
     total = int(counts.sum())
@@ -116,14 +129,20 @@ def test_people_and_self_descriptions_have_the_stated_odds(folder: Path) -> None
         stray += len(stated.keys() - wanted.keys())
     assert pearson(active.tolist(), [PEOPLE * 3 / 8] * 8) < 24.3  # 7 degrees, one in a thousand
     assert pearson([*first, *(active - first)], [*(active / 2), *(active / 2)]) < 26.1
-    for count, of, share in ((said, 3 * PEOPLE, 0.4), (right, said, 0.9), (stray, 5 * PEOPLE, 0.04)):
+    for count, of, share in (
+        (said, 3 * PEOPLE, 0.4),
+        (right, said, 0.9),
+        (stray, 5 * PEOPLE, 0.04),
+    ):
         assert abs(count / of - share) < 3.3 * math.sqrt(share * (1 - share) / of)
 
 
 def test_stated_summaries_follow_from_the_self_description_alone(folder: Path) -> None:
     nothing = 0
     for survey, latent in zip(rows(folder, "survey"), rows(folder, "latents"), strict=True):
-        items = [item for items in POLES for item in items if f" {item} ." in survey["self_description"]]
+        items = [
+            item for items in POLES for item in items if f" {item} ." in survey["self_description"]
+        ]
         assert latent["stated"] == (" ; ".join(items) or "no strong preference")
         nothing += not items
     assert 0 < nothing < PEOPLE
@@ -138,14 +157,17 @@ def test_raw_signals_are_ten_times_as_long_as_the_truth(users: list[User]) -> No
 
 
 def plain_optimum(user: User, knows: str) -> float:
-    """Sums over everybody that the user could be, one after another: the process told in the module, written down."""
+    """Sums over everybody that the user could be, one after another: the process told in the
+    module, written down."""
     people = []  # (probability of all that is known, what the person prefers)
     for active in itertools.combinations(range(8), 3):
         for poles in itertools.product((0, 1), repeat=3):
             prefers = dict(zip(active, poles, strict=True))
             weight = 1.0
             if knows == "latent":
-                weight = float({POLES[a][p] for a, p in prefers.items()} == set(user.oracle.split(" ; ")))
+                weight = float(
+                    {POLES[a][p] for a, p in prefers.items()} == set(user.oracle.split(" ; "))
+                )
             if knows == "signals":
                 for a in range(8):
                     said = [p for p in (0, 1) if POLES[a][p] in user.profile]
@@ -157,12 +179,19 @@ def plain_optimum(user: User, knows: str) -> float:
                         weight *= 0.6
                 for shot in user.shots:
                     a, pole = SHOWN[shot.chosen]
-                    weight *= 0.0 if a not in prefers else (SIGMA if prefers[a] == pole else 1 - SIGMA) / 3
+                    weight *= (
+                        0.0
+                        if a not in prefers
+                        else (SIGMA if prefers[a] == pole else 1 - SIGMA) / 3
+                    )
             people.append((weight, prefers))
     values = []
     for pair in user.pairs:
         a = SHOWN[pair.chosen][0]
-        wins = [sum(w * (SIGMA if s[a] == pole else 1 - SIGMA) / 3 for w, s in people if a in s) for pole in (0, 1)]
+        wins = [
+            sum(w * (SIGMA if s[a] == pole else 1 - SIGMA) / 3 for w, s in people if a in s)
+            for pole in (0, 1)
+        ]
         values.append(max(wins) / sum(wins))
     return sum(values) / len(values)
 
@@ -171,12 +200,17 @@ def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
     for some in ([users[0]], users[1:6]):
         found = sample.bayes_optimum(some)
         for knows in ("no_signals", "signals", "latent"):
-            assert found[knows] == pytest.approx(np.mean([plain_optimum(user, knows) for user in some]), abs=1e-9)
+            assert found[knows] == pytest.approx(
+                np.mean([plain_optimum(user, knows) for user in some]), abs=1e-9
+            )
 
 
 def test_more_knowledge_is_better_and_no_classifier_beats_it(users: list[User]) -> None:
     best = sample.bayes_optimum(users)
-    assert best["no_signals"] == 0.5 < best["signals"] - 0.1 and best["signals"] < best["latent"] - 0.02
+    assert (
+        best["no_signals"] == 0.5 < best["signals"] - 0.1
+        and best["signals"] < best["latent"] - 0.02
+    )
     assert best["latent"] == pytest.approx(SIGMA)
     hits = [
         SHOWN[pair.chosen] in {PLACE[item] for item in user.oracle.split(" ; ")}

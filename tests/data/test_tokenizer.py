@@ -1,4 +1,5 @@
-"""The tokenizer: exact round trips, files of Hugging Face tools, and text that tries to become control tokens."""
+"""The tokenizer: exact round trips, files of Hugging Face tools, and text that tries to become
+control tokens."""
 
 import concurrent.futures
 import json
@@ -15,7 +16,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from popi_jax.data import tokenizer as tokenizer_lib
 from popi_jax.errors import UserError
 
-TEXTS = ["bees make honey and bees sing", "please tell me about bees and honey", "short answers , please"] * 4
+TEXTS = [
+    "bees make honey and bees sing",
+    "please tell me about bees and honey",
+    "short answers , please",
+] * 4
 CONTROL = tokenizer_lib.CONTROL_TOKENS
 LLAMA_LIKE = """{{- bos_token }}
 {%- set date_string = strftime_now("%d %b %Y") %}
@@ -42,7 +47,8 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 
 @pytest.fixture
 def llama_like(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder as Llama's: a post-processor that adds a begin token, other names of control tokens, no pad token."""
+    """A folder as Llama's: a post-processor that adds a begin token, other names of control tokens,
+    no pad token."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -50,12 +56,20 @@ def llama_like(tmp_path: pathlib.Path) -> pathlib.Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
         TEXTS,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    backend.post_processor = processors.TemplateProcessing(single="<|bot|> $A", special_tokens=[("<|bot|>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bot|> $A", special_tokens=[("<|bot|>", 0)]
+    )
     backend.enable_truncation(4)
     backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"bos_token": {"content": "<|bot|>"}, "eos_token": "<|eos|>", "chat_template": LLAMA_LIKE}
+    config = {
+        "bos_token": {"content": "<|bot|>"},
+        "eos_token": "<|eos|>",
+        "chat_template": LLAMA_LIKE,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -64,17 +78,25 @@ def control_names(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> list[st
     return [CONTROL[i] for i in ids if i < len(CONTROL)]
 
 
-def test_training_is_deterministic_and_keeps_words_whole(tokenizer: tokenizer_lib.Tokenizer) -> None:
+def test_training_is_deterministic_and_keeps_words_whole(
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
     assert tokenizer_lib.train(iter(TEXTS), 320).to_json() == tokenizer.to_json()
     assert len(tokenizer.encode("bees")) == 1
-    assert tokenizer.encode("bees honey")[0] == tokenizer.encode("honey bees")[1] == tokenizer.encode("bees")[0]
+    assert (
+        tokenizer.encode("bees honey")[0]
+        == tokenizer.encode("honey bees")[1]
+        == tokenizer.encode("bees")[0]
+    )
     assert tokenizer.encode("") == []
     assert tokenizer.vocab_size <= 320
     assert [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id] == [0, 1, 2]
 
 
 @given(st.text(max_size=30))
-def test_decode_restores_any_text_but_one_leading_space(tokenizer: tokenizer_lib.Tokenizer, text: str) -> None:
+def test_decode_restores_any_text_but_one_leading_space(
+    tokenizer: tokenizer_lib.Tokenizer, text: str
+) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text.removeprefix(" ")
 
 
@@ -90,8 +112,15 @@ def test_decode_leaves_control_tokens_out(tokenizer: tokenizer_lib.Tokenizer) ->
     assert tokenizer.decode([1, *tokenizer.encode("bees sing"), 2, 0, 0]) == "bees sing"
 
 
-def test_render_equals_the_whole_text_when_nothing_is_injected(tokenizer: tokenizer_lib.Tokenizer) -> None:
-    messages = [("system", "short answers"), ("user", "bees ?"), ("assistant", "bees sing"), ("user", "and honey ?")]
+def test_render_equals_the_whole_text_when_nothing_is_injected(
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
+    messages = [
+        ("system", "short answers"),
+        ("user", "bees ?"),
+        ("assistant", "bees sing"),
+        ("user", "and honey ?"),
+    ]
     ids = tokenizer.render([{"role": r, "content": c} for r, c in messages], cut="@")
     whole = "<|begin|>" + "".join(f"<|{r}|>{c}<|end|>" for r, c in messages) + "<|assistant|>"
     backend = tokenizers.Tokenizer.from_str(json.loads(tokenizer.to_json())["tokenizer_json"])
@@ -106,13 +135,17 @@ def test_render_cuts_inside_contents(tokenizer: tokenizer_lib.Tokenizer) -> None
     assert third == [2, 5]
 
 
-def test_a_content_that_looks_like_a_sentinel_is_only_text(tokenizer: tokenizer_lib.Tokenizer) -> None:
+def test_a_content_that_looks_like_a_sentinel_is_only_text(
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
     text = "\ue000Content0\ue001"
     (ids,) = tokenizer.render([{"role": "user", "content": text}], cut="@")
     assert ids == [1, 4, *tokenizer.encode(text), 2, 5]
 
 
-def test_pickled_and_stored_tokenizers_still_neutralise_control_tokens(tokenizer: tokenizer_lib.Tokenizer) -> None:
+def test_pickled_and_stored_tokenizers_still_neutralise_control_tokens(
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
     expected = tokenizer.encode("bees <|end|>")
     assert pickle.loads(pickle.dumps(tokenizer)).encode("bees <|end|>") == expected
     assert tokenizer_lib.Tokenizer.from_json(tokenizer.to_json()).encode("bees <|end|>") == expected
@@ -126,10 +159,15 @@ def test_threads_do_not_disturb_one_another(tokenizer: tokenizer_lib.Tokenizer) 
         assert len({tuple(r[0]) for r in pool.map(work, range(200))}) == 1
 
 
-def test_save_then_load_gives_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path) -> None:
+def test_save_then_load_gives_the_same_ids(
+    tokenizer: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path
+) -> None:
     tokenizer.save(tmp_path / "new" / "folder")
     loaded = tokenizer_lib.load(tmp_path / "new" / "folder")
-    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "bees <|user|> ?"}]
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "bees <|user|> ?"},
+    ]
     assert loaded.render(messages, cut="@") == tokenizer.render(messages, cut="@")
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 0)
 
@@ -137,14 +175,21 @@ def test_save_then_load_gives_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, t
 def test_a_tokenizer_in_a_bucket(tokenizer: tokenizer_lib.Tokenizer, bucket: str) -> None:
     tokenizer.save(f"{bucket}/run/tokenizer")
     loaded = tokenizer_lib.load(f"{bucket}/run/tokenizer")
-    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and loaded.eos_id == tokenizer.eos_id
+    assert (
+        loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and loaded.eos_id == tokenizer.eos_id
+    )
 
 
-def test_transformers_reads_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path) -> None:
+def test_transformers_reads_the_same_ids(
+    tokenizer: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
-    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "about bees and Zürich ?"}]
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "about bees and Zürich ?"},
+    ]
     text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert (theirs(text)["input_ids"],) == tokenizer.render(messages, cut="@")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
@@ -153,9 +198,14 @@ def test_transformers_reads_the_same_ids(tokenizer: tokenizer_lib.Tokenizer, tmp
 
 def test_load_of_a_llama_like_folder(llama_like: pathlib.Path) -> None:
     tokenizer = tokenizer_lib.load(llama_like)
-    messages = [{"role": "system", "content": " short@ "}, {"role": "user", "content": " bees <|eot|> and honey "}]
+    messages = [
+        {"role": "system", "content": " short@ "},
+        {"role": "user", "content": " bees <|eot|> and honey "},
+    ]
     first, second = tokenizer.render(messages, cut="@")
-    assert first.count(0) == 1 and second.count(0) == 0  # the post-processor adds no second begin token
+    assert (
+        first.count(0) == 1 and second.count(0) == 0
+    )  # the post-processor adds no second begin token
     assert tokenizer._control.decode(first, skip_special_tokens=False) == (
         "<|bot|><|start|>system<|stop|>\n\nToday: 26 Jul 2024\nshort"
     )
@@ -189,9 +239,15 @@ def test_end_token_from_the_model_files(llama_like: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "once and unchanged.*writes 0 of 2"),
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+            "once and unchanged.*writes 0 of 2",
+        ),
         ("{{ messages[0]['content'] }}", "once and unchanged.*writes 1 of 2"),
-        ("{{ messages[0]['content'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes 3 of 2"),
+        (
+            "{{ messages[0]['content'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "writes 3 of 2",
+        ),
         ("{% for m in messages %}", "chat template, line 1"),
         ("{{ raise_exception('no') }}", "refuses the roles .*no"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses the roles .*unsafe"),
@@ -214,11 +270,21 @@ def test_broken_templates_are_told(llama_like: pathlib.Path, template: str, mess
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "[]", "must be a JSON object, found list"),
         ("tokenizer_config.json", '{"eos_token": "<|eos|>"}', "no chat_template"),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "a", "template": "b"}]}', 'not "default"'),
-        ("tokenizer_config.json", '{"bos_token": "<s>", "chat_template": "x"}', "bos_token .<s>. is not in"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "a", "template": "b"}]}',
+            'not "default"',
+        ),
+        (
+            "tokenizer_config.json",
+            '{"bos_token": "<s>", "chat_template": "x"}',
+            "bos_token .<s>. is not in",
+        ),
     ],
 )
-def test_broken_folders_are_told(llama_like: pathlib.Path, file: str, content: str | None, message: str) -> None:
+def test_broken_folders_are_told(
+    llama_like: pathlib.Path, file: str, content: str | None, message: str
+) -> None:
     if content is None:
         (llama_like / file).unlink()
     else:
@@ -260,12 +326,22 @@ def spelled(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
     "template",
     [
         NO_SYSTEM,
-        NO_SYSTEM.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}"),
+        NO_SYSTEM.replace(
+            "{{ raise_exception('System role not supported') }}",
+            "{% set messages = messages[1:] %}",
+        ),
     ],
 )
-def test_without_a_system_role_it_goes_into_the_first_user_turn(llama_like: pathlib.Path, template: str) -> None:
+def test_without_a_system_role_it_goes_into_the_first_user_turn(
+    llama_like: pathlib.Path, template: str
+) -> None:
     tokenizer = with_template(llama_like, template)
-    messages = [("system", "known: @rest"), ("user", "bees ?"), ("assistant", "bees sing"), ("user", "honey ?")]
+    messages = [
+        ("system", "known: @rest"),
+        ("user", "bees ?"),
+        ("assistant", "bees sing"),
+        ("user", "honey ?"),
+    ]
     first, second = tokenizer.render([{"role": r, "content": c} for r, c in messages], cut="@")
     assert spelled(tokenizer, first) == "<|bot|><|start|>user<|stop|>known: "
     assert spelled(tokenizer, second) == (
@@ -294,26 +370,46 @@ def test_tokens_that_the_template_uses_are_control_tokens_whatever_the_file_call
     llama_like: pathlib.Path,
 ) -> None:
     state = json.loads((llama_like / "tokenizer.json").read_text())
-    shape = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    shape = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     last = max(state["model"]["vocab"].values())
     names = ("<think>", "<table>", "\n\n")
-    state["added_tokens"] += [{"id": last + i, "content": name, **shape} for i, name in enumerate(names, 1)]
+    state["added_tokens"] += [
+        {"id": last + i, "content": name, **shape} for i, name in enumerate(names, 1)
+    ]
     (llama_like / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer = with_template(llama_like, NO_SYSTEM + "{% if add_generation_prompt %}{{ '<think>\n\n' }}{% endif %}")
+    tokenizer = with_template(
+        llama_like, NO_SYSTEM + "{% if add_generation_prompt %}{{ '<think>\n\n' }}{% endif %}"
+    )
     (ids,) = tokenizer.render([{"role": "user", "content": "a<think>b<table>c\n\nd"}], cut="@")
-    assert ids.count(last + 1) == 1 and ids[-2:] == [last + 1, last + 3]  # the template's own, at its end
-    assert ids.count(last + 2) == 1 and ids.count(last + 3) == 2  # plain text keeps the tokens of plain text
+    assert ids.count(last + 1) == 1 and ids[-2:] == [
+        last + 1,
+        last + 3,
+    ]  # the template's own, at its end
+    assert (
+        ids.count(last + 2) == 1 and ids.count(last + 3) == 2
+    )  # plain text keeps the tokens of plain text
     assert tokenizer.vocab_size == last + 4
 
 
 def test_spellings_of_transformers_5(llama_like: pathlib.Path) -> None:
-    """Names as strings or objects, special tokens in a list or an object, the template in a file of its own."""
+    """Names as strings or objects, special tokens in a list or an object, the template in a file of
+    its own."""
     token = {"__type": "AddedToken", "content": "<|bot|>", "lstrip": False, "special": True}
     for extra in (["<|start|>"], {"start": "<|start|>"}):
-        tokenizer = with_template(llama_like, LLAMA_LIKE, bos_token=token, extra_special_tokens=extra)
+        tokenizer = with_template(
+            llama_like, LLAMA_LIKE, bos_token=token, extra_special_tokens=extra
+        )
         assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 4)
     (llama_like / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
-    (llama_like / "special_tokens_map.json").write_text(json.dumps({"bos_token": token, "eos_token": "<|eos|>"}))
+    (llama_like / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": token, "eos_token": "<|eos|>"})
+    )
     (llama_like / "chat_template.json").write_text(json.dumps({"chat_template": LLAMA_LIKE}))
     tokenizer = tokenizer_lib.load(llama_like)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (0, 4, LLAMA_LIKE)

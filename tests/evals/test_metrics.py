@@ -7,7 +7,8 @@ from popi_jax.evals.metrics import score_pairs
 
 
 def test_hand_computed():
-    """Users with 2, 1 and 3 pairs: right answers 1.5, 0 and 3, so accuracy 4.5 / 6 = 3/4 and residuals 0, -3/4, 3/4."""
+    """Users with 2, 1 and 3 pairs: right answers 1.5, 0 and 3, so accuracy 4.5 / 6 = 3/4 and
+    residuals 0, -3/4, 3/4."""
     margins = np.array([[2.0, 0.0, -9.0], [-1.0, 9.0, 9.0], [0.5, 0.5, 3.0]], np.float32)
     mask = np.array([[True, True, False], [True, False, False], [True, True, True]])
     score = score_pairs(margins, mask)
@@ -42,7 +43,10 @@ def test_equal_answers_of_a_user_count_once():
 def test_users_without_a_counted_pair_change_nothing():
     margins = np.array([[1.0, -1.0], [2.0, 3.0], [-4.0, 5.0]])
     mask = np.array([[True, True], [True, False], [True, True]])
-    more = np.concatenate([margins, np.full((7, 2), 9.0)]), np.concatenate([mask, np.zeros((7, 2), bool)])
+    more = (
+        np.concatenate([margins, np.full((7, 2), 9.0)]),
+        np.concatenate([mask, np.zeros((7, 2), bool)]),
+    )
     assert score_pairs(*more) == score_pairs(margins, mask)
 
 

@@ -7,7 +7,14 @@ from etils import epath
 from popi_jax.evals import report
 from popi_jax.evals.suites import Row
 
-ROW = {"condition": "summary", "decoding": "greedy", "accuracy": 0.75, "stderr": 0.0125, "n": 4336, "nats": 0.5}
+ROW = {
+    "condition": "summary",
+    "decoding": "greedy",
+    "accuracy": 0.75,
+    "stderr": 0.0125,
+    "n": 4336,
+    "nats": 0.5,
+}
 RESULTS = {
     "config": {"name": "prism"},
     "data": "sample",
@@ -15,7 +22,10 @@ RESULTS = {
     "step": 750,
     "bayes": {"no_signals": 0.613, "signals": 0.876, "latent": 0.931},
     "rows": [ROW | {"context_tokens": 13.72}],
-    "before_rl": {"oracle": ROW | {"decoding": "none", "accuracy": 0.93, "stderr": None, "context_tokens": 5.0}},
+    "before_rl": {
+        "oracle": ROW
+        | {"decoding": "none", "accuracy": 0.93, "stderr": None, "context_tokens": 5.0}
+    },
     "examples": [
         {"user_id": "u1", "summary": "warm tone ;\nbullets", "truth": "warm tone"},
         {"user_id": "u2", "summary": "", "truth": ""},

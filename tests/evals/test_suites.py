@@ -71,10 +71,13 @@ def test_the_bar_ends_full(evaluated, run, users):
 
 
 def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, users):
-    """Nats of each condition, from contexts made here by hand, all users in one batch, on one device."""
+    """Nats of each condition, from contexts made here by hand, all users in one batch, on one
+    device."""
     built, evaluation = run.built, evaluated[0]
     cfg, words = built.config, built.tokenizer
-    whole = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users)))
+    whole = dataclasses.replace(
+        cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users))
+    )
     (batch,) = pipeline.eval_batches(users, words, whole)
     program = jax.jit(partial(pair_logps, model=built.model))
     now, before = jax.device_get((run.now.generator.params, run.frozen.generator))
@@ -90,7 +93,10 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
 
     nothing = [[] for _ in users]
     summaries = [list(ids[:length]) for ids, length in zip(*evaluation.summaries, strict=True)]
-    raw = [words.encode(templates.signals_text(user, "grouped"))[: cfg.data.context_len] for user in users]
+    raw = [
+        words.encode(templates.signals_text(user, "grouped"))[: cfg.data.context_len]
+        for user in users
+    ]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
     reference = margins(before, nothing)
 
@@ -103,18 +109,29 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
     assert rows["no_signals", "none"].nats == close(nats(now, nothing))
     assert rows["raw_signals", "none"].nats == close(nats(now, raw))
     assert rows["summary", "greedy"].nats == close(nats(now, summaries))
-    assert rows["other_user_summary", "greedy"].nats == close(nats(now, [*summaries[1:], summaries[0]]))
+    assert rows["other_user_summary", "greedy"].nats == close(
+        nats(now, [*summaries[1:], summaries[0]])
+    )
     assert rows["oracle", "none"].nats == close(nats(now, oracle))
     assert evaluation.before_rl["oracle"].nats == close(nats(before, oracle))
-    assert len({round(row.nats, 3) for row in evaluation.rows}) == len(rows)  # or the comparison would say little
+    assert len({round(row.nats, 3) for row in evaluation.rows}) == len(
+        rows
+    )  # or the comparison would say little
     assert rows["no_signals", "none"].context_tokens == 0
-    assert rows["raw_signals", "none"].context_tokens == pytest.approx(np.mean([len(text) for text in raw]))
-    assert rows["summary", "greedy"].context_tokens == pytest.approx(np.mean([len(text) for text in summaries]))
-    assert rows["oracle", "none"].context_tokens == pytest.approx(np.mean([len(text) for text in oracle]))
+    assert rows["raw_signals", "none"].context_tokens == pytest.approx(
+        np.mean([len(text) for text in raw])
+    )
+    assert rows["summary", "greedy"].context_tokens == pytest.approx(
+        np.mean([len(text) for text in summaries])
+    )
+    assert rows["oracle", "none"].context_tokens == pytest.approx(
+        np.mean([len(text) for text in oracle])
+    )
 
 
 def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(run, users):
-    """Exactly: the reference is scored by the same program. And what was trained is read in the right place."""
+    """Exactly: the reference is scored by the same program. And what was trained is read in the
+    right place."""
     evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), users[:8], [])
     rows = {(row.condition, row.decoding): row for row in evaluation.rows}
     assert rows["no_signals", "none"][2:4] == (0.5, 0.0)
@@ -131,14 +148,22 @@ def test_what_cannot_be_asked_is_left_out(run, users):
     calls: list = []
     alone = [dataclasses.replace(users[0], oracle="")]
     evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), alone, calls)
-    assert {row.condition for row in evaluation.rows} == {"no_signals", "raw_signals", "summary_before_rl", "summary"}
+    assert {row.condition for row in evaluation.rows} == {
+        "no_signals",
+        "raw_signals",
+        "summary_before_rl",
+        "summary",
+    }
     assert evaluation.before_rl == {}
     assert all(math.isnan(row.stderr) for row in evaluation.rows)
     assert len(calls) == suites.num_passes(alone, run.built.config) - 2  # nobody else's summary
 
 
 def test_oracle_counts_only_users_who_have_one(run, users):
-    some = [dataclasses.replace(user, oracle="" if i % 2 else user.oracle) for i, user in enumerate(users[:8])]
+    some = [
+        dataclasses.replace(user, oracle="" if i % 2 else user.oracle)
+        for i, user in enumerate(users[:8])
+    ]
     evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), some, [])
     (oracle,) = [row for row in evaluation.rows if row.condition == "oracle"]
     assert oracle.n == sum(len(user.pairs) for user in some[::2])

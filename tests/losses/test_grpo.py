@@ -40,7 +40,9 @@ class Case:
         self.advantages = rng.normal(size=shape[:2]).astype(np.float32)
         self.mask = np.arange(6) < rng.integers(0, 7, shape[:2])[..., None]
 
-    def loss_and_grad(self, clip_eps: float = 0.2, kl_coef: float = 0.05) -> tuple[jax.Array, jax.Array]:
+    def loss_and_grad(
+        self, clip_eps: float = 0.2, kl_coef: float = 0.05
+    ) -> tuple[jax.Array, jax.Array]:
         rest = map(jnp.asarray, (self.old, self.reference, self.advantages, self.mask))
         objective = PolicyObjective(clip_low=clip_eps, clip_high=clip_eps, kl_coef=kl_coef)
 
@@ -54,7 +56,9 @@ class Case:
 @pytest.mark.parametrize(("clip_eps", "kl_coef"), [(0.2, 0.0), (0.1, 0.05), (5.0, 1.0)])
 def test_loss_and_gradient_equal_the_equation(seed: int, clip_eps: float, kl_coef: float) -> None:
     case = Case(seed)
-    expected, slope = oracle.grpo(case.logps, case.old, case.reference, case.advantages, case.mask, clip_eps, kl_coef)
+    expected, slope = oracle.grpo(
+        case.logps, case.old, case.reference, case.advantages, case.mask, clip_eps, kl_coef
+    )
     loss, grad = case.loss_and_grad(clip_eps, kl_coef)
     np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(grad, slope, rtol=2e-4, atol=1e-6)
@@ -77,7 +81,9 @@ def test_advantages_equal_the_equation(r: np.ndarray, scale: str, baseline: str)
     # float32 leaves a rounding of the mean behind, which a tiny standard deviation magnifies
     hypothesis.assume(all(np.ptp(row) > 1e-2 for row in r))
     found = group_advantages(jnp.asarray(r), scale=scale, baseline=baseline)
-    np.testing.assert_allclose(found, objectives.advantages(r, baseline, scale), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        found, objectives.advantages(r, baseline, scale), rtol=1e-3, atol=1e-4
+    )
 
 
 @few
@@ -93,8 +99,12 @@ def test_permuted_summaries_and_users_have_permuted_advantages(
 
 @few
 @hypothesis.given(st.floats(-8, 0, width=32), st.sampled_from([2, 3, 4, 7]), scales, baselines)
-def test_equal_rewards_have_no_advantage(reward: float, group: int, scale: str, baseline: str) -> None:
-    found = group_advantages(jnp.full((2, group), reward, jnp.float32), scale=scale, baseline=baseline)
+def test_equal_rewards_have_no_advantage(
+    reward: float, group: int, scale: str, baseline: str
+) -> None:
+    found = group_advantages(
+        jnp.full((2, group), reward, jnp.float32), scale=scale, baseline=baseline
+    )
     np.testing.assert_array_equal(found, 0.0)
     if scale != "whiten" and baseline != "batch":  # and beside a group whose rewards differ
         mixed = np.stack([np.full(group, reward, np.float32), np.arange(group, dtype=np.float32)])
@@ -104,7 +114,11 @@ def test_equal_rewards_have_no_advantage(reward: float, group: int, scale: str, 
 
 
 def test_leaving_one_out_needs_two() -> None:
-    for settings in ({"scale": "none", "baseline": "leave_one_out"}, {"scale": "group"}, {"scale": "sigma"}):
+    for settings in (
+        {"scale": "none", "baseline": "leave_one_out"},
+        {"scale": "group"},
+        {"scale": "sigma"},
+    ):
         with pytest.raises(ValueError, match="two summaries|allowed: none, group"):
             group_advantages(jnp.zeros((3, 1)), **settings)
 
@@ -112,31 +126,45 @@ def test_leaving_one_out_needs_two() -> None:
 @few
 @hypothesis.given(hnp.arrays(np.float32, (1, 2, 3), elements=st.floats(-9, 0, width=32)))
 def test_kl_estimate_is_positive_and_0_at_the_reference(x: np.ndarray) -> None:
-    assert (np.asarray(kl_estimates(jnp.asarray(x), jnp.asarray(x[..., ::-1].copy()))) >= -1e-6).all()
+    assert (
+        np.asarray(kl_estimates(jnp.asarray(x), jnp.asarray(x[..., ::-1].copy()))) >= -1e-6
+    ).all()
     np.testing.assert_array_equal(kl_estimates(jnp.asarray(x), jnp.asarray(x)), 0.0)
 
 
 def test_kl_estimate_is_unbiased() -> None:
     rng = np.random.default_rng(0)
     p, q = (oracle.log_softmax(rng.normal(size=7)) for _ in range(2))
-    estimates = kl_estimates(jnp.asarray(p, jnp.float32)[None, None], jnp.asarray(q, jnp.float32)[None, None])
-    np.testing.assert_allclose(np.sum(np.exp(p) * estimates[0, 0]), np.sum(np.exp(p) * (p - q)), rtol=1e-5)
+    estimates = kl_estimates(
+        jnp.asarray(p, jnp.float32)[None, None], jnp.asarray(q, jnp.float32)[None, None]
+    )
+    np.testing.assert_allclose(
+        np.sum(np.exp(p) * estimates[0, 0]), np.sum(np.exp(p) * (p - q)), rtol=1e-5
+    )
 
 
 OBJECTIVES = {
     "samples": PolicyObjective(kl_coef=0.05),
     "grpo": PolicyObjective(normalise="sequences", kl_coef=0.04),
-    "dapo, clip-higher, entropy": PolicyObjective(normalise="tokens", clip_high=0.28, entropy_coef=0.02),
+    "dapo, clip-higher, entropy": PolicyObjective(
+        normalise="tokens", clip_high=0.28, entropy_coef=0.02
+    ),
     "dr. grpo, two-sided clip": PolicyObjective(normalise="max_len", max_len=9, clip_max=1.25),
-    "gspo": PolicyObjective(ratio="sequence", normalise="sequences", clip_low=0.04, clip_high=0.06, kl_coef=0.04),
-    "gspo-token": PolicyObjective(ratio="sequence_token", normalise="sequences", clip_low=0.04, clip_high=0.06),
+    "gspo": PolicyObjective(
+        ratio="sequence", normalise="sequences", clip_low=0.04, clip_high=0.06, kl_coef=0.04
+    ),
+    "gspo-token": PolicyObjective(
+        ratio="sequence_token", normalise="sequences", clip_low=0.04, clip_high=0.06
+    ),
     "k2": PolicyObjective(kl="k2", kl_coef=0.3),
     "k3, corrected": PolicyObjective(kl_coef=0.3, kl_corrected=True, normalise="tokens"),
 }
 each = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
 
-def sums_of(case: Case, logps, objective: PolicyObjective, rows: slice = slice(None), active=None) -> grpo.PolicySums:
+def sums_of(
+    case: Case, logps, objective: PolicyObjective, rows: slice = slice(None), active=None
+) -> grpo.PolicySums:
     arrays = (case.old, case.reference, case.advantages, case.mask, -0.3 * case.reference)
     old, reference, advantages, mask, entropies = (jnp.asarray(x[rows]) for x in arrays)
     return grpo.policy_sums(
@@ -152,9 +180,9 @@ def sums_of(case: Case, logps, objective: PolicyObjective, rows: slice = slice(N
 
 
 def loss_and_grad(case: Case, objective: PolicyObjective) -> tuple[jax.Array, jax.Array]:
-    return jax.value_and_grad(lambda x: grpo.policy_loss(sums_of(case, x, objective), objective=objective))(
-        jnp.asarray(case.logps)
-    )
+    return jax.value_and_grad(
+        lambda x: grpo.policy_loss(sums_of(case, x, objective), objective=objective)
+    )(jnp.asarray(case.logps))
 
 
 @each
@@ -168,7 +196,9 @@ def test_every_form_equals_its_equation(objective: PolicyObjective) -> None:
     def equation(x: np.ndarray) -> float:
         entropies = -0.3 * case.reference.astype(np.float64)
         rest = (case.old, case.reference, case.advantages)
-        return objectives.policy(objective, x, *(y.astype(np.float64) for y in rest), case.mask, entropies, fixed)
+        return objectives.policy(
+            objective, x, *(y.astype(np.float64) for y in rest), case.mask, entropies, fixed
+        )
 
     value, grad = loss_and_grad(case, objective)
     np.testing.assert_allclose(value, equation(start), rtol=2e-5, atol=1e-6)
@@ -188,7 +218,9 @@ def test_padding_and_order_do_not_matter(objective: PolicyObjective) -> None:
         setattr(case, name, x)
     again, grad_again = loss_and_grad(case, objective)
     np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(grad_again[..., :6], np.asarray(grad)[users][:, group], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        grad_again[..., :6], np.asarray(grad)[users][:, group], rtol=1e-5, atol=1e-7
+    )
     np.testing.assert_array_equal(grad_again[..., 6:], 0.0)
 
 
@@ -205,7 +237,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(objective: PolicyObjective) -> Non
     value, grad = jax.value_and_grad(loss)(logps)
     sums = [sums_of(case, logps, objective, rows, active) for rows in parts]
     added = jax.tree.map(lambda *x: sum(x), *sums)
-    np.testing.assert_allclose(grpo.policy_loss(added, objective=objective), value, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        grpo.policy_loss(added, objective=objective), value, rtol=1e-5, atol=1e-7
+    )
     weights = grpo.policy_weights(mask, active, objective=objective)
     grads = [
         jax.grad(
@@ -219,8 +253,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(objective: PolicyObjective) -> Non
 
 
 def test_gradients_of_the_kl_estimators() -> None:
-    """In expectation over the policy's own samples: k2 and the corrected k3 have the gradient of KL(policy || ref), k3
-    that of KL(ref || policy), and k1 none, so that it is refused in the loss."""
+    """In expectation over the policy's own samples: k2 and the corrected k3 have the gradient of
+    KL(policy || ref), k3 that of KL(ref || policy), and k1 none, so that it is refused in the
+    loss."""
     rng = np.random.default_rng(0)
     x, ref = rng.normal(size=7), oracle.log_softmax(rng.normal(size=7))
     p = np.exp(oracle.log_softmax(x))
@@ -253,7 +288,9 @@ def test_kl_for_the_reward_is_summed_k1_without_gradient() -> None:
     args = [jnp.asarray(x) for x in (case.logps, case.reference, case.mask)]
     expected = np.where(case.mask, case.logps.astype(np.float64) - case.reference, 0).sum(-1)
     np.testing.assert_allclose(grpo.summed_kl(*args), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(grpo.summed_kl(x, *args[1:])))(args[0]), 0.0)
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: jnp.sum(grpo.summed_kl(x, *args[1:])))(args[0]), 0.0
+    )
 
 
 @few
@@ -263,7 +300,9 @@ def test_kl_for_the_reward_is_summed_k1_without_gradient() -> None:
     st.sampled_from([0.2, 0.5, 1.0]),
 )
 def test_high_entropy_tokens_are_those_above_the_quantile(entropies, mask, share: float) -> None:
-    found = np.asarray(grpo.high_entropy_mask(jnp.asarray(entropies), jnp.asarray(mask), share=share))
+    found = np.asarray(
+        grpo.high_entropy_mask(jnp.asarray(entropies), jnp.asarray(mask), share=share)
+    )
     assert not found[~mask].any()
     if mask.any():
         threshold = np.quantile(entropies[mask].astype(np.float64), 1 - share)
@@ -306,5 +345,7 @@ def test_clips_by_hand() -> None:
     advantages = jnp.array([[-1.0, 1.0]])
 
     for clip_max, first in ((None, 5.0), (3.0, 3.0)):
-        found = clipped_surrogates(ratios, advantages, clip_low=0.2, clip_high=0.3, clip_max=clip_max)
+        found = clipped_surrogates(
+            ratios, advantages, clip_low=0.2, clip_high=0.3, clip_max=clip_max
+        )
         np.testing.assert_allclose(found[0], [[first, 1.0, 0.8], [-1.3, -1.0, -0.1]], rtol=1e-6)

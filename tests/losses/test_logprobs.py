@@ -22,7 +22,9 @@ def value_and_grad(temperature: float) -> tuple[np.ndarray, list[np.ndarray]]:
         logps = logprobs.token_logps(hidden, head, jnp.asarray(IDS), temperature=temperature)
         return jnp.sum(weights * logps), logps
 
-    grads, logps = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(jnp.asarray(HIDDEN), jnp.asarray(HEAD))
+    grads, logps = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
+        jnp.asarray(HIDDEN), jnp.asarray(HEAD)
+    )
     return np.asarray(logps), [np.asarray(g) for g in grads]
 
 
@@ -34,10 +36,16 @@ def test_equals_the_equation(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 20])  # with a rest, without, and a rest of one token
-def test_chunks_change_neither_value_nor_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_neither_value_nor_gradient(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, whole_grads = value_and_grad(1.0)
     monkeypatch.setattr(logprobs, "CHUNK", chunk)
-    text = str(jax.make_jaxpr(lambda: logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS)))())
+    text = str(
+        jax.make_jaxpr(
+            lambda: logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))
+        )()
+    )
     assert "f32[21,20]" not in text  # logits of all tokens at once
     chunked, chunked_grads = value_and_grad(1.0)
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
@@ -47,7 +55,9 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int, monkeypatch: pytes
 
 def test_gradient_is_that_of_finite_differences() -> None:
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        logps = logprobs.token_logps(jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(IDS), temperature=0.7)
+        logps = logprobs.token_logps(
+            jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(IDS), temperature=0.7
+        )
         return jnp.mean(logps)
 
     check_grads(total, (jnp.asarray(HIDDEN), jnp.asarray(HEAD)), order=1, modes=["rev"], rtol=2e-2)
@@ -63,7 +73,9 @@ def test_entropy_equals_the_equation(temperature: float) -> None:
     found, entropy = logprobs.token_logps_and_entropy(
         jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature
     )
-    alone = logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature)
+    alone = logprobs.token_logps(
+        jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature
+    )
     np.testing.assert_array_equal(found, alone)
     logps = oracle.log_softmax(HIDDEN.astype(np.float64) @ HEAD.astype(np.float64) / temperature)
     np.testing.assert_allclose(entropy, -(np.exp(logps) * logps).sum(-1), atol=2e-5)
@@ -74,7 +86,9 @@ def test_chunks_change_neither_entropy_nor_its_gradient(monkeypatch: pytest.Monk
 
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
         states, matrix = jnp.asarray(hidden), jnp.asarray(head)  # of check_grads: numpy
-        logps, entropy = logprobs.token_logps_and_entropy(states, matrix, jnp.asarray(IDS), temperature=0.7)
+        logps, entropy = logprobs.token_logps_and_entropy(
+            states, matrix, jnp.asarray(IDS), temperature=0.7
+        )
         return jnp.mean(weights * entropy) + 0.1 * jnp.mean(logps)
 
     arrays = (jnp.asarray(HIDDEN), jnp.asarray(HEAD))

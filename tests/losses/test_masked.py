@@ -19,7 +19,10 @@ masks = hnp.arrays(bool, (4, 6))
 def test_equals_numpy(x: np.ndarray, mask: np.ndarray) -> None:
     expected = x[mask].astype(np.float64).mean() if mask.any() else 0.0
     np.testing.assert_allclose(masked_mean(jnp.asarray(x), jnp.asarray(mask)), expected, atol=1e-5)
-    rows = [row[on].astype(np.float64).mean() if on.any() else 0.0 for row, on in zip(x, mask, strict=True)]
+    rows = [
+        row[on].astype(np.float64).mean() if on.any() else 0.0
+        for row, on in zip(x, mask, strict=True)
+    ]
     np.testing.assert_allclose(masked_mean_last(jnp.asarray(x), jnp.asarray(mask)), rows, atol=1e-5)
 
 
@@ -28,7 +31,9 @@ def test_equals_numpy(x: np.ndarray, mask: np.ndarray) -> None:
 def test_what_is_masked_does_not_matter_even_if_not_finite(x: np.ndarray, mask: np.ndarray) -> None:
     broken, on = jnp.asarray(np.where(mask, x, np.nan)), jnp.asarray(mask)
     np.testing.assert_array_equal(masked_mean(broken, on), masked_mean(jnp.asarray(x), on))
-    np.testing.assert_array_equal(masked_mean_last(broken, on), masked_mean_last(jnp.asarray(x), on))
+    np.testing.assert_array_equal(
+        masked_mean_last(broken, on), masked_mean_last(jnp.asarray(x), on)
+    )
     np.testing.assert_array_equal(metric(broken, on).total, metric(jnp.asarray(x), on).total)
 
 

@@ -13,7 +13,13 @@ import pytest
 
 from popi_jax.losses import preference
 from popi_jax.losses.masked import masked_mean
-from popi_jax.losses.preference import PairLengths, PairLogps, PreferenceObjective, dpo_losses, preference_margins
+from popi_jax.losses.preference import (
+    PairLengths,
+    PairLogps,
+    PreferenceObjective,
+    dpo_losses,
+    preference_margins,
+)
 from tests.oracles import losses as oracle
 from tests.oracles import objectives
 
@@ -50,7 +56,9 @@ class Batch:
         rng = np.random.default_rng(seed)
         self.lengths = PairLengths(*(rng.integers(1, 10, shape).astype(np.int32) for _ in range(2)))
         self.policy, self.reference = (
-            PairLogps(*((-n * rng.uniform(0.05, 3.0, shape)).astype(np.float32) for n in self.lengths))
+            PairLogps(
+                *((-n * rng.uniform(0.05, 3.0, shape)).astype(np.float32) for n in self.lengths)
+            )
             for _ in range(2)
         )
         self.mask = rng.random(shape) < 0.7
@@ -60,11 +68,15 @@ class Batch:
         arrays = jax.tree.map(jnp.asarray, (self.policy, self.lengths, self.reference, self.mask))
         terms = preference.batch_terms(*arrays, objective=objective)
         _, lengths, reference, _ = arrays
-        return preference.preference_losses(policy or arrays[0], lengths, reference, terms, objective=objective)
+        return preference.preference_losses(
+            policy or arrays[0], lengths, reference, terms, objective=objective
+        )
 
     def mean(self, objective: PreferenceObjective) -> tuple[jax.Array, PairLogps]:
         policy = jax.tree.map(jnp.asarray, self.policy)
-        return jax.value_and_grad(lambda p: masked_mean(self.losses(objective, p), jnp.asarray(self.mask)))(policy)
+        return jax.value_and_grad(
+            lambda p: masked_mean(self.losses(objective, p), jnp.asarray(self.mask))
+        )(policy)
 
 
 def rows(x: tuple) -> np.ndarray:
@@ -75,7 +87,10 @@ def rows(x: tuple) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(2))
 def test_value_and_gradient_equal_the_equation(objective: PreferenceObjective, seed: int) -> None:
     b = Batch(seed)
-    ratios = [(p - r)[b.mask].astype(np.float64).mean() for p, r in zip(b.policy, b.reference, strict=True)]
+    ratios = [
+        (p - r)[b.mask].astype(np.float64).mean()
+        for p, r in zip(b.policy, b.reference, strict=True)
+    ]
     equation = partial(
         objectives.preference,
         objective,
@@ -84,7 +99,9 @@ def test_value_and_gradient_equal_the_equation(objective: PreferenceObjective, s
         chosen_len=b.lengths.chosen[b.mask].mean(),
         baseline=[max(0.0, x) for x in reversed(ratios)],
     )
-    np.testing.assert_allclose(np.ravel(b.losses(objective)), equation(rows(b.policy)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.ravel(b.losses(objective)), equation(rows(b.policy)), rtol=1e-5, atol=1e-5
+    )
     value, grads = b.mean(objective)
     real = np.ravel(b.mask)
     np.testing.assert_allclose(value, equation(rows(b.policy))[real].mean(), rtol=1e-5, atol=1e-5)
@@ -94,7 +111,9 @@ def test_value_and_gradient_equal_the_equation(objective: PreferenceObjective, s
 
 
 @each
-def test_the_order_of_the_pairs_and_pairs_that_do_not_count_do_not_matter(objective: PreferenceObjective) -> None:
+def test_the_order_of_the_pairs_and_pairs_that_do_not_count_do_not_matter(
+    objective: PreferenceObjective,
+) -> None:
     b = Batch(3)
     value, grads = b.mean(objective)
     order = np.random.default_rng(0).permutation(5)
@@ -121,29 +140,41 @@ def test_parts_of_a_batch_add_up_to_the_whole(objective: PreferenceObjective) ->
         policy, lengths, reference, mask = jax.tree.map(lambda x, i=i: x[i : i + 2], arrays)
 
         def part(policy: PairLogps, lengths=lengths, reference=reference, mask=mask) -> jax.Array:
-            losses = preference.preference_losses(policy, lengths, reference, terms, objective=objective)
+            losses = preference.preference_losses(
+                policy, lengths, reference, terms, objective=objective
+            )
             return jnp.sum(jnp.where(mask, losses, 0.0)) / jnp.sum(arrays[3])
 
         found, grad = jax.value_and_grad(part)(policy)
         total += found
         parts.append(grad)
     np.testing.assert_allclose(total, value, rtol=1e-5)
-    np.testing.assert_allclose(jnp.concatenate([g.chosen for g in parts]), grads.chosen, rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(jnp.concatenate([g.rejected for g in parts]), grads.rejected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        jnp.concatenate([g.chosen for g in parts]), grads.chosen, rtol=1e-5, atol=1e-8
+    )
+    np.testing.assert_allclose(
+        jnp.concatenate([g.rejected for g in parts]), grads.rejected, rtol=1e-5, atol=1e-8
+    )
 
 
 @each
-def test_a_better_pair_has_a_larger_margin_and_no_larger_loss(objective: PreferenceObjective) -> None:
+def test_a_better_pair_has_a_larger_margin_and_no_larger_loss(
+    objective: PreferenceObjective,
+) -> None:
     b = Batch(5)
     arrays = jax.tree.map(jnp.asarray, (b.policy, b.lengths, b.reference))
     better = arrays[0]._replace(chosen=arrays[0].chosen * 0.9)
-    margins, improved = (preference.margins_of(p, *arrays[1:], objective=objective) for p in (arrays[0], better))
+    margins, improved = (
+        preference.margins_of(p, *arrays[1:], objective=objective) for p in (arrays[0], better)
+    )
     assert (improved > margins).all()
     if objective.name != "ipo" and objective != OBJECTIVES["cdpo"]:  # their best margin is finite
         assert (b.losses(objective, better) <= b.losses(objective)).all()
     same = PairLogps(arrays[0].chosen, arrays[0].chosen)
     twice = PairLengths(arrays[1].chosen, arrays[1].chosen)
-    np.testing.assert_array_equal(preference.margins_of(same, twice, same, objective=objective), 0.0)
+    np.testing.assert_array_equal(
+        preference.margins_of(same, twice, same, objective=objective), 0.0
+    )
 
 
 @few
@@ -176,20 +207,27 @@ def test_swapping_the_replies_negates_the_margin(c, r, rc, rr) -> None:
 
 def test_extreme_margins_stay_finite() -> None:
     far = jnp.array([1e4, -1e4])
-    grads = jax.grad(lambda x: jnp.sum(dpo_losses(PairLogps(x, -x), pair(0 * far, 0 * far), beta=1.0)))(far)
+    grads = jax.grad(
+        lambda x: jnp.sum(dpo_losses(PairLogps(x, -x), pair(0 * far, 0 * far), beta=1.0))
+    )(far)
     np.testing.assert_allclose(grads, [0.0, -2.0], atol=1e-6)
 
 
 def test_odds_of_certain_and_of_hopeless_replies_stay_finite() -> None:
     policy = PairLogps(jnp.array([0.0, -1e4, -1e-5]), jnp.array([-1e4, 0.0, -1e-5]))
     ones = PairLengths(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32))
-    value, grads = jax.value_and_grad(lambda p: jnp.sum(preference.orpo_losses(p, ones, beta=1.0)))(policy)
+    value, grads = jax.value_and_grad(lambda p: jnp.sum(preference.orpo_losses(p, ones, beta=1.0)))(
+        policy
+    )
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"name": "ppo"}, "dpo, robust, .*rrhf"), ({"name": "robust", "label_smoothing": 0.5}, "less than 0.5")],
+    [
+        ({"name": "ppo"}, "dpo, robust, .*rrhf"),
+        ({"name": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+    ],
 )
 def test_what_is_not_allowed_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -203,4 +241,6 @@ def test_a_missing_reference_is_refused() -> None:
         with pytest.raises(ValueError, match="needs the log-probs of a reference"):
             preference.margins_of(*arrays, None, objective=PreferenceObjective(name))
     for name in preference.REFERENCE_FREE:
-        assert np.isfinite(preference.margins_of(*arrays, None, objective=PreferenceObjective(name))).all()
+        assert np.isfinite(
+            preference.margins_of(*arrays, None, objective=PreferenceObjective(name))
+        ).all()

@@ -1,4 +1,5 @@
-"""Every policy objective against the values and gradients that TRL computed (docs/objectives.md names the cases)."""
+"""Every policy objective against the values and gradients that TRL computed (docs/objectives.md
+names the cases)."""
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,22 @@ FORMS = {
 }
 CASES = {f"{name}_nokl": form for name, form in FORMS.items()}
 for name, form in FORMS.items():
-    CASES[f"{name}_kl004"] = PolicyObjective(normalise=form.normalise, max_len=form.max_len, kl_coef=0.04)
+    CASES[f"{name}_kl004"] = PolicyObjective(
+        normalise=form.normalise, max_len=form.max_len, kl_coef=0.04
+    )
 CASES |= {
     "grpo_cliphigher028": PolicyObjective(normalise="sequences", clip_high=0.28),
     "dapo_cliphigher028": PolicyObjective(normalise="tokens", clip_high=0.28),
     "grpo_delta13": PolicyObjective(normalise="sequences", clip_max=1.3),
-    "gspo_sequence_level": PolicyObjective(normalise="sequences", ratio="sequence", clip_low=0.05, clip_high=0.08),
+    "gspo_sequence_level": PolicyObjective(
+        normalise="sequences", ratio="sequence", clip_low=0.05, clip_high=0.08
+    ),
     "gspo_sequence_level_kl004": PolicyObjective(
         normalise="sequences", ratio="sequence", clip_low=0.05, clip_high=0.08, kl_coef=0.04
     ),
-    "grpo_kl004_biascorrected": PolicyObjective(normalise="sequences", kl_coef=0.04, kl_corrected=True),
+    "grpo_kl004_biascorrected": PolicyObjective(
+        normalise="sequences", kl_coef=0.04, kl_corrected=True
+    ),
     "grpo_top_entropy_20pct": PolicyObjective(normalise="sequences"),
     "grpo_entropy_bonus_001": PolicyObjective(normalise="sequences", entropy_coef=0.01),
     "grpo_onpolicy_nokl": PolicyObjective(normalise="sequences"),
@@ -55,7 +62,14 @@ def test_value_and_gradient(case: str) -> None:
     def loss(logps: jax.Array) -> jax.Array:
         old = jax.lax.stop_gradient(logps) if "onpolicy" in case else grouped(R["old_logps"])
         sums = grpo.policy_sums(
-            logps, old, reference, grouped(R["advantages"]), mask, entropies, active, objective=objective
+            logps,
+            old,
+            reference,
+            grouped(R["advantages"]),
+            mask,
+            entropies,
+            active,
+            objective=objective,
         )
         return grpo.policy_loss(sums, weights, objective=objective)
 
@@ -66,7 +80,9 @@ def test_value_and_gradient(case: str) -> None:
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("scale", "theirs"), [("group", "group"), ("none", "none"), ("batch_rewards", "batch")])
+@pytest.mark.parametrize(
+    ("scale", "theirs"), [("group", "group"), ("none", "none"), ("batch_rewards", "batch")]
+)
 def test_advantages(scale: str, theirs: str) -> None:
     rewards = jnp.asarray(A["rewards"]).reshape(-1, int(A["num_generations"]))
     found = np.asarray(grpo.group_advantages(rewards, scale=scale)).reshape(-1)

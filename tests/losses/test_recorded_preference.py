@@ -1,4 +1,5 @@
-"""Preference objectives against the values and gradients that TRL computed (docs/objectives.md names the cases)."""
+"""Preference objectives against the values and gradients that TRL computed (docs/objectives.md
+names the cases)."""
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,16 @@ def halves(x: jax.Array) -> PairLogps:
 
 
 def replies() -> tuple[jax.Array, PairLengths, PairLogps, np.ndarray]:
-    """Tokens of the policy, lengths, reference, mask. Rows: all chosen replies, then all rejected."""
+    """Tokens of the policy, lengths, reference, mask. Rows: all chosen replies, then all
+    rejected."""
     mask = R["completion_mask"][:, 1:]
     lengths = PairLengths(*map(jnp.asarray, np.split(mask.sum(-1).astype(np.int32), 2)))
-    return jnp.asarray(R["policy_token_logps"]), lengths, halves(jnp.asarray(R["ref_token_logps"].sum(-1))), mask
+    return (
+        jnp.asarray(R["policy_token_logps"]),
+        lengths,
+        halves(jnp.asarray(R["ref_token_logps"].sum(-1))),
+        mask,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,8 +89,11 @@ def test_likelihood_alone() -> None:
     np.testing.assert_allclose(grad, R["dpo_sft_grad"] * mask, rtol=1e-4, atol=1e-8)
 
 
-def inputs(case: str, objective: PreferenceObjective) -> tuple[PairLogps, PairLengths, PairLogps | None]:
-    """As the case was computed: from averages (of one token, then), or from log-ratios (a reference of 0, then)."""
+def inputs(
+    case: str, objective: PreferenceObjective
+) -> tuple[PairLogps, PairLengths, PairLogps | None]:
+    """As the case was computed: from averages (of one token, then), or from log-ratios (a reference
+    of 0, then)."""
     policy = PairLogps(jnp.asarray(R[f"{case}_in_chosen"]), jnp.asarray(R[f"{case}_in_rejected"]))
     ones = jnp.ones(policy.chosen.shape, jnp.int32)
     zeros = jax.tree.map(jnp.zeros_like, policy)
@@ -96,12 +106,20 @@ def test_of_sums(case: str) -> None:
     policy, lengths, reference = inputs(case, objective)
 
     def losses(policy: PairLogps) -> jax.Array:
-        return preference.preference_losses(policy, lengths, reference, NO_TERMS, objective=objective)
+        return preference.preference_losses(
+            policy, lengths, reference, NO_TERMS, objective=objective
+        )
 
-    if case == "orpo":  # kept with the other sign, and the gradient is that of the mean of what is kept
-        np.testing.assert_allclose(losses(policy), -R["orpo_beta_logsigmoid_per_pair"], rtol=1e-5, atol=1e-6)
+    if (
+        case == "orpo"
+    ):  # kept with the other sign, and the gradient is that of the mean of what is kept
         np.testing.assert_allclose(
-            jnp.mean(preference.log_odds_ratios(policy, lengths)), R["orpo_mean_log_odds"], rtol=1e-5
+            losses(policy), -R["orpo_beta_logsigmoid_per_pair"], rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            jnp.mean(preference.log_odds_ratios(policy, lengths)),
+            R["orpo_mean_log_odds"],
+            rtol=1e-5,
         )
         sign = -1.0
     else:
@@ -109,12 +127,17 @@ def test_of_sums(case: str) -> None:
         np.testing.assert_allclose(jnp.mean(losses(policy)), R[case], rtol=1e-5)
         margins = preference.margins_of(policy, lengths, reference, objective=objective)
         np.testing.assert_allclose(
-            margins, R[f"{case}_chosen_rewards"] - R[f"{case}_rejected_rewards"], rtol=1e-5, atol=1e-6
+            margins,
+            R[f"{case}_chosen_rewards"] - R[f"{case}_rejected_rewards"],
+            rtol=1e-5,
+            atol=1e-6,
         )
         sign = 1.0
     grads = jax.grad(lambda p: jnp.mean(losses(p)))(policy)
     np.testing.assert_allclose(sign * grads.chosen, R[f"{case}_grad_chosen"], rtol=1e-4, atol=1e-8)
-    np.testing.assert_allclose(sign * grads.rejected, R[f"{case}_grad_rejected"], rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(
+        sign * grads.rejected, R[f"{case}_grad_rejected"], rtol=1e-4, atol=1e-8
+    )
 
 
 def test_averages_over_tokens_are_taken_inside() -> None:
@@ -132,7 +155,9 @@ def test_averages_over_tokens_are_taken_inside() -> None:
 
 def test_ipo_without_reference_and_average() -> None:
     policy = PairLogps(jnp.asarray(R["cpo_ipo_in_chosen"]), jnp.asarray(R["cpo_ipo_in_rejected"]))
-    np.testing.assert_allclose(preference.ipo_losses(policy, None, None, beta=0.1), R["cpo_ipo_per_pair"], rtol=1e-5)
+    np.testing.assert_allclose(
+        preference.ipo_losses(policy, None, None, beta=0.1), R["cpo_ipo_per_pair"], rtol=1e-5
+    )
     grads = jax.grad(lambda p: jnp.mean(preference.ipo_losses(p, None, None, beta=0.1)))(policy)
     np.testing.assert_allclose(grads.chosen, R["cpo_ipo_grad_chosen"], rtol=1e-4)
     np.testing.assert_allclose(grads.rejected, R["cpo_ipo_grad_rejected"], rtol=1e-4)

@@ -19,10 +19,16 @@ lengths_of_summaries = hnp.arrays(np.int32, (3, 4), elements=st.integers(1, 9))
 @few
 @hypothesis.given(margins_of_users, masks, lengths_of_summaries, st.sampled_from([0.0, 0.02]))
 def test_rewards_equal_the_equation(margins, mask, lengths, penalty: float) -> None:
-    found = summary_rewards(jnp.asarray(margins), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty)
-    np.testing.assert_allclose(found, oracle.rewards(margins, mask, lengths, penalty), rtol=1e-5, atol=1e-5)
+    found = summary_rewards(
+        jnp.asarray(margins), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty
+    )
+    np.testing.assert_allclose(
+        found, oracle.rewards(margins, mask, lengths, penalty), rtol=1e-5, atol=1e-5
+    )
     garbage = np.where(mask[:, None], margins, np.float32(-1e30))
-    again = summary_rewards(jnp.asarray(garbage), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty)
+    again = summary_rewards(
+        jnp.asarray(garbage), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty
+    )
     np.testing.assert_array_equal(again, found)  # masked pairs do not matter
 
 

@@ -1,4 +1,5 @@
-"""Attention over trees in chunks against softmax attention written out in float64, with grouped heads."""
+"""Attention over trees in chunks against softmax attention written out in float64, with grouped
+heads."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,13 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.
 
 
 def sees(levels: tuple[Level, ...]) -> np.ndarray:
-    """bool[slots, slots], slot by slot: the earlier slots of the same node and all of its ancestors."""
-    places = [(depth, node, i) for depth, (nodes, length) in enumerate(levels) for node, i in np.ndindex(nodes, length)]
+    """bool[slots, slots], slot by slot: the earlier slots of the same node and all of its
+    ancestors."""
+    places = [
+        (depth, node, i)
+        for depth, (nodes, length) in enumerate(levels)
+        for node, i in np.ndindex(nodes, length)
+    ]
 
     def seen(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
         if key[0] == query[0]:
@@ -50,7 +56,8 @@ def test_what_a_tree_sees_by_hand() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 128])
 @pytest.mark.parametrize(
-    "shape", [((1, 11),), ((1, 5), (2, 3), (6, 2)), ((1, 3), (3, 1), (3, 4)), ((1, 4), (2, 0), (4, 2))]
+    "shape",
+    [((1, 11),), ((1, 5), (2, 3), (6, 2)), ((1, 3), (3, 1), (3, 4)), ((1, 4), (2, 0), (4, 2))],
 )
 def test_equals_the_equation_in_any_chunks(
     shape: tuple[tuple[int, int], ...], chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -80,20 +87,27 @@ def test_equals_the_equation_in_any_chunks(
     direction = [rng.normal(size=x.shape) for x in (q, k, v)]
 
     def value(step: float) -> float:
-        return np.sin(oracle(*(x + step * d for x, d in zip((q, k, v), direction, strict=True)), mask)).sum()
+        return np.sin(
+            oracle(*(x + step * d for x, d in zip((q, k, v), direction, strict=True)), mask)
+        ).sum()
 
     slope = (value(1e-4) - value(-1e-4)) / 2e-4
-    np.testing.assert_allclose(sum(np.sum(g * d) for g, d in zip(grads, direction, strict=True)), slope, rtol=1e-3)
+    np.testing.assert_allclose(
+        sum(np.sum(g * d) for g, d in zip(grads, direction, strict=True)), slope, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_a_cache_is_as_good_as_a_level(nodes: int) -> None:
-    """What lies in the past, seen by all or by one branch each, counts as if it were computed with the rest."""
+    """What lies in the past, seen by all or by one branch each, counts as if it were computed with
+    the rest."""
     levels = Level(1, 5), Level(nodes, 3), Level(4, 2)
     slots, behind = attention.num_slots(levels), 5 + nodes * 3
     rng = np.random.default_rng(nodes)
     q = jnp.asarray(rng.normal(size=(B, slots, HEADS, HEAD_DIM)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
+    k, v = (
+        jnp.asarray(rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2)
+    )
     valid, positions = jnp.asarray(rng.random((B, slots)) < 0.8), jnp.zeros((B, slots), jnp.int32)
     whole = attention.attend(q, k, v, valid, positions, levels=levels)
 
@@ -101,16 +115,22 @@ def test_a_cache_is_as_good_as_a_level(nodes: int) -> None:
         def rows(x: jax.Array) -> jax.Array:
             return x[:, start : start + nodes * length].reshape(B, nodes, length, *x.shape[2:])
 
-        return attention.KeysValues(*(rows(x).transpose(0, 3, 1, 2, 4) for x in (k, v)), rows(valid), rows(positions))
+        return attention.KeysValues(
+            *(rows(x).transpose(0, 3, 1, 2, 4) for x in (k, v)), rows(valid), rows(positions)
+        )
 
     past = kept(0, 1, 5), kept(5, nodes, 3)
     new = (x[:, behind:] for x in (q, k, v, valid, positions))
-    np.testing.assert_allclose(attention.attend(*new, past, levels=levels[2:]), whole[:, behind:], atol=1e-6)
+    np.testing.assert_allclose(
+        attention.attend(*new, past, levels=levels[2:]), whole[:, behind:], atol=1e-6
+    )
 
 
 def test_a_row_that_sees_nothing_is_finite() -> None:
     x, none, at = jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 2), bool), jnp.zeros((1, 2), jnp.int32)
-    grad = jax.grad(lambda q: jnp.sum(attention.attend(q, x, x, none, at, levels=(Level(1, 2),))))(x)
+    grad = jax.grad(lambda q: jnp.sum(attention.attend(q, x, x, none, at, levels=(Level(1, 2),))))(
+        x
+    )
     assert np.isfinite(grad).all()
 
 

@@ -1,4 +1,5 @@
-"""Sampling with the shared cache: the same tokens and log-probs as plain forward passes, in any layout of the batch."""
+"""Sampling with the shared cache: the same tokens and log-probs as plain forward passes, in any
+layout of the batch."""
 
 from functools import partial
 
@@ -40,7 +41,14 @@ def params() -> dict:
     return params
 
 
-def draw(params: dict, temperature: float, order: list[int] | None = None, *, group: int = 3, key: int = 0) -> Rollouts:
+def draw(
+    params: dict,
+    temperature: float,
+    order: list[int] | None = None,
+    *,
+    group: int = 3,
+    key: int = 0,
+) -> Rollouts:
     order = order or list(range(USERS))
     context, turn, index = jax.tree.map(lambda x: x[jnp.array(order)], (CONTEXT, TURN, INDEX))
     keys = sample_keys(jax.random.key(key), index, group)
@@ -60,10 +68,16 @@ def program(temperature: float):
 def test_prefixes_without_padding_give_the_same_samples(params: dict) -> None:
     tokens = int(CONTEXT.lengths.sum() + TURN.lengths.sum())
     assert tokens < 0.95 * USERS * (CONTEXT_LEN + TURN_LEN)
-    settings = {"model": MODEL, "sampling": Sampling(1.0, MAX_LEN, END), "budget": Budget(tokens, 0)}
+    settings = {
+        "model": MODEL,
+        "sampling": Sampling(1.0, MAX_LEN, END),
+        "budget": Budget(tokens, 0),
+    }
     keys = sample_keys(jax.random.key(0), INDEX, 3)
     program = jax.jit(partial(decode.sample, **settings))
-    assert "cond[" in str(jax.make_jaxpr(partial(decode.sample, **settings))(params, CONTEXT, TURN, keys))
+    assert "cond[" in str(
+        jax.make_jaxpr(partial(decode.sample, **settings))(params, CONTEXT, TURN, keys)
+    )
     found, expected = program(params, CONTEXT, TURN, keys), draw(params, 1.0)
     np.testing.assert_array_equal(found.summaries.ids, expected.summaries.ids)
     np.testing.assert_array_equal(found.summaries.lengths, expected.summaries.lengths)
@@ -103,9 +117,13 @@ def test_reported_logps_equal_those_of_scoring(params: dict) -> None:
     drawn = draw(params, 0.6)
     turns = jax.tree.map(lambda x: x[:, None], TURN)
     answers = jax.tree.map(lambda x: x[:, None], drawn.summaries)
-    scores = jax.jit(partial(answer_logps, model=MODEL, temperature=0.6))(params, CONTEXT, turns, answers)
+    scores = jax.jit(partial(answer_logps, model=MODEL, temperature=0.6))(
+        params, CONTEXT, turns, answers
+    )
     mask = np.asarray(scores.mask)[:, 0]
-    np.testing.assert_allclose(np.asarray(drawn.logps)[mask], np.asarray(scores.logps)[:, 0][mask], atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(drawn.logps)[mask], np.asarray(scores.logps)[:, 0][mask], atol=1e-4
+    )
     np.testing.assert_array_equal(np.asarray(drawn.logps)[~mask], 0.0)
 
 
@@ -114,7 +132,9 @@ def test_reported_logps_are_those_at_the_temperature(temperature: float, params:
     drawn = draw(params, temperature)
     for u, g in np.ndindex(USERS, 3):
         ids, n = plain.row(drawn.summaries, u, g), len(prefixes()[u])
-        logps = oracle.log_softmax(plain.logits(params, MODEL, prefixes()[u] + ids)[n - 1 : -1] / temperature)
+        logps = oracle.log_softmax(
+            plain.logits(params, MODEL, prefixes()[u] + ids)[n - 1 : -1] / temperature
+        )
         expected = np.take_along_axis(logps, np.array(ids)[:, None], 1)[:, 0]
         np.testing.assert_allclose(np.asarray(drawn.logps)[u, g, : len(ids)], expected, atol=1e-4)
 
@@ -136,14 +156,18 @@ def test_a_sample_depends_on_its_key_and_not_on_its_place(params: dict) -> None:
     order = [2, 0, 3, 1]
     assert_same(draw(params, 1.4, order), jax.tree.map(lambda x: x[jnp.array(order)], drawn))
     # with neighbours that are other users, who end elsewhere
-    assert_same(jax.tree.map(lambda x: x[:1], draw(params, 1.4, [0, 0, 0, 0])), jax.tree.map(lambda x: x[:1], drawn))
+    assert_same(
+        jax.tree.map(lambda x: x[:1], draw(params, 1.4, [0, 0, 0, 0])),
+        jax.tree.map(lambda x: x[:1], drawn),
+    )
     assert np.any(draw(params, 1.4, key=1).summaries.ids != drawn.summaries.ids)
     rows = np.asarray(drawn.summaries.ids)
     assert max(len({tuple(ids) for ids in rows[u]}) for u in range(USERS)) == 3
 
 
 def test_frequencies_of_the_first_token_are_the_models(params: dict) -> None:
-    """600 samples behind one context; a chi-square statistic over the tokens that are expected at least 5 times."""
+    """600 samples behind one context; a chi-square statistic over the tokens that are expected at
+    least 5 times."""
     first = [draw(params, 1.4, [0, 0, 0, 0], key=key).summaries.ids[:1, :, 0] for key in range(200)]
     seen = np.bincount(np.concatenate(first, axis=None), minlength=64)
     p = np.exp(oracle.log_softmax(plain.logits(params, MODEL, prefixes()[0])[-1] / 1.4))
@@ -171,6 +195,8 @@ def test_stops_as_soon_as_all_have_ended(params: dict, monkeypatch: pytest.Monke
     context, turn, keys = jax.tree.map(
         lambda x: x[:1], (CONTEXT, TURN, sample_keys(jax.random.key(0), INDEX, 3)[:, :2])
     )
-    drawn = decode.sample(params, context, turn, keys, model=MODEL, sampling=Sampling(1.4, MAX_LEN, END))
+    drawn = decode.sample(
+        params, context, turn, keys, model=MODEL, sampling=Sampling(1.4, MAX_LEN, END)
+    )
     assert_same(drawn, jax.tree.map(lambda x: x[:1, :2], expected))
     assert steps == int(np.max(drawn.summaries.lengths)) < MAX_LEN

@@ -1,4 +1,5 @@
-"""Slots and places: every token keeps its own, gradients go the way back, and what does not fit is computed padded."""
+"""Slots and places: every token keeps its own, gradients go the way back, and what does not fit is
+computed padded."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ def test_gradients_are_those_of_the_tokens_alone() -> None:
 
 def test_what_is_taken_twice_has_the_sum_of_both_gradients() -> None:
     index = jnp.array([[0, 2, 2]])
-    grads = jax.grad(lambda x: jnp.sum(take(x, index) * jnp.array([[1.0, 2.0, 4.0]])))(jnp.zeros((1, 3)))
+    grads = jax.grad(lambda x: jnp.sum(take(x, index) * jnp.array([[1.0, 2.0, 4.0]])))(
+        jnp.zeros((1, 3))
+    )
     np.testing.assert_array_equal(grads, [[1.0, 0.0, 6.0]])
 
 
@@ -57,20 +60,32 @@ def tokens(*lengths: int, room: int) -> Tokens:
 
 
 @pytest.mark.parametrize(
-    ("tokens_left", "answers_left", "expected"), [(0, 0, True), (-1, 0, False), (0, -1, False), (2, 1, True)]
+    ("tokens_left", "answers_left", "expected"),
+    [(0, 0, True), (-1, 0, False), (0, -1, False), (2, 1, True)],
 )
-def test_a_tree_is_computed_without_padding_when_it_fits(tokens_left: int, answers_left: int, expected: bool) -> None:
+def test_a_tree_is_computed_without_padding_when_it_fits(
+    tokens_left: int, answers_left: int, expected: bool
+) -> None:
     tree = tokens(4, 2, room=9), tokens(2, 2, room=4), tokens(3, 1, room=5)
     budget = Budget(14 + tokens_left, 4 + answers_left)
-    assert bool(jax.jit(lambda: within(budget, *tree, lambda given: jnp.array(given is not None)))()) is expected
+    assert (
+        bool(jax.jit(lambda: within(budget, *tree, lambda given: jnp.array(given is not None)))())
+        is expected
+    )
 
 
 def test_a_budget_that_spares_nothing_makes_no_second_branch() -> None:
     tree = tokens(4, 2, room=5), tokens(2, 2, room=2), tokens(3, 1, room=3)
     for budget in (None, Budget(20, 6)):
-        text = str(jax.make_jaxpr(lambda b=budget: within(b, *tree, lambda given: jnp.array(given is not None)))())
+        text = str(
+            jax.make_jaxpr(
+                lambda b=budget: within(b, *tree, lambda given: jnp.array(given is not None))
+            )()
+        )
         assert "cond" not in text
-    assert "cond" in str(jax.make_jaxpr(lambda: within(Budget(18, 6), *tree, lambda _: jnp.array(0)))())
+    assert "cond" in str(
+        jax.make_jaxpr(lambda: within(Budget(18, 6), *tree, lambda _: jnp.array(0)))()
+    )
 
 
 def test_one_shard_that_does_not_fit_decides_for_all() -> None:
@@ -79,7 +94,9 @@ def test_one_shard_that_does_not_fit_decides_for_all() -> None:
         fits = tokens(5, 1, 3, 3, 2, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
         one_too_many = tokens(5, 1, 3, 3, 3, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
         program = jax.jit(
-            lambda *tree: within(Budget(8, 0, 4), *tree, None, lambda given: jnp.array(given is not None))
+            lambda *tree: within(
+                Budget(8, 0, 4), *tree, None, lambda given: jnp.array(given is not None)
+            )
         )
         assert bool(program(*fits[:2]))
         assert not bool(program(*one_too_many[:2]))

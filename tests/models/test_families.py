@@ -1,7 +1,8 @@
-"""Every behaviour of the decoder: against float64 numpy in the packed tree and the cache, and against transformers.
+"""Every behaviour of the decoder: against float64 numpy in the packed tree and the cache, and
+against transformers.
 
-The second needs values that transformers computed, in $POPI_ORACLES or beside the project, and is skipped without.
-"""
+The second needs values that transformers computed, in $POPI_ORACLES or beside the project, and is
+skipped without."""
 
 from functools import partial
 
@@ -17,29 +18,45 @@ from popi_jax.models.attention import Level
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.rope import RopeScaling, frequencies
 from popi_jax.models.scoring import answer_logps
-from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox, variables
+from popi_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    head,
+    init_boxed,
+    unbox,
+    variables,
+)
 from tests.oracles import decoder, recorded
 from tests.oracles import losses as oracle
 from tests.oracles.plain import row
 
-SIZES = {"vocab_size": 64, "num_layers": 3, "embed_dim": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-EVERYTHING = TransformerConfig(  # no released model has all of it; each behaviour shows in the numbers
-    **SIZES,
-    mlp_dim=40,
-    rope_theta=500.0,
-    activation="gelu_tanh",
-    qkv_bias=True,
-    qk_norm=True,
-    norm_plus_one=True,
-    post_norms=True,
-    embed_scale=True,
-    score_dim=5,
-    attn_logit_softcap=1.5,
-    final_logit_softcap=4.0,
-    rope_scaling=RopeScaling("linear", 3.0),
-    sliding_window=4,
-    local_layers=(True, False, True),
-    local_rope_theta=50.0,
+SIZES = {
+    "vocab_size": 64,
+    "num_layers": 3,
+    "embed_dim": 24,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+}
+EVERYTHING = (
+    TransformerConfig(  # no released model has all of it; each behaviour shows in the numbers
+        **SIZES,
+        mlp_dim=40,
+        rope_theta=500.0,
+        activation="gelu_tanh",
+        qkv_bias=True,
+        qk_norm=True,
+        norm_plus_one=True,
+        post_norms=True,
+        embed_scale=True,
+        score_dim=5,
+        attn_logit_softcap=1.5,
+        final_logit_softcap=4.0,
+        rope_scaling=RopeScaling("linear", 3.0),
+        sliding_window=4,
+        local_layers=(True, False, True),
+        local_rope_theta=50.0,
+    )
 )
 
 
@@ -66,35 +83,66 @@ def test_each_behaviour_matters(tensors: dict[str, np.ndarray]) -> None:
     ids = list(range(20, 35))
     expected = decoder.logits(tensors, EVERYTHING, ids)
     off = {
-        **{"activation": "silu", "qkv_bias": False, "qk_norm": False, "norm_plus_one": False, "embed_scale": False},
-        **{"score_dim": None, "attn_logit_softcap": None, "final_logit_softcap": None, "rope_scaling": None},
-        **{"local_rope_theta": None, "local_layers": (False, True, False), "sliding_window": 5, "rope_theta": 400.0},
+        **{
+            "activation": "silu",
+            "qkv_bias": False,
+            "qk_norm": False,
+            "norm_plus_one": False,
+            "embed_scale": False,
+        },
+        **{
+            "score_dim": None,
+            "attn_logit_softcap": None,
+            "final_logit_softcap": None,
+            "rope_scaling": None,
+        },
+        **{
+            "local_rope_theta": None,
+            "local_layers": (False, True, False),
+            "sliding_window": 5,
+            "rope_theta": 400.0,
+        },
     }
     for name, value in off.items():
         changed = TransformerConfig(**{**vars(EVERYTHING), name: value})
         assert np.abs(decoder.logits(tensors, changed, ids) - expected).max() > 1e-3, name
 
 
-def test_packed_tree_equals_separate_sequences(params: dict, tensors: dict[str, np.ndarray]) -> None:
-    """Windows end inside contexts, turns and answers, whose slots are not in the order of positions."""
+def test_packed_tree_equals_separate_sequences(
+    params: dict, tensors: dict[str, np.ndarray]
+) -> None:
+    """Windows end inside contexts, turns and answers, whose slots are not in the order of
+    positions."""
     rng = np.random.default_rng(1)
-    context, turns, answers = tokens(rng, (2,), 8), tokens(rng, (2, 2), 5), tokens(rng, (2, 2, 2), 6)
+    context, turns, answers = (
+        tokens(rng, (2,), 8),
+        tokens(rng, (2, 2), 5),
+        tokens(rng, (2, 2, 2), 6),
+    )
     scores = jax.jit(partial(answer_logps, model=EVERYTHING))(params, context, turns, answers)
     for place in np.ndindex(2, 2, 2):
         prefix, answer = row(context, place[0]) + row(turns, *place[:2]), row(answers, *place)
         logps = oracle.log_softmax(decoder.logits(tensors, EVERYTHING, prefix + answer))
         expected = [logps[len(prefix) - 1 + i, token] for i, token in enumerate(answer)]
-        np.testing.assert_allclose(np.asarray(scores.logps)[place][: len(answer)], expected, atol=5e-5)
+        np.testing.assert_allclose(
+            np.asarray(scores.logps)[place][: len(answer)], expected, atol=5e-5
+        )
 
 
-def test_cached_decoding_equals_repeated_forward(params: dict, tensors: dict[str, np.ndarray]) -> None:
+def test_cached_decoding_equals_repeated_forward(
+    params: dict, tensors: dict[str, np.ndarray]
+) -> None:
     rng = np.random.default_rng(2)
     context, turn = tokens(rng, (3,), 8), tokens(rng, (3,), 4)
     keys = sample_keys(jax.random.key(0), jnp.arange(3), 2)
-    drawn = jax.jit(partial(sample, model=EVERYTHING, sampling=Sampling(0.0, 8, -1)))(params, context, turn, keys)
+    drawn = jax.jit(partial(sample, model=EVERYTHING, sampling=Sampling(0.0, 8, -1)))(
+        params, context, turn, keys
+    )
     for u, g in np.ndindex(3, 2):
         prefix, ids = row(context, u) + row(turn, u), row(drawn.summaries, u, g)
-        logps = oracle.log_softmax(decoder.logits(tensors, EVERYTHING, prefix + ids))[len(prefix) - 1 : -1]
+        logps = oracle.log_softmax(decoder.logits(tensors, EVERYTHING, prefix + ids))[
+            len(prefix) - 1 : -1
+        ]
         assert ids == logps.argmax(-1).tolist()
         np.testing.assert_allclose(np.asarray(drawn.logps)[u, g], logps.max(-1), atol=5e-5)
 
@@ -107,15 +155,21 @@ def test_llama3_frequencies(half: int) -> None:
     np.testing.assert_allclose(found, decoder.inverse_frequencies(scaled, False), rtol=1e-6)
     plain = frequencies(half, 5e5, None)
     kinds = {"kept": np.isclose(found, plain), "divided": np.isclose(found, plain / 8)}
-    assert all(x.any() for x in kinds.values()) and not np.all(kinds["kept"] | kinds["divided"])  # some lie between
+    assert all(x.any() for x in kinds.values()) and not np.all(
+        kinds["kept"] | kinds["divided"]
+    )  # some lie between
 
 
 FAMILIES = ("llama", "llama31_ropescaled", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 @partial(jax.jit, static_argnames="cfg")
-def padded_logits(params: dict, ids: jax.Array, positions: jax.Array, valid: jax.Array, *, cfg: TransformerConfig):
-    hidden, _ = Transformer(cfg).apply(variables(params), ids, positions, valid, levels=(Level(1, ids.shape[1]),))
+def padded_logits(
+    params: dict, ids: jax.Array, positions: jax.Array, valid: jax.Array, *, cfg: TransformerConfig
+):
+    hidden, _ = Transformer(cfg).apply(
+        variables(params), ids, positions, valid, levels=(Level(1, ids.shape[1]),)
+    )
     return token_logits(hidden, head(params, cfg), softcap=cfg.final_logit_softcap)
 
 
@@ -130,7 +184,9 @@ def test_equals_transformers(family: str) -> None:
     for side in ("right", "left"):
         ids, valid = io[f"{side}_input_ids"], io[f"{side}_attention_mask"] == 1
         positions = jnp.asarray(io[f"{side}_position_ids"], jnp.int32)
-        found = padded_logits(params, jnp.asarray(ids, jnp.int32), positions, jnp.asarray(valid), cfg=cfg)
+        found = padded_logits(
+            params, jnp.asarray(ids, jnp.int32), positions, jnp.asarray(valid), cfg=cfg
+        )
         np.testing.assert_allclose(np.asarray(found)[valid], io[f"{side}_logits"][valid], atol=5e-5)
         logps = oracle.log_softmax(np.asarray(found, np.float64)[:, :-1])
         logps = np.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]

@@ -1,4 +1,5 @@
-"""The fused kernels against attention in chunks: values and gradients, with padding, on one device and on a mesh.
+"""The fused kernels against attention in chunks: values and gradients, with padding, on one device
+and on a mesh.
 
 Splash runs as plain operations here, cuDNN's call by its XLA counterpart.
 """
@@ -21,7 +22,8 @@ from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import make_mesh
 from tests.oracles.plain import RULES
 
-# a single text; a context and its replies; context, K prompts, 2K replies, of lengths that fill no block
+# a single text; a context and its replies; context, K prompts, 2K replies, of lengths that fill no
+# block
 ROW = (Level(1, 300),)
 GROUP = Level(1, 150), Level(1, 7), Level(5, 20)
 PAIRS = Level(1, 50), Level(2, 30), Level(4, 61)
@@ -43,19 +45,32 @@ def of_padded_nodes(rng: np.random.Generator, levels: tuple[Level, ...], batch: 
     return np.concatenate(parts, axis=1)
 
 
-def inputs(levels: tuple[Level, ...], *, batch: int, heads: int, kv_heads: int, head_dim: int = 8) -> tuple:
+def inputs(
+    levels: tuple[Level, ...], *, batch: int, heads: int, kv_heads: int, head_dim: int = 8
+) -> tuple:
     rng = np.random.default_rng(num_slots(levels))
 
     def random(heads: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=(batch, num_slots(levels), heads, head_dim)) * 1.5, jnp.float32)
+        return jnp.asarray(
+            rng.normal(size=(batch, num_slots(levels), heads, head_dim)) * 1.5, jnp.float32
+        )
 
-    return random(heads), random(kv_heads), random(kv_heads), jnp.asarray(of_padded_nodes(rng, levels, batch))
+    return (
+        random(heads),
+        random(kv_heads),
+        random(kv_heads),
+        jnp.asarray(of_padded_nodes(rng, levels, batch)),
+    )
 
 
-def both(fn: Callable[..., jax.Array], levels: tuple[Level, ...], softcap: float | None, args: tuple) -> tuple:
+def both(
+    fn: Callable[..., jax.Array], levels: tuple[Level, ...], softcap: float | None, args: tuple
+) -> tuple:
     """Results of valid tokens, and the gradients of what depends on them alone."""
 
-    def total(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def total(
+        q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         y = fn(q, k, v, valid, levels=levels, softcap=softcap)
         y = jnp.where(valid[:, :, None, None], y, 0.0)
         return jnp.sum(jnp.sin(3 * y)), y
@@ -94,7 +109,9 @@ def test_a_kernel_equals_the_chunks(
 
 
 @pytest.mark.parametrize("kernel", [SPLASH, cudnn])
-@pytest.mark.parametrize(("batch", "kv_heads"), [(4, 2), (2, 1)])  # of axes that divide, and of some that do not
+@pytest.mark.parametrize(
+    ("batch", "kv_heads"), [(4, 2), (2, 1)]
+)  # of axes that divide, and of some that do not
 def test_a_kernel_on_a_mesh_equals_the_chunks_without(
     kernel: Callable[..., jax.Array], batch: int, kv_heads: int
 ) -> None:
@@ -114,7 +131,8 @@ def test_padding_is_finite() -> None:
 
 
 def test_a_model_scores_with_splash_as_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probs of replies and their gradient, through scanned and rematerialised layers on a mesh."""
+    """Log-probs of replies and their gradient, through scanned and rematerialised layers on a
+    mesh."""
     monkeypatch.setattr(attention, "KERNEL_SLOTS", 1)
     sizes = {"vocab_size": 64, "num_layers": 2, "embed_dim": 16, "mlp_dim": 24}
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attn_logit_softcap": 5.0}
@@ -129,7 +147,9 @@ def test_a_model_scores_with_splash_as_in_chunks(monkeypatch: pytest.MonkeyPatch
     params = unbox(init_boxed(jax.random.key(0), model))
 
     def gradient(model: TransformerConfig) -> tuple[jax.Array, dict]:
-        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(answer_logps(p, *tree, model=model).sums())))(params)
+        return jax.jit(
+            jax.value_and_grad(lambda p: jnp.sum(answer_logps(p, *tree, model=model).sums()))
+        )(params)
 
     with jax.set_mesh(make_mesh(2, 2, 2)):
         found = gradient(model)
@@ -157,12 +177,19 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, name, called(name))
     monkeypatch.setattr(attention, "_in_chunks", called("chunked"))
 
-    def choice(on: str, implementation: str = "auto", slots: int = 512, dtype: str = "bfloat16", **settings) -> str:
+    def choice(
+        on: str, implementation: str = "auto", slots: int = 512, dtype: str = "bfloat16", **settings
+    ) -> str:
         monkeypatch.setattr(attention, "platform", lambda: on)
         x, valid = jnp.zeros((1, slots, 1, 8), dtype), jnp.ones((1, slots), bool)
         at = jnp.zeros((1, slots), jnp.int32)
         attention.attend(
-            x, x, x, valid, at, **{"levels": (Level(1, slots),), "implementation": implementation, **settings}
+            x,
+            x,
+            x,
+            valid,
+            at,
+            **{"levels": (Level(1, slots),), "implementation": implementation, **settings},
         )
         return chosen.pop()
 
@@ -175,14 +202,19 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice("tpu", "chunked") == choice("cpu", "cudnn") == "chunked"
     with pytest.raises(ValueError, match="must be one of auto, chunked, splash, cudnn"):
         choice("tpu", "flash")
-    of_nothing = jnp.zeros((1, 1, 1, 0, 8)), jnp.zeros((1, 1, 0), bool), jnp.zeros((1, 1, 0), jnp.int32)
+    of_nothing = (
+        jnp.zeros((1, 1, 1, 0, 8)),
+        jnp.zeros((1, 1, 0), bool),
+        jnp.zeros((1, 1, 0), jnp.int32),
+    )
     past = (attention.KeysValues(of_nothing[0], *of_nothing),)
     assert choice("tpu", past=past) == "chunked"
 
 
 def test_flops_of_the_kernels_are_counted() -> None:
-    """Of each block of scores that is computed two products forward and seven backward, of which two go over the scores
-    again; against the chunks, which compute six backward and hold their own tree's rectangles, not blocks."""
+    """Of each block of scores that is computed two products forward and seven backward, of which
+    two go over the scores again; against the chunks, which compute six backward and hold their own
+    tree's rectangles, not blocks."""
     levels = Level(1, 1024), Level(2, 512), Level(4, 512)
     args = inputs(levels, batch=2, heads=4, kv_heads=2, head_dim=128)
     layout = kernels.lay_out(levels)
@@ -201,7 +233,8 @@ def test_flops_of_the_kernels_are_counted() -> None:
     assert flops(gradient(jax.checkpoint(one)), *args[:3]) == pytest.approx(11 * once, rel=1e-3)
     with jax.set_mesh(make_mesh(2, 1, 4)):  # heads that do not divide are on each device whole
         assert flops(one, *args[:3]) == 4 * forward
-    # here nodes fill blocks: a block on the diagonal is computed as a whole, by the chunks in quarters
+    # here nodes fill blocks: a block on the diagonal is computed as a whole, by the chunks in
+    # quarters
     by_chunks = partial(total, chunked)
     assert forward == pytest.approx(flops(by_chunks, *args[:3]), rel=0.25)
     assert with_gradient == pytest.approx(flops(gradient(by_chunks), *args[:3]), rel=0.35)

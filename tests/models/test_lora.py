@@ -44,7 +44,9 @@ def init(targets: tuple[str, ...] = lora_lib.TARGETS) -> dict:
 
 @pytest.fixture(scope="module")
 def trained() -> dict:
-    return jax.tree.map(lambda x: jnp.asarray(RNG.normal(0, 0.2, x.shape), jnp.float32), unbox(init()))
+    return jax.tree.map(
+        lambda x: jnp.asarray(RNG.normal(0, 0.2, x.shape), jnp.float32), unbox(init())
+    )
 
 
 @jax.jit
@@ -57,7 +59,9 @@ def grad_of_adapters(base: dict, lora: dict) -> tuple:
     return jax.grad(total, has_aux=True)(lora)
 
 
-plain_logps = jax.jit(lambda params: answer_logps(params, CONTEXT, TURNS, ANSWERS, model=MODEL).logps)
+plain_logps = jax.jit(
+    lambda params: answer_logps(params, CONTEXT, TURNS, ANSWERS, model=MODEL).logps
+)
 
 
 def test_a_new_adapter_changes_nothing_and_learns_at_b_first(base: dict) -> None:
@@ -77,7 +81,9 @@ def test_applied_equals_merged(base: dict, trained: dict) -> None:
     a, b = trained["layers"]["attention"]["o"]["a"][1], trained["layers"]["attention"]["o"]["b"][1]
     added = SCALE * np.einsum("nhr,rd->nhd", np.asarray(a, np.float64), np.asarray(b, np.float64))
     kernel = np.asarray(base["layers"]["attention"]["o"]["kernel"][1], np.float64)
-    np.testing.assert_allclose(merged["layers"]["attention"]["o"]["kernel"][1], kernel + added, atol=1e-5)
+    np.testing.assert_allclose(
+        merged["layers"]["attention"]["o"]["kernel"][1], kernel + added, atol=1e-5
+    )
     turn = Tokens(TURNS.ids[:, 0], TURNS.lengths[:, 0])
     draw = jax.jit(partial(sample, model=MODEL, sampling=Sampling(0.0, 4, -1)))
     keys = sample_keys(jax.random.key(0), jnp.arange(2), 1)
@@ -90,8 +96,11 @@ def test_applied_equals_merged(base: dict, trained: dict) -> None:
 TREE = CONTEXT, TURNS, ANSWERS
 
 
-def of_both(lora: dict, base: dict, tree: Any = TREE, *, one_pass: bool, budget: Budget | None = None) -> Any:
-    """(gradient of the adapters, (log-probs, log-probs of the base)) of a loss of both, in one pass or in two."""
+def of_both(
+    lora: dict, base: dict, tree: Any = TREE, *, one_pass: bool, budget: Budget | None = None
+) -> Any:
+    """(gradient of the adapters, (log-probs, log-probs of the base)) of a loss of both, in one pass
+    or in two."""
     settings: Any = {"model": MODEL, "temperature": 0.7, "budget": budget}
     before = None if one_pass else answer_logps(base, *tree, **settings)
 
@@ -103,14 +112,20 @@ def of_both(lora: dict, base: dict, tree: Any = TREE, *, one_pass: bool, budget:
             scores, of_base = answer_logps(params, *tree, **settings, entropies=True), before
         assert of_base is not None and scores.entropies is not None
         entropies = jnp.sum(jnp.where(scores.mask, scores.entropies, 0.0))
-        return jnp.sum(jax.nn.sigmoid(scores.sums() - of_base.sums())) + entropies, (scores.logps, of_base.logps)
+        return jnp.sum(jax.nn.sigmoid(scores.sums() - of_base.sums())) + entropies, (
+            scores.logps,
+            of_base.logps,
+        )
 
     return jax.grad(loss, has_aux=True)(lora)
 
 
 @pytest.mark.parametrize("budget", [None, Budget(21, 10)])
-def test_one_pass_over_the_layers_scores_the_base_too(budget: Budget | None, base: dict, trained: dict) -> None:
-    """The same numbers as two passes, for the same FLOPs: nothing goes back through the base's stream."""
+def test_one_pass_over_the_layers_scores_the_base_too(
+    budget: Budget | None, base: dict, trained: dict
+) -> None:
+    """The same numbers as two passes, for the same FLOPs: nothing goes back through the base's
+    stream."""
     one, two = (partial(of_both, one_pass=one_pass, budget=budget) for one_pass in (True, False))
     found, expected = jax.jit(one)(trained, base), jax.jit(two)(trained, base)
     logps, of_base = expected[1]
@@ -138,7 +153,9 @@ def test_one_pass_gathers_each_sharded_weight_once(base: dict, trained: dict) ->
             results = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather\(", text)
             gathered[one_pass] = sum(math.prod(map(int, shape.split(","))) for shape in results)
     layer = sum(
-        math.prod(x["kernel"].shape[1:]) for group in ("attention", "mlp") for x in base["layers"][group].values()
+        math.prod(x["kernel"].shape[1:])
+        for group in ("attention", "mlp")
+        for x in base["layers"][group].values()
     )
     assert 0 < gathered[True] <= gathered[False] - layer
 
@@ -154,7 +171,9 @@ def test_targets_size_start_and_layout() -> None:
     }
     assert lora_lib.num_params(lora) == 2 * RANK * (32 + 16 + 64 + 32)
     a = np.asarray(lora["layers"]["mlp"]["down"]["a"])
-    assert 0.9 / 8 < np.abs(a).max() <= 1 / 8 and abs(a.std() - 1 / 8 / 3**0.5) < 0.01  # uniform within 1 / sqrt(64)
+    assert (
+        0.9 / 8 < np.abs(a).max() <= 1 / 8 and abs(a.std() - 1 / 8 / 3**0.5) < 0.01
+    )  # uniform within 1 / sqrt(64)
     layout = param_shardings(boxed, make_mesh(1, 4, 2), RULES)["layers"]["mlp"]["down"]
     assert layout["a"].spec == P(None, "tensor", None) and layout["b"].spec == P(None, None, "fsdp")
     for targets in ((), ("query",)):
@@ -174,7 +193,10 @@ def test_peft_directory(base: dict, trained: dict, tmp_path) -> None:
     module = "base_model.model.model.layers.1.self_attn.q_proj"
     update = SCALE * tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
     merged = lora_lib.merge(base, trained, scale=SCALE)
-    kernels = (np.asarray(p["layers"]["attention"]["q"]["kernel"][1]).reshape(32, -1).T for p in (merged, base))
+    kernels = (
+        np.asarray(p["layers"]["attention"]["q"]["kernel"][1]).reshape(32, -1).T
+        for p in (merged, base)
+    )
     np.testing.assert_allclose(next(kernels) - next(kernels), update, atol=1e-5)
 
 
@@ -182,12 +204,19 @@ def test_peft_loads_it_and_computes_the_same(base: dict, trained: dict, tmp_path
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     (tmp_path / "base").mkdir(), (tmp_path / "adapter").mkdir()
-    hf_io.write_model(tmp_path / "base", base, MODEL, dtype="float32", max_len=64, special_ids={}, mark={})
-    adapter.write_adapter(tmp_path / "adapter", trained, MODEL, alpha=ALPHA, base=str(tmp_path / "base"))
+    hf_io.write_model(
+        tmp_path / "base", base, MODEL, dtype="float32", max_len=64, special_ids={}, mark={}
+    )
+    adapter.write_adapter(
+        tmp_path / "adapter", trained, MODEL, alpha=ALPHA, base=str(tmp_path / "base")
+    )
     theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter"
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
+        tmp_path / "adapter",
     )
     ids = RNG.integers(0, 64, 9)
     with torch.no_grad():
         found = theirs(torch.tensor(ids)[None]).logits[0].numpy()
-    np.testing.assert_allclose(found, plain.logits(lora_lib.merge(base, trained, scale=SCALE), MODEL, ids), atol=1e-4)
+    np.testing.assert_allclose(
+        found, plain.logits(lora_lib.merge(base, trained, scale=SCALE), MODEL, ids), atol=1e-4
+    )

@@ -1,4 +1,5 @@
-"""The summary inside the generator's prompt, as tokens and as text, and scores of pairs behind it."""
+"""The summary inside the generator's prompt, as tokens and as text, and scores of pairs behind
+it."""
 
 import types
 from functools import partial
@@ -30,33 +31,48 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 
 
 @pytest.mark.parametrize("instruction", ["", "answer so that it suits the user :"])
-def test_the_splice_is_the_conversation_of_the_template(tokenizer: tokenizer_lib.Tokenizer, instruction: str) -> None:
+def test_the_splice_is_the_conversation_of_the_template(
+    tokenizer: tokenizer_lib.Tokenizer, instruction: str
+) -> None:
     cfg = types.SimpleNamespace(model=types.SimpleNamespace(answer_instruction=instruction))
     prefix = tuple(templates.generator_prefix(tokenizer, cfg))
     length = 48
     written = [templates.answer(tokenizer, text) for text in SUMMARIES]
     written.append([*tokenizer.encode(SUMMARIES[0])])  # cut at the limit: no end token to leave out
     finished = jnp.array([True, True, False])
-    spliced = jax.jit(partial(roles.splice, prefix))(padded(written, length, tokenizer.eos_id), finished)
+    spliced = jax.jit(partial(roles.splice, prefix))(
+        padded(written, length, tokenizer.eos_id), finished
+    )
     turn = templates.generator_turn(tokenizer, [{"role": "user", "content": PROMPT}])
     for i, text in enumerate([*SUMMARIES, SUMMARIES[0]]):
         system = f"{instruction}\n{text}" if instruction else text
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": PROMPT + templates._CUT}]
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": PROMPT + templates._CUT},
+        ]
         before, after = tokenizer.render(messages, cut=templates._CUT)
         assert tokenizer.eos_id not in plain.row(spliced, i)[len(prefix) :]
         whole = plain.row(spliced, i) + turn
         expected = [*before, *after]
-        if not instruction:  # the text that follows a cut is encoded on its own: only then are the ids the same
+        if (
+            not instruction
+        ):  # the text that follows a cut is encoded on its own: only then are the ids the same
             assert whole == expected
         assert tokenizer.decode(whole).split() == tokenizer.decode(expected).split()
 
 
 def test_an_empty_summary_is_the_prefix_alone(tokenizer: tokenizer_lib.Tokenizer) -> None:
     prefix = (1, 2, 3)
-    nothing = Tokens(jnp.full((2, 4), tokenizer.eos_id), jnp.ones(2, jnp.int32))  # the end token at once
+    nothing = Tokens(
+        jnp.full((2, 4), tokenizer.eos_id), jnp.ones(2, jnp.int32)
+    )  # the end token at once
     spliced = roles.splice(prefix, nothing, jnp.array([True, True]))
     empty = roles.empty_summary(prefix, 2)
-    assert [plain.row(spliced, i) for i in range(2)] == [plain.row(empty, i) for i in range(2)] == [[1, 2, 3]] * 2
+    assert (
+        [plain.row(spliced, i) for i in range(2)]
+        == [plain.row(empty, i) for i in range(2)]
+        == [[1, 2, 3]] * 2
+    )
 
 
 class Users:
@@ -106,7 +122,8 @@ def test_summaries_are_scored_behind_the_signals() -> None:
     found, mask = scores.logps, scores.mask
     places = list(np.ndindex(4, 2))
     sequences = [
-        plain.Scored([*plain.row(users.batch.context, u), 4, 5], plain.row(users.summaries, u, g)) for u, g in places
+        plain.Scored([*plain.row(users.batch.context, u), 4, 5], plain.row(users.summaries, u, g))
+        for u, g in places
     ]
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=1.3)
     for place, expected in zip(places, logps, strict=True):
@@ -116,12 +133,18 @@ def test_summaries_are_scored_behind_the_signals() -> None:
 
 def test_without_a_summary_the_prompts_follow_the_prefix() -> None:
     users, params = Users(), plain.random_params(0)
-    context = jax.tree.map(lambda x: x[:, None], roles.empty_summary(users.glue.generator_prefix, 4))
+    context = jax.tree.map(
+        lambda x: x[:, None], roles.empty_summary(users.glue.generator_prefix, 4)
+    )
     found = jax.jit(partial(roles.pair_logps, model=MODEL))(params, context, users.batch)
     assert found.chosen.shape == (4, 1, 2)
     sequences = [
-        plain.Scored([1, 2, 3, *plain.row(users.batch.turns, u, k)], plain.row(users.batch.rejected, u, k))
+        plain.Scored(
+            [1, 2, 3, *plain.row(users.batch.turns, u, k)], plain.row(users.batch.rejected, u, k)
+        )
         for u, k in np.ndindex(4, 2)
     ]
     logps, _ = plain.logps_and_pullback(params, sequences)
-    np.testing.assert_allclose(found.rejected[:, 0].reshape(-1), [x.sum() for x in logps], atol=1e-4)
+    np.testing.assert_allclose(
+        found.rejected[:, 0].reshape(-1), [x.sum() for x in logps], atol=1e-4
+    )

@@ -70,7 +70,8 @@ def test_stops_by_hand() -> None:
 
 
 def test_an_answer_ends_with_its_stop_sequence() -> None:
-    """The same tokens as without it up to there; such an answer is not finished by the end token."""
+    """The same tokens as without it up to there; such an answer is not finished by the end
+    token."""
     params = plain.random_params(0)
     context, turn = (Tokens(jnp.array([[7, 8, 9], [3, 2, 1]]), jnp.array([3, 2])) for _ in range(2))
     keys = sample_keys(jax.random.key(3), jnp.arange(2), 4)

@@ -40,7 +40,8 @@ class Tree:
 
 
 def grad_program(model: TransformerConfig):
-    """Jitted (params, context, turns, answers, weights) -> gradient of the weighted sum, (log-probs, mask)."""
+    """Jitted (params, context, turns, answers, weights) -> gradient of the weighted sum,
+    (log-probs, mask)."""
 
     def total(params, context, turns, answers, weights):
         scores = scoring.answer_logps(params, context, turns, answers, model=model)
@@ -76,7 +77,9 @@ def test_equals_each_answer_alone(seed: int, params: dict, packed) -> None:
     tree = Tree(seed)
     grads, scores = packed(params, tree)
     places, sequences = tree.alone()
-    weights = [tree.weights[place][: len(s.answer)] for place, s in zip(places, sequences, strict=True)]
+    weights = [
+        tree.weights[place][: len(s.answer)] for place, s in zip(places, sequences, strict=True)
+    ]
     logps, expected_grads = plain.logps_and_pullback(params, sequences, weights)
     for place, s, expected in zip(places, sequences, logps, strict=True):
         mask = np.asarray(scores.mask)[place]
@@ -93,7 +96,9 @@ def test_equals_float64(params: dict, packed) -> None:
         logps = oracle.log_softmax(plain.logits(params, MODEL, s.prefix + s.answer))
         n = len(s.prefix)
         expected = [logps[n - 1 + i, token] for i, token in enumerate(s.answer)]
-        np.testing.assert_allclose(np.asarray(scores.logps)[place][: len(s.answer)], expected, atol=5e-5)
+        np.testing.assert_allclose(
+            np.asarray(scores.logps)[place][: len(s.answer)], expected, atol=5e-5
+        )
 
 
 def test_padding_ids_do_not_matter(params: dict, packed) -> None:
@@ -101,7 +106,9 @@ def test_padding_ids_do_not_matter(params: dict, packed) -> None:
     grads, scores = packed(params, tree)
     for name in ("context", "turns", "answers"):
         tokens = getattr(tree, name)
-        ids = np.where(scoring.length_mask(tokens), tokens.ids, tree.rng.integers(0, 64, tokens.ids.shape))
+        ids = np.where(
+            scoring.length_mask(tokens), tokens.ids, tree.rng.integers(0, 64, tokens.ids.shape)
+        )
         setattr(tree, name, Tokens(jnp.asarray(ids), tokens.lengths))
     grads_again, again = packed(params, tree)
     mask = np.asarray(scores.mask)
@@ -110,11 +117,14 @@ def test_padding_ids_do_not_matter(params: dict, packed) -> None:
 
 
 def test_a_token_depends_on_its_own_past_alone(params: dict, packed) -> None:
-    """Every slot of row 0 has its own id, so a row of the embedding's gradient is the gradient by that slot's input."""
+    """Every slot of row 0 has its own id, so a row of the embedding's gradient is the gradient by
+    that slot's input."""
     tree = Tree(2)
     sizes = [CONTEXT_LEN, TURNS * TURN_LEN, TURNS * ANSWERS * ANSWER_LEN]
     ids = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    for name, own, full in zip(("context", "turns", "answers"), ids, (CONTEXT_LEN, TURN_LEN, ANSWER_LEN), strict=True):
+    for name, own, full in zip(
+        ("context", "turns", "answers"), ids, (CONTEXT_LEN, TURN_LEN, ANSWER_LEN), strict=True
+    ):
         tokens = getattr(tree, name)
         unique = np.full(tokens.ids.shape, 63)
         unique[0] = own.reshape(tokens.ids.shape[1:])
@@ -134,7 +144,8 @@ def test_a_token_depends_on_its_own_past_alone(params: dict, packed) -> None:
 def test_recomputing_and_chunks_of_queries_change_nothing(
     remat: str, params: dict, packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of whole nodes, of one node and of parts of one here, and one a level in what it is compared with."""
+    """Chunks of whole nodes, of one node and of parts of one here, and one a level in what it is
+    compared with."""
     monkeypatch.setattr("popi_jax.models.attention.QUERY_CHUNK", 6)
     tree = Tree(3)
     model = TransformerConfig(**{**vars(MODEL), "remat": remat})
@@ -152,4 +163,6 @@ def test_the_temperature_divides_the_logits(params: dict) -> None:
     places, sequences = tree.alone()
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=0.5)
     for place, expected in zip(places, logps, strict=True):
-        np.testing.assert_allclose(np.asarray(scores.logps)[place][: len(expected)], expected, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(scores.logps)[place][: len(expected)], expected, atol=1e-4
+        )

@@ -1,8 +1,8 @@
-"""Sharing prefixes changes no number, nor does leaving padding out: losses and gradients of random trees, against every
-sequence in a row of its own.
+"""Sharing prefixes changes no number, nor does leaving padding out: losses and gradients of random
+trees, against every sequence in a row of its own.
 
-One model for each released family, with what sets it apart; lengths and tokens are drawn, padding holds random ids.
-"""
+One model for each released family, with what sets it apart; lengths and tokens are drawn, padding
+holds random ids."""
 
 from functools import partial
 
@@ -22,11 +22,24 @@ from tests.oracles import losses as oracle
 from tests.oracles import plain
 
 SIZES = {
-    **{"vocab_size": 64, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+    **{
+        "vocab_size": 64,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+    },
     **{"mlp_dim": 24, "rope_theta": 100.0},
 }
 LOCAL = {"sliding_window": 3, "local_layers": (True, False)}
-GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True, "embed_scale": True, "score_dim": 6}
+GEMMA = {
+    "activation": "gelu_tanh",
+    "norm_plus_one": True,
+    "post_norms": True,
+    "embed_scale": True,
+    "score_dim": 6,
+}
 FAMILIES = {
     "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
     "qwen2": {"qkv_bias": True, "tied_embeddings": False},
@@ -34,12 +47,17 @@ FAMILIES = {
     "gemma2": {**GEMMA, **LOCAL, "attn_logit_softcap": 2.0, "final_logit_softcap": 5.0},
     "gemma3": {**GEMMA, **LOCAL, "qk_norm": True, "local_rope_theta": 20.0},
 }
-SHAPES = {"pairs": (6, 2, 4, 2, 4), "group": (8, 1, 3, 4, 5)}  # context, turns, turn, answers, answer
+SHAPES = {
+    "pairs": (6, 2, 4, 2, 4),
+    "group": (8, 1, 3, 4, 5),
+}  # context, turns, turn, answers, answer
 BATCH, BETA, ROOM = 2, 0.3, 0.75
 
 
 @partial(jax.jit, static_argnames="model")
-def shared(params: dict, context: Tokens, turns: Tokens, answers: Tokens, *, model: TransformerConfig):
+def shared(
+    params: dict, context: Tokens, turns: Tokens, answers: Tokens, *, model: TransformerConfig
+):
     """((loss, sums), gradient), computed with padding and without."""
 
     def loss(params: dict, budget: Budget | None) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +65,9 @@ def shared(params: dict, context: Tokens, turns: Tokens, answers: Tokens, *, mod
         margins = BETA * (sums[..., 0] - sums[..., 1])
         return jnp.mean(jax.nn.softplus(-margins)), sums
 
-    slots = [sum(part.ids.size for part in parts) for parts in ((context, turns, answers), (answers,))]
+    slots = [
+        sum(part.ids.size for part in parts) for parts in ((context, turns, answers), (answers,))
+    ]
     # trees that fill their places to the last one, or leave some empty: ROOM bounds what is drawn
     budget = Budget(*(int(ROOM * size) for size in slots))
     return [jax.value_and_grad(loss, has_aux=True)(params, budget) for budget in (None, budget)]
@@ -55,7 +75,9 @@ def shared(params: dict, context: Tokens, turns: Tokens, answers: Tokens, *, mod
 
 def close(found: jax.Array, expected: np.ndarray) -> None:
     """Within 1e-5 of the largest number, or of one."""
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, float(np.abs(expected).max(initial=0))))
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=1e-5 * max(1.0, float(np.abs(expected).max(initial=0)))
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,7 +99,9 @@ def test_shared_equals_unshared(family: str, shape: str, seed: int) -> None:
     tree = (
         tokens((BATCH,), context_len, 1),
         tokens((BATCH, num_turns), turn_len, 1),
-        tokens((BATCH, num_turns, num_answers), answer_len, 0),  # an answer that is missing has no token
+        tokens(
+            (BATCH, num_turns, num_answers), answer_len, 0
+        ),  # an answer that is missing has no token
     )
     results = shared(params, *tree, model=model)
 
@@ -92,7 +116,9 @@ def test_shared_equals_unshared(family: str, shape: str, seed: int) -> None:
     losses, slopes = oracle.dpo(expected[..., 0], expected[..., 1], zeros, zeros, BETA)
     weights = np.zeros(expected.shape)
     weights[..., 0], weights[..., 1] = slopes / losses.size, -slopes / losses.size
-    per_token = [w * np.ones(len(s.answer)) for w, s in zip(weights.ravel(), sequences, strict=True)]
+    per_token = [
+        w * np.ones(len(s.answer)) for w, s in zip(weights.ravel(), sequences, strict=True)
+    ]
     _, pulled = plain.logps_and_pullback(params, sequences, per_token, model=model)
     for (loss, sums), grads in results:
         close(sums, expected)

@@ -1,8 +1,8 @@
-"""The decoder with every behaviour, in float64 numpy, one sequence at a time, from tensors with Hugging Face's names.
+"""The decoder with every behaviour, in float64 numpy, one sequence at a time, from tensors with
+Hugging Face's names.
 
-After the modeling files of transformers 5 (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3). Shares no code with popi_jax
-but the fields that switch behaviours.
-"""
+After the modeling files of transformers 5 (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3). Shares no
+code with popi_jax but the fields that switch behaviours."""
 
 import math
 
@@ -34,7 +34,9 @@ def inverse_frequencies(cfg, local: bool) -> np.ndarray:
         elif wave > s.original_len / s.low_freq_factor:
             out.append(f / s.factor)
         else:
-            smooth = (s.original_len / wave - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            smooth = (s.original_len / wave - s.low_freq_factor) / (
+                s.high_freq_factor - s.low_freq_factor
+            )
             out.append((1 - smooth) * f / s.factor + smooth * f)
     return np.array(out)
 
@@ -53,24 +55,40 @@ def logits(tensors: dict[str, np.ndarray], cfg, ids: list[int]) -> np.ndarray:
     back = np.arange(seq)[:, None] - np.arange(seq)[None, :]
     x = t["model.embed_tokens.weight"][ids] * (math.sqrt(cfg.embed_dim) if cfg.embed_scale else 1.0)
     for i in range(cfg.num_layers):
-        w = {name.removeprefix(f"model.layers.{i}."): v for name, v in t.items() if f"model.layers.{i}." in name}
+        w = {
+            name.removeprefix(f"model.layers.{i}."): v
+            for name, v in t.items()
+            if f"model.layers.{i}." in name
+        }
         local = bool(cfg.local_layers) and cfg.local_layers[i]
         y = norm(x, w["input_layernorm.weight"], cfg)
         heads = {}
         for n in "qkv":
-            z = y @ w[f"self_attn.{n}_proj.weight"].T + (w[f"self_attn.{n}_proj.bias"] if cfg.qkv_bias else 0.0)
+            z = y @ w[f"self_attn.{n}_proj.weight"].T + (
+                w[f"self_attn.{n}_proj.bias"] if cfg.qkv_bias else 0.0
+            )
             z = z.reshape(seq, -1, cfg.head_dim).swapaxes(0, 1)
-            heads[n] = norm(z, w[f"self_attn.{n}_norm.weight"], cfg) if cfg.qk_norm and n != "v" else z
+            heads[n] = (
+                norm(z, w[f"self_attn.{n}_norm.weight"], cfg) if cfg.qk_norm and n != "v" else z
+            )
         freqs = inverse_frequencies(cfg, local)
         q = rotated(heads["q"], freqs)
-        k, v = (np.repeat(z, len(q) // len(z), axis=0) for z in (rotated(heads["k"], freqs), heads["v"]))
-        scores = capped(q @ k.swapaxes(1, 2) / math.sqrt(cfg.score_dim or cfg.head_dim), cfg.attn_logit_softcap)
+        k, v = (
+            np.repeat(z, len(q) // len(z), axis=0) for z in (rotated(heads["k"], freqs), heads["v"])
+        )
+        scores = capped(
+            q @ k.swapaxes(1, 2) / math.sqrt(cfg.score_dim or cfg.head_dim), cfg.attn_logit_softcap
+        )
         seen = (back >= 0) & (back < cfg.sliding_window) if local else back >= 0
         weights = np.exp(np.where(seen, scores, -np.inf))
         y = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(seq, -1)
         y = y @ w["self_attn.o_proj.weight"].T
         x = x + (norm(y, w["post_attention_layernorm.weight"], cfg) if cfg.post_norms else y)
-        y = norm(x, w[f"{'pre_feedforward' if cfg.post_norms else 'post_attention'}_layernorm.weight"], cfg)
+        y = norm(
+            x,
+            w[f"{'pre_feedforward' if cfg.post_norms else 'post_attention'}_layernorm.weight"],
+            cfg,
+        )
         g = y @ w["mlp.gate_proj.weight"].T
         if cfg.activation == "silu":
             g = g / (1 + np.exp(-g))

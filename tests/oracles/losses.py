@@ -9,24 +9,30 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def token_logps(hidden: np.ndarray, head: np.ndarray, ids: np.ndarray, temperature: float) -> np.ndarray:
+def token_logps(
+    hidden: np.ndarray, head: np.ndarray, ids: np.ndarray, temperature: float
+) -> np.ndarray:
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64) / temperature
     return np.take_along_axis(log_softmax(logits), ids[..., None], -1)[..., 0]
 
 
 def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of each pair and its derivative by the chosen log-prob (that by the rejected one is its negative)."""
+    """Loss of each pair and its derivative by the chosen log-prob (that by the rejected one is its
+    negative)."""
     c, r, rc, rr = (np.asarray(x, np.float64) for x in (chosen, rejected, ref_chosen, ref_rejected))
     margin = beta * (c - rc - r + rr)
     return np.logaddexp(0.0, -margin), -beta / (1.0 + np.exp(margin))
 
 
 def rewards(margins, pair_mask, lengths, length_penalty: float) -> np.ndarray:
-    """[users group]: mean over the user's real pairs of log sigmoid(margin), less the price of the tokens."""
+    """[users group]: mean over the user's real pairs of log sigmoid(margin), less the price of the
+    tokens."""
     margins = np.asarray(margins, np.float64)
     found = np.zeros(margins.shape[:2])
     for u, g in np.ndindex(found.shape):
-        real = [-np.logaddexp(0.0, -m) for m, on in zip(margins[u, g], pair_mask[u], strict=True) if on]
+        real = [
+            -np.logaddexp(0.0, -m) for m, on in zip(margins[u, g], pair_mask[u], strict=True) if on
+        ]
         found[u, g] = (sum(real) / len(real) if real else 0.0) - length_penalty * lengths[u, g]
     return found
 
@@ -42,8 +48,11 @@ def advantages(rewards, scale: str) -> np.ndarray:
     return centred / (np.sqrt(variance) + 1e-4)
 
 
-def grpo(logps, old, reference, advantages, mask, clip_eps: float, kl_coef: float) -> tuple[float, np.ndarray]:
-    """Loss (summed over the tokens of a sample, averaged over samples) and its derivative by each log-prob."""
+def grpo(
+    logps, old, reference, advantages, mask, clip_eps: float, kl_coef: float
+) -> tuple[float, np.ndarray]:
+    """Loss (summed over the tokens of a sample, averaged over samples) and its derivative by each
+    log-prob."""
     lp, old, ref, adv = (np.asarray(x, np.float64) for x in (logps, old, reference, advantages))
     total, gradient = 0.0, np.zeros(lp.shape)
     samples = adv.size

@@ -1,4 +1,5 @@
-"""The objectives of docs/objectives.md a second time, in float64 numpy, from the equations. Shares no code with ours.
+"""The objectives of docs/objectives.md a second time, in float64 numpy, from the equations. Shares
+no code with ours.
 
 Gradients are central differences of these values: in float64 they are exact to about 1e-8.
 """
@@ -24,7 +25,8 @@ def nll(m: float) -> float:
 
 
 def preference(o, policy, lengths, reference, chosen_len: float, baseline) -> np.ndarray:
-    """Loss of each pair; policy, lengths and reference are rows of (chosen, rejected); o: the settings."""
+    """Loss of each pair; policy, lengths and reference are rows of (chosen, rejected); o: the
+    settings."""
     found = []
     for (c, r), (n_c, n_r), (ref_c, ref_r) in zip(policy, lengths, reference, strict=True):
         if o.name in ("slic", "cpo", "simpo", "orpo", "rrhf"):
@@ -44,7 +46,10 @@ def preference(o, policy, lengths, reference, chosen_len: float, baseline) -> np
         elif o.name == "ipo":
             loss = (s_w - s_l - 1 / (2 * o.beta)) ** 2
         elif o.name == "kto":
-            value = [1 / (1 + np.exp(-o.beta * (s_w - baseline[0]))), 1 / (1 + np.exp(-o.beta * (baseline[1] - s_l)))]
+            value = [
+                1 / (1 + np.exp(-o.beta * (s_w - baseline[0]))),
+                1 / (1 + np.exp(-o.beta * (baseline[1] - s_l))),
+            ]
             loss = (o.desirable_weight * (1 - value[0]) + o.undesirable_weight * (1 - value[1])) / 2
         elif o.name == "orpo":
             odds = [np.exp(s) / (1 - np.exp(s)) for s in (s_w, s_l)]
@@ -60,7 +65,10 @@ def advantages(rewards, baseline: str, scale: str) -> np.ndarray:
     found = np.zeros(r.shape)
     for u, g in np.ndindex(r.shape):
         others = np.delete(r[u], g)
-        found[u, g] = r[u, g] - {"group": r[u].mean(), "leave_one_out": others.mean(), "batch": r.mean()}[baseline]
+        found[u, g] = (
+            r[u, g]
+            - {"group": r[u].mean(), "leave_one_out": others.mean(), "batch": r.mean()}[baseline]
+        )
     if scale == "whiten":
         found = found - found.mean()
     deviation = {
@@ -76,10 +84,11 @@ def advantages(rewards, baseline: str, scale: str) -> np.ndarray:
 
 
 def policy(o, logps, old, reference, advantages, mask, entropies, fixed_ratio=None) -> float:
-    """The loss of whole samples; lists of unequal length would do, so nothing here can look at the padding.
+    """The loss of whole samples; lists of unequal length would do, so nothing here can look at the
+    padding.
 
-    fixed_ratio: the ratio of each sample for "sequence_token", whose gradient is that of the tokens alone.
-    """
+    fixed_ratio: the ratio of each sample for "sequence_token", whose gradient is that of the tokens
+    alone."""
     samples, tokens, counted, entropy = [], 0, 0, 0.0
     for at in np.ndindex(mask.shape[:2]):
         on = np.flatnonzero(mask[at])
@@ -96,7 +105,16 @@ def policy(o, logps, old, reference, advantages, mask, entropies, fixed_ratio=No
         loss = loss + o.kl_coef * kl * (ratio if o.kl_corrected else 1)
         per_sample = len(on) if o.normalise == "sequences" else 1
         samples.append(loss.sum() / max(per_sample, 1))
-        tokens, counted, entropy = tokens + len(on), counted + len(on), entropy + entropies[at][on].sum()
+        tokens, counted, entropy = (
+            tokens + len(on),
+            counted + len(on),
+            entropy + entropies[at][on].sum(),
+        )
     n = len(samples)
-    weight = {"samples": n, "sequences": n, "tokens": max(tokens, 1), "max_len": n * (o.max_len or 1)}[o.normalise]
+    weight = {
+        "samples": n,
+        "sequences": n,
+        "tokens": max(tokens, 1),
+        "max_len": n * (o.max_len or 1),
+    }[o.normalise]
     return sum(samples) / weight - o.entropy_coef * entropy / max(counted, 1)

@@ -1,8 +1,7 @@
 """The plain way of everything: each sequence alone in its row, one causal mask, no tree, no cache.
 
-`logits` is float64 numpy; `logps_and_pullback` runs the model of popi_jax on rows of one fixed shape, so that all tests
-of a process share one compilation.
-"""
+`logits` is float64 numpy; `logps_and_pullback` runs the model of popi_jax on rows of one fixed
+shape, so that all tests of a process share one compilation."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,9 @@ from popi_jax.models.transformer import Transformer, TransformerConfig, head, in
 from popi_jax.sharding import Rules
 from tests.oracles_llama import llama_logits
 
-RULES, ROLLOUT_RULES = (Rules(**parse_rules(table, "rules")) for table in (scales.RULES, scales.ROLLOUT_RULES))
+RULES, ROLLOUT_RULES = (
+    Rules(**parse_rules(table, "rules")) for table in (scales.RULES, scales.ROLLOUT_RULES)
+)
 MODEL = TransformerConfig(
     vocab_size=64,
     num_layers=2,
@@ -38,7 +39,8 @@ ROWS, LENGTH = 32, 24
 
 
 def random_params(seed: int, model: TransformerConfig = MODEL) -> dict:
-    """Random parameters, with norms that differ and sharper predictions than those of a new model."""
+    """Random parameters, with norms that differ and sharper predictions than those of a new
+    model."""
     boxed = jax.jit(partial(init_boxed, cfg=model))(jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
@@ -55,7 +57,10 @@ def logits(params: dict, model: TransformerConfig, ids: np.ndarray) -> np.ndarra
     """Float64 logits [seq vocab] of one sequence of ids [seq]."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     dim, layers = model.embed_dim, p["layers"]
-    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["final_norm"]["scale"]}
+    tensors = {
+        "model.embed_tokens.weight": p["embed"]["embedding"],
+        "model.norm.weight": p["final_norm"]["scale"],
+    }
     if not model.tied_embeddings:
         tensors["lm_head.weight"] = p["lm_head"]["kernel"].T
     for i in range(model.num_layers):
@@ -63,8 +68,12 @@ def logits(params: dict, model: TransformerConfig, ids: np.ndarray) -> np.ndarra
         tensors[name + "input_layernorm.weight"] = layers["attention_norm"]["scale"][i]
         tensors[name + "post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
         for n in "qkv":
-            tensors[f"{name}self_attn.{n}_proj.weight"] = layers["attention"][n]["kernel"][i].reshape(dim, -1).T
-        tensors[name + "self_attn.o_proj.weight"] = layers["attention"]["o"]["kernel"][i].reshape(-1, dim).T
+            tensors[f"{name}self_attn.{n}_proj.weight"] = (
+                layers["attention"][n]["kernel"][i].reshape(dim, -1).T
+            )
+        tensors[name + "self_attn.o_proj.weight"] = (
+            layers["attention"]["o"]["kernel"][i].reshape(-1, dim).T
+        )
         for n in ("gate", "up", "down"):
             tensors[f"{name}mlp.{n}_proj.weight"] = layers["mlp"][n]["kernel"][i].T
     config = {
@@ -91,11 +100,20 @@ def row(tokens: Tokens, *at: int) -> list[int]:
 
 
 @partial(jax.jit, static_argnames="model")
-def _program(params: dict, ids: jax.Array, weights: jax.Array, temperature: jax.Array, *, model: TransformerConfig):
+def _program(
+    params: dict,
+    ids: jax.Array,
+    weights: jax.Array,
+    temperature: jax.Array,
+    *,
+    model: TransformerConfig,
+):
     def total(params: dict) -> tuple[jax.Array, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], ids.shape)
         valid = jnp.ones(ids.shape, bool)
-        hidden, _ = Transformer(model).apply({"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),))
+        hidden, _ = Transformer(model).apply(
+            {"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),)
+        )
         scores = hidden[:, :-1] @ head(params, model)
         if model.final_logit_softcap is not None:
             scores = model.final_logit_softcap * jnp.tanh(scores / model.final_logit_softcap)
@@ -114,12 +132,15 @@ def logps_and_pullback(
     temperature: float = 1.0,
     model: TransformerConfig = MODEL,
 ) -> tuple[list[np.ndarray], dict]:
-    """Log-probs of the tokens of each answer, and the gradient of their sum weighted by `weights`."""
+    """Log-probs of the tokens of each answer, and the gradient of their sum weighted by
+    `weights`."""
     ids, scale = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH - 1), np.float32)
     spans = [slice(len(s.prefix) - 1, len(s.prefix) + len(s.answer) - 1) for s in sequences]
     for i, s in enumerate(sequences):
         ids[i, : len(s.prefix) + len(s.answer)] = s.prefix + s.answer
         if weights is not None:
             scale[i, spans[i]] = weights[i]
-    grads, logps = _program(params, jnp.asarray(ids), jnp.asarray(scale), jnp.float32(temperature), model=model)
+    grads, logps = _program(
+        params, jnp.asarray(ids), jnp.asarray(scale), jnp.float32(temperature), model=model
+    )
     return [np.asarray(logps)[i, span] for i, span in enumerate(spans)], grads

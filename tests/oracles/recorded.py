@@ -1,4 +1,5 @@
-"""Where the values lie that other implementations computed. Tests that need them are skipped where they are absent."""
+"""Where the values lie that other implementations computed. Tests that need them are skipped where
+they are absent."""
 
 import os
 import pathlib
@@ -8,7 +9,9 @@ import pytest
 
 BESIDE = pathlib.Path(__file__).parents[3] / "shared" / "oracles"
 FOLDER = pathlib.Path(os.environ.get("POPI_ORACLES", BESIDE))
-needed = pytest.mark.skipif(not FOLDER.exists(), reason=f"no recorded values of TRL in {FOLDER} (POPI_ORACLES)")
+needed = pytest.mark.skipif(
+    not FOLDER.exists(), reason=f"no recorded values of TRL in {FOLDER} (POPI_ORACLES)"
+)
 
 
 def load(name: str) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
-"""Parts of programs compiled ahead of time for TPUs: a scan over 6 layers of weights sharded over `fsdp`, a kernel
-written by hand, a sum between two slices. Shortened by hand; what the compiler says of its own choices
-(backend_config) is left out.
-"""
+"""Parts of programs compiled ahead of time for TPUs: a scan over 6 layers of weights sharded over
+`fsdp`, a kernel written by hand, a sum between two slices. Shortened by hand; what the compiler
+says of its own choices (backend_config) is left out."""
 
-# devices 2 x 2, axes (fsdp, tensor); half of the forward loop, and the gradient of one weight behind it
+# devices 2 x 2, axes (fsdp, tensor); half of the forward loop, and the gradient of one weight
+# behind it
 SCAN = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 FileNames

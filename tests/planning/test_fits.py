@@ -24,19 +24,34 @@ from tests.oracles.plain import RULES
 
 ROOT = Path(__file__).parents[2]
 TOY = roofline.Chip(
-    flops=1e12, hbm_bytes=1e9, usable_bytes=1e9, hbm_bandwidth=1e11, links=4, link_bandwidth=1e9, dcn_bandwidth=1e9
+    flops=1e12,
+    hbm_bytes=1e9,
+    usable_bytes=1e9,
+    hbm_bandwidth=1e11,
+    links=4,
+    link_bandwidth=1e9,
+    dcn_bandwidth=1e9,
 )
 
 
 def tiny_config(*overrides: str) -> Config:
-    own = ["schedule.phases=('generator 2',)", "mesh.num_devices=0", "mesh.fsdp=4", "mesh.tensor=2", "batch.pairs=2"]
+    own = [
+        "schedule.phases=('generator 2',)",
+        "mesh.num_devices=0",
+        "mesh.fsdp=4",
+        "mesh.tensor=2",
+        "batch.pairs=2",
+    ]
     own += ["model.embed_dim=64", "data.context_len=64", "data.turn_len=16", "data.answer_len=16"]
-    return cli.load_config("smoke:scale=laptop", [f"--config.{field}" for field in (*own, *overrides)])
+    return cli.load_config(
+        "smoke:scale=laptop", [f"--config.{field}" for field in (*own, *overrides)]
+    )
 
 
 @pytest.fixture(autouse=True)
 def alone():
-    """No mesh is left behind, and programs are compiled anew: those of the cache have lost their names."""
+    """No mesh is left behind, and programs are compiled anew: those of the cache have lost their
+    names."""
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
@@ -54,7 +69,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> target.Target:
 def test_a_plan_has_what_a_run_gives_to_its_update() -> None:
     built = tiny_run.shared_run(1).built
     with tiny_run.on_devices(1):
-        config = dataclasses.replace(built.config, mesh=dataclasses.replace(built.config.mesh, fsdp=1))
+        config = dataclasses.replace(
+            built.config, mesh=dataclasses.replace(built.config.mesh, fsdp=1)
+        )
         made = plan.make_plan(config, target.Target(jax.devices()[:1], "", "one"))
         batch = place_batch(next(open_batches(built)._main), made.mesh, RULES)
     real = abstract_state(built.model, made.parts.transforms, made.mesh, cfg=built.config)
@@ -81,10 +98,18 @@ def test_memory_time_and_layout_of_a_compiled_update(toy: target.Target) -> None
         whole = getattr(turn.seconds, name)
         assert sum(getattr(part, name) for part in turn.parts.values()) == pytest.approx(whole)
     assert turn.seconds.compute == turn.flops / TOY.flops
-    assert turn.seconds.hbm == turn.traffic.hbm_bytes / TOY.hbm_bandwidth > 0 < turn.seconds.interconnect
+    assert (
+        turn.seconds.hbm
+        == turn.traffic.hbm_bytes / TOY.hbm_bandwidth
+        > 0
+        < turn.seconds.interconnect
+    )
     assert len(found.checks) == 3 and all(check.holds for check in found.checks)
     text = report.render(made, found)
-    assert "update that trains the generator\n" in text and "8 toys: mesh data 1, fsdp 4, tensor 2" in text
+    assert (
+        "update that trains the generator\n" in text
+        and "8 toys: mesh data 1, fsdp 4, tensor 2" in text
+    )
     stored = json.loads(json.dumps(report.to_json(made, found)))
     assert stored["turns"]["generator"]["serial_fraction"] == turn.seconds.serial_fraction
 
@@ -104,15 +129,23 @@ def test_the_suggestion_is_the_cheapest_change_that_is_expected_to_fit(toy: targ
     config = tiny_config("batch.users=32", "mesh.fsdp=8", "mesh.tensor=1")
     made = plan.make_plan(config, toy)
     needed = suggest.estimated_bytes(made)
-    change, smaller, expected = next(suggest.first_that_may_fit(config, toy, needed - 1, config.mesh.rules))
+    change, smaller, expected = next(
+        suggest.first_that_may_fit(config, toy, needed - 1, config.mesh.rules)
+    )
     assert change.flags() == "--config.batch.microbatches=2"
     assert expected == suggest.estimated_bytes(smaller) < needed
     assert smaller.config.batch.microbatches == 2
     # adapters come last, and then the state leaves room for them
     last = list(
-        suggest.changes(dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="x")), 8, ())
+        suggest.changes(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="x")),
+            8,
+            (),
+        )
     )[-1]
-    assert last.applied(config).inference.lora.rank == last.applied(config).generator.lora.rank == 16
+    assert (
+        last.applied(config).inference.lora.rank == last.applied(config).generator.lora.rank == 16
+    )
     # where the state leaves no room, nothing of it helps
     state = sum(plan.state_bytes(made).values())
     assert not list(suggest.first_that_may_fit(config, toy, state / 2, config.mesh.rules))
@@ -121,21 +154,28 @@ def test_the_suggestion_is_the_cheapest_change_that_is_expected_to_fit(toy: targ
 def test_released_models_need_no_folder() -> None:
     config = cli.load_config("prism:model=llama3-8b,scale=v5p:4x4x4")
     assert plan.planned_model(config).num_layers == 32
-    with pytest.raises(UserError, match='no such folder, and lama-3.1-8b is no .*Did you mean "llama-3.1-8b"'):
+    with pytest.raises(
+        UserError, match='no such folder, and lama-3.1-8b is no .*Did you mean "llama-3.1-8b"'
+    ):
         model = dataclasses.replace(config.model, checkpoint="checkpoints/lama-3.1-8b")
         plan.planned_model(dataclasses.replace(config, model=model))
 
 
 def run_fit(*args: str, timeout: int = 240) -> tuple[subprocess.CompletedProcess[str], float]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))
+    }
     began = time.monotonic()
     command = [sys.executable, "-m", "popi_jax.fit", *args]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
     return done, time.monotonic() - began
 
 
 needs_compiler = pytest.mark.skipif(
-    not target.LIBRARY.exists(), reason="libtpu is not installed: make fit does that, on Linux on x86-64"
+    not target.LIBRARY.exists(),
+    reason="libtpu is not installed: make fit does that, on Linux on x86-64",
 )
 
 
@@ -143,9 +183,17 @@ needs_compiler = pytest.mark.skipif(
 def test_the_command_compiles_for_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "fit.json"
     mesh = "--config.mesh.fsdp=4", "--config.mesh.tensor=2"
-    done, _ = run_fit("--config=smoke:scale=v5e:2x4", *mesh, "--config.schedule.phases=generator 1", f"--report={path}")
+    done, _ = run_fit(
+        "--config=smoke:scale=v5e:2x4",
+        *mesh,
+        "--config.schedule.phases=generator 1",
+        f"--report={path}",
+    )
     assert done.returncode == 0, done.stderr
-    assert "v5e:2x4, 8 chips: mesh data 1, fsdp 4, tensor 2" in done.stdout and "FAILED" not in done.stdout
+    assert (
+        "v5e:2x4, 8 chips: mesh data 1, fsdp 4, tensor 2" in done.stdout
+        and "FAILED" not in done.stdout
+    )
     found = json.loads(path.read_text())
     assert 0 < found["memory"]["total"] < found["available"] == 15.75 * 2**30
     assert set(found["turns"]) == {"generator"}

@@ -1,4 +1,5 @@
-"""The reader of compiled programs against counts by hand, on texts for TPUs and on programs compiled here."""
+"""The reader of compiled programs against counts by hand, on texts for TPUs and on programs
+compiled here."""
 
 import functools
 import math
@@ -12,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from popi_jax.planning.groups import axes_of_groups, groups_of, pairs_of, ring_hops
 from popi_jax.planning.hlo import arrays_of
-from popi_jax.planning.program import Exhausted, Traffic, gathers_in_loops, innermost, parse_exhausted, read
+from popi_jax.planning.program import (
+    Exhausted,
+    Traffic,
+    gathers_in_loops,
+    innermost,
+    parse_exhausted,
+    read,
+)
 from tests.planning.snippets import KERNEL, SCAN, SLICES
 
 MESH = {"fsdp": 2, "tensor": 2}
@@ -40,7 +48,9 @@ def test_of_stacked_layers_one_is_read_and_one_is_written() -> None:
     bytes_of = per_trip(scan())
     layer = 2048 * 512
     assert bytes_of["slice_fusion.4"] == 4 * layer + 2 * layer  # float32 in, bfloat16 out
-    assert bytes_of["update_fusion.6"] == 2 * (2 * 256 * 1024)  # one layer's states, read and written
+    assert bytes_of["update_fusion.6"] == 2 * (
+        2 * 256 * 1024
+    )  # one layer's states, read and written
 
 
 UPDATES = """HloModule jit_f, num_partitions=1
@@ -81,7 +91,9 @@ def test_updates_in_fusions(result: str, root: str, moved: int) -> None:
 
 def test_what_lies_on_the_chip_is_free() -> None:
     bytes_of = per_trip(scan())
-    assert bytes_of["fusion.86"] == 2 * 2048 * 1024 + 2 * 256 * 1024  # the hidden states are in its memory
+    assert (
+        bytes_of["fusion.86"] == 2 * 2048 * 1024 + 2 * 256 * 1024
+    )  # the hidden states are in its memory
     assert bytes_of["copy.6"] == 4  # the counter is read, and copied to the chip
     assert not {"hidden", "custom-call"} & set(bytes_of)
     # a: from the main memory to the chip's; b: read; the sum: written
@@ -103,13 +115,19 @@ def test_collectives_their_axes_and_bytes() -> None:
     gathered, summed, gradient = 2 * 2048 * 1024, 2 * 256 * 1024, 2 * 1024 * 2048
     assert kinds["all-gather", ("fsdp",)] == (6, 6 * gathered, 3 * gathered)
     assert kinds["all-reduce", ("tensor",)] == (6, 6 * summed, 6 * summed)
-    assert kinds["reduce-scatter", ("fsdp",)] == (1, gradient, gradient / 2)  # written as an all-reduce in a fusion
+    assert kinds["reduce-scatter", ("fsdp",)] == (
+        1,
+        gradient,
+        gradient / 2,
+    )  # written as an all-reduce in a fusion
     assert len(kinds) == 3
     assert scan().wire_bytes() == 3 * gathered + 6 * summed + gradient / 2
 
 
 def test_what_follows_a_kernel_is_read() -> None:
-    assert [(c.kind, c.axes, c.bytes) for c in read(KERNEL, {"x": 4}).collectives] == [("all-reduce", ("x",), 4)]
+    assert [(c.kind, c.axes, c.bytes) for c in read(KERNEL, {"x": 4}).collectives] == [
+        ("all-reduce", ("x",), 4)
+    ]
 
 
 def test_between_slices() -> None:
@@ -131,10 +149,16 @@ def test_collectives_of_a_loop() -> None:
 def test_where_the_bytes_come_from() -> None:
     first = scan().top(1)[0]
     assert (first.name, first.executions) == ("slice_fusion.4", 6)
-    assert first.stack == ("/home/me/layers.py:10", "/home/me/loop.py:13", "/home/me/run.py:30")  # and what called it
+    assert first.stack == (
+        "/home/me/layers.py:10",
+        "/home/me/loop.py:13",
+        "/home/me/run.py:30",
+    )  # and what called it
     assert [loop.op_name for loop in first.loops] == ["step/scan/while"]
     assert scan().buffers[0] == (4 * 6 * 2048 * 512, "f32[6,2048,512]", "weights", ())
-    assert len([buffer for buffer in scan().buffers if buffer.shape == "bf16[6,256,1024]"]) == 1  # not the update
+    assert (
+        len([buffer for buffer in scan().buffers if buffer.shape == "bf16[6,256,1024]"]) == 1
+    )  # not the update
 
 
 def test_groups_in_all_their_forms() -> None:
@@ -152,7 +176,12 @@ def test_groups_in_all_their_forms() -> None:
         assert axes_of_groups(groups, mesh) == ("fsdp",)
     whole = groups_of("channel_id=1, replica_groups={}, to_apply=%add", 64)
     assert axes_of_groups(whole, mesh) == ("fsdp", "tensor")
-    assert groups_of("replica_groups=[4,2]<=[2,2,2]T(2,1,0), ", 8) == [(0, 4), (2, 6), (1, 5), (3, 7)]
+    assert groups_of("replica_groups=[4,2]<=[2,2,2]T(2,1,0), ", 8) == [
+        (0, 4),
+        (2, 6),
+        (1, 5),
+        (3, 7),
+    ]
     halves = groups_of("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}, ", 8)
     assert halves == [(0, 4), (1, 5), (2, 6), (3, 7)]
     quarters = groups_of("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}, ", 8)
@@ -165,7 +194,10 @@ def test_groups_in_all_their_forms() -> None:
 
 def test_pairs() -> None:
     mesh = {"fsdp": 4, "tensor": 2}
-    assert pairs_of("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", mesh) == (("fsdp",), 1.0)  # 6 to 0 closes the ring
+    assert pairs_of("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", mesh) == (
+        ("fsdp",),
+        1.0,
+    )  # 6 to 0 closes the ring
     assert pairs_of("source_target_pairs={{0,4},{1,0}}", mesh) == (("fsdp", "tensor"), 1.5)
 
 
@@ -175,7 +207,9 @@ def test_hops_of_an_all_to_all() -> None:
 
 
 def test_arrays_and_their_layouts() -> None:
-    tiled, scalar, nibbles = arrays_of("(bf16[3,100]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[]{:T(512)}, s4[6]{0})")
+    tiled, scalar, nibbles = arrays_of(
+        "(bf16[3,100]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[]{:T(512)}, s4[6]{0})"
+    )
     assert (str(tiled), tiled.bytes, tiled.space) == ("bf16[3,100]", 8 * 128 * 2, 1)
     assert (scalar.bytes, scalar.dims, nibbles.bytes) == (1, (), 3)
     (turned,) = arrays_of("f32[100,8]{0,1:T(8,128)}")
@@ -234,7 +268,10 @@ def test_layers_of_sharded_weights_are_gathered_once_each() -> None:
         with jax.named_scope("layers"):
             return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, weights)[0]
 
-    weights = shape((6, 64, 128), None, "fsdp", "tensor"), shape((6, 128, 64), None, "tensor", "fsdp")
+    weights = (
+        shape((6, 64, 128), None, "fsdp", "tensor"),
+        shape((6, 128, 64), None, "tensor", "fsdp"),
+    )
     program = compiled(layers, weights, shape((16, 64), "fsdp"), mesh=mesh)
     traffic = read(program.as_text(), mesh.shape)
     assert [loop.trips for loop in traffic.loops] == [6]
@@ -254,7 +291,9 @@ def test_agrees_with_xla_where_nothing_loops() -> None:
             x = jnp.tanh(x @ stacked[2 * i])
         return jnp.sum(x, axis=0), jax.lax.dynamic_update_slice(cache, x[None], (2, 0, 0))
 
-    shapes = (jax.ShapeDtypeStruct(dims, "float32") for dims in ((256, 512), (6, 512, 512), (4, 256, 512)))
+    shapes = (
+        jax.ShapeDtypeStruct(dims, "float32") for dims in ((256, 512), (6, 512, 512), (4, 256, 512))
+    )
     program = compiled(network, *shapes)
     expected = program.cost_analysis()["bytes accessed"]
     assert read(program.as_text(), {"x": 1}).hbm_bytes == pytest.approx(expected, rel=0.03)
@@ -272,7 +311,10 @@ def test_loops_that_may_end_early_and_branches() -> None:
     text = compiled(function, jax.ShapeDtypeStruct((64, 64), "float32")).as_text()
     traffic = read(text, {"x": 1})
     assert [loop.trips for loop in traffic.loops] == [9]  # 3, 5, ... 19
-    either = [read(text, {"x": 1}, branches=lambda name, count, w=w: w).hbm_bytes for w in ([1.0, 0.0], [0.0, 1.0])]
+    either = [
+        read(text, {"x": 1}, branches=lambda name, count, w=w: w).hbm_bytes
+        for w in ([1.0, 0.0], [0.0, 1.0])
+    ]
     both = read(text, {"x": 1}, branches=lambda name, count: [0.5, 0.5]).hbm_bytes
     assert traffic.hbm_bytes == max(either) > min(either)
     assert both == pytest.approx(sum(either) / 2)
@@ -280,10 +322,14 @@ def test_loops_that_may_end_early_and_branches() -> None:
 
 def test_loops_that_count_otherwise() -> None:
     def up(x: jax.Array) -> jax.Array:
-        return jax.lax.while_loop(lambda s: s[0] <= 20, lambda s: (s[0] + 4, s[1] * 2.0), (jnp.int32(0), x))[1]
+        return jax.lax.while_loop(
+            lambda s: s[0] <= 20, lambda s: (s[0] + 4, s[1] * 2.0), (jnp.int32(0), x)
+        )[1]
 
     def down(x: jax.Array) -> jax.Array:
-        return jax.lax.while_loop(lambda s: 4 < s[0], lambda s: (s[0] - 5, s[1] * 2.0), (jnp.int32(20), x))[1]
+        return jax.lax.while_loop(
+            lambda s: 4 < s[0], lambda s: (s[0] - 5, s[1] * 2.0), (jnp.int32(20), x)
+        )[1]
 
     shape = jax.ShapeDtypeStruct((64, 64), "float32")
     for function, trips in ((up, 6), (down, 4)):  # 0, 4, ... 20; 20, 15, 10, 5
@@ -330,15 +376,23 @@ ENTRY %main () -> (s32[]) {{
         (1, "subtract(%by, %before)", "%counter, %bound", "LT", None),
     ),
 )
-def test_ways_to_count(start: int, change: str, sides: str, direction: str, trips: int | None) -> None:
+def test_ways_to_count(
+    start: int, change: str, sides: str, direction: str, trips: int | None
+) -> None:
     text = COUNTING.format(start=start, change=change, sides=sides, direction=direction)
     (loop,) = read(text, {"x": 1}).loops
     assert (loop.trips, loop.known) == (1 if trips is None else trips, trips is not None)
 
 
 def test_lines_of_libraries() -> None:
-    assert innermost(("/site-packages/flax/core.py:3", "/me/model.py:7", "/me/run.py:1")) == "/me/model.py:7"
-    assert (innermost(("/site-packages/flax/core.py:3",)), innermost(())) == ("/site-packages/flax/core.py:3", "")
+    assert (
+        innermost(("/site-packages/flax/core.py:3", "/me/model.py:7", "/me/run.py:1"))
+        == "/me/model.py:7"
+    )
+    assert (innermost(("/site-packages/flax/core.py:3",)), innermost(())) == (
+        "/site-packages/flax/core.py:3",
+        "",
+    )
 
 
 def test_a_loop_whose_end_depends_on_data() -> None:

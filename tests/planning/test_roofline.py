@@ -18,7 +18,12 @@ def traffic(*collectives: Collective) -> Traffic:
 
 def test_each_part_by_hand() -> None:
     times = estimate(300.0, traffic(sent(10, "fsdp"), sent(4, "data", cross_slice=True)), CHIP)
-    assert times == (3.0, 2.0, 3.0, 6.0)  # 100 bytes of memory; 30 bytes over two links; 12 bytes between slices
+    assert times == (
+        3.0,
+        2.0,
+        3.0,
+        6.0,
+    )  # 100 bytes of memory; 30 bytes over two links; 12 bytes between slices
     assert (times.serial, times.best, times.bound) == (14.0, 6.0, "cross_slice")
     assert times.serial_fraction == pytest.approx(3 / 14)
 

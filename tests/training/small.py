@@ -19,7 +19,14 @@ from popi_jax.models.roles import Budgets, Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.training import optim
 from popi_jax.training.schedule import Parts
-from popi_jax.training.state import Frozen, TrainState, Transforms, abstract_state, init_state, shardings_of
+from popi_jax.training.state import (
+    Frozen,
+    TrainState,
+    Transforms,
+    abstract_state,
+    init_state,
+    shardings_of,
+)
 from tests.oracles.plain import MODEL
 
 END = 10
@@ -45,7 +52,9 @@ def make_config() -> Config:
     return from_config_dict(c)
 
 
-def make_parts(cfg: Config, transforms: Transforms | None = None, budgets: Budgets | None = None) -> Parts:
+def make_parts(
+    cfg: Config, transforms: Transforms | None = None, budgets: Budgets | None = None
+) -> Parts:
     sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
     made = Transforms(optim.inference_transform(cfg, 8), optim.generator_transform(cfg, 6))
     return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0, budgets=budgets)
@@ -73,7 +82,9 @@ def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:
     )
 
 
-def random_tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int, *, ended: bool = False) -> Tokens:
+def random_tokens(
+    rng: np.random.Generator, rows: tuple[int, ...], length: int, *, ended: bool = False
+) -> Tokens:
     """Padding holds random ids. ended: the last token that counts is the end token."""
     ids, lengths = rng.integers(3, 64, (*rows, length)), rng.integers(2, length + 1, rows)
     if ended:
@@ -123,7 +134,8 @@ def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:
     """A state and reference policies that differ from it, on the mesh (which must be set)."""
     shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh, cfg=parts.cfg))
     init = jax.jit(
-        partial(init_state, model=parts.model, transforms=parts.transforms, cfg=parts.cfg), out_shardings=shardings
+        partial(init_state, model=parts.model, transforms=parts.transforms, cfg=parts.cfg),
+        out_shardings=shardings,
     )
     state, other = init(jnp.int32(0)), init(jnp.int32(1))
     return state, jax.tree.map(jnp.copy, Frozen(other.inference.params, other.generator.params))
@@ -143,4 +155,6 @@ def _is_key(x: jax.Array) -> bool:
 
 
 def replace(cfg: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)})
+    return dataclasses.replace(
+        cfg, **{section: dataclasses.replace(getattr(cfg, section), **values)}
+    )

@@ -1,4 +1,5 @@
-"""A run that trains adapters on a Hugging Face folder: continues to the bit, is used as it was trained, is exported."""
+"""A run that trains adapters on a Hugging Face folder: continues to the bit, is used as it was
+trained, is exported."""
 
 import shutil
 from pathlib import Path
@@ -37,26 +38,37 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
         "schedule.save_every": 1,
         "schedule.keep": 3,
     }
-    config = config_of(tmp_path / "run", *(f"--config.{name}={value}" for name, value in own.items()))
+    config = config_of(
+        tmp_path / "run", *(f"--config.{name}={value}" for name, value in own.items())
+    )
     run = Path(config.workdir)
     with on_devices(1):
         built = builds.build(config, to_json(config))
         first = loop.train(built)
-        end = jax.device_get((first.state.inference.params, first.state.generator.params, first.state.generator.ema))
+        end = jax.device_get(
+            (first.state.inference.params, first.state.generator.params, first.state.generator.ema)
+        )
         shutil.rmtree(run / "checkpoints" / str(STEPS))
         again = loop.train(built)  # from the step before
         state = again.state
         for x, y in zip(
-            leaves(end), leaves((state.inference.params, state.generator.params, state.generator.ema)), strict=True
+            leaves(end),
+            leaves((state.inference.params, state.generator.params, state.generator.ema)),
+            strict=True,
         ):
             np.testing.assert_array_equal(x, y)
-        assert any(np.abs(x).max() > 0 for x in leaves(state.inference.params["layers"]["attention"]["q"]["b"]))
+        assert any(
+            np.abs(x).max() > 0
+            for x in leaves(state.inference.params["layers"]["attention"]["q"]["b"])
+        )
 
         # what is used later is the average of the adapters, on the base that both roles share
         restored = finished_run.restore_run(built)
         used, used_by_generator = loop.whole_models(again, config)
         for x, y in zip(
-            leaves((used, used_by_generator)), leaves((restored.inference, restored.generator)), strict=True
+            leaves((used, used_by_generator)),
+            leaves((restored.inference, restored.generator)),
+            strict=True,
         ):
             np.testing.assert_array_equal(x, y)
         assert again.frozen.inference is again.frozen.generator

@@ -14,11 +14,17 @@ FILL = Fill(
     answers=Spread(20.0, 0.0),
     warmup={"generator": TaskFill(Spread(40.0, 0.0), Spread(7.0, 0.0))},
 )
-CFG = small.replace(small.make_config(), "batch", summary_fill=0.75)  # 8 users; summaries of 4 tokens at most
+CFG = small.replace(
+    small.make_config(), "batch", summary_fill=0.75
+)  # 8 users; summaries of 4 tokens at most
 
 
-@pytest.mark.parametrize(("shards", "microbatches", "users"), [(1, 1, 8), (2, 1, 4), (2, 2, 2), (8, 2, 1)])
-def test_of_the_users_that_a_shard_has_of_a_part(shards: int, microbatches: int, users: int) -> None:
+@pytest.mark.parametrize(
+    ("shards", "microbatches", "users"), [(1, 1, 8), (2, 1, 4), (2, 2, 2), (8, 2, 1)]
+)
+def test_of_the_users_that_a_shard_has_of_a_part(
+    shards: int, microbatches: int, users: int
+) -> None:
     cfg = small.replace(CFG, "batch", microbatches=microbatches)
     found = main_budgets(FILL, small.GLUE, shards, 1, cfg=cfg)
     assert found == Budgets(

@@ -1,4 +1,5 @@
-"""The host loop: what it writes and saves, how it stops, and that a killed run continues as if it never was."""
+"""The host loop: what it writes and saves, how it stops, and that a killed run continues as if it
+never was."""
 
 import json
 import os
@@ -68,15 +69,22 @@ def test_batches_of_both_stages_continue_at_their_position() -> None:
 class Scripted:
     """Runs the loop with a program that counts, and at one step does `event`."""
 
-    def __init__(self, folder: Path, *, save_every: int, log_every: int, at: int, event: Any) -> None:
+    def __init__(
+        self, folder: Path, *, save_every: int, log_every: int, at: int, event: Any
+    ) -> None:
         self.saved: list[int] = []
         self.folder, self.at, self.event, self.step = folder, at, event, 0
-        self.cfg = small.replace(small.make_config(), "schedule", save_every=save_every, log_every=log_every)
+        self.cfg = small.replace(
+            small.make_config(), "schedule", save_every=save_every, log_every=log_every
+        )
 
     def program(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Mean]]:
         self.step += 1
         value = self.event() if self.step == self.at else 1.0 / self.step
-        return state, {"loss": Mean(jnp.float32(2 * (value or 0.0)), jnp.float32(2.0)), "idle": Mean(*jnp.zeros(2))}
+        return state, {
+            "loss": Mean(jnp.float32(2 * (value or 0.0)), jnp.float32(2.0)),
+            "idle": Mean(*jnp.zeros(2)),
+        }
 
     def run(self, last_step: int) -> None:
         mesh = small.make_mesh(1, 1, 1)
@@ -101,7 +109,9 @@ class Scripted:
             stop.close()
 
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 50])
@@ -110,7 +120,9 @@ def test_writes_every_step_once_and_before_it_saves(tmp_path: Path, log_every: i
     scripted.run(8)
     assert scripted.saved == [3, 6, 8]
     assert [row["step"] for row in scripted.rows()] == list(range(1, 9))
-    assert [row["loss"] for row in scripted.rows()] == pytest.approx([1 / step for step in range(1, 9)])
+    assert [row["loss"] for row in scripted.rows()] == pytest.approx(
+        [1 / step for step in range(1, 9)]
+    )
     assert all("idle" not in row for row in scripted.rows())  # weight 0: it does not apply
 
 
@@ -136,14 +148,18 @@ def test_a_metric_that_is_not_finite_ends_the_run_before_it_saves(tmp_path: Path
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_status_of_a_run_that_was_stopped(number: int, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_status_of_a_run_that_was_stopped(
+    number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from popi_jax import train
 
     def stop(built: Built) -> None:
         raise Stopped(int(number), 3)
 
     mesh = small.make_mesh(1, 1, 1)
-    monkeypatch.setattr("popi_jax.build.build", lambda *_: Built(None, "", mesh, None, None, None, None, None))
+    monkeypatch.setattr(
+        "popi_jax.build.build", lambda *_: Built(None, "", mesh, None, None, None, None, None)
+    )
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exited:
         train.main(small.make_config())
@@ -173,8 +189,12 @@ def start(workdir: Path, **changed: Any) -> subprocess.Popen:
     command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    with workdir.with_suffix(".err").open("w") as errors:  # a pipe that nobody reads would fill and hold the run
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=errors)
+    with workdir.with_suffix(".err").open(
+        "w"
+    ) as errors:  # a pipe that nobody reads would fill and hold the run
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=errors
+        )
 
 
 def end(process: subprocess.Popen, workdir: Path) -> tuple[int, str]:
@@ -185,7 +205,9 @@ def end(process: subprocess.Popen, workdir: Path) -> tuple[int, str]:
 def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> tuple[int, str]:
     """Sends a signal as soon as the metrics of a step are there."""
     path = workdir / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and f'{{"step": {step},' in path.read_text()):
+    while process.poll() is None and not (
+        path.exists() and f'{{"step": {step},' in path.read_text()
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     return end(process, workdir)
@@ -204,7 +226,9 @@ def train_only(workdir: Path) -> None:
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     for role in manager.ROLES:
-        (step, params), (other_step, others) = (manager.restore_params(str(w), role) for w in (a, b))
+        (step, params), (other_step, others) = (
+            manager.restore_params(str(w), role) for w in (a, b)
+        )
         assert step == other_step == LAST
         jax.tree.map(np.testing.assert_array_equal, params, others)
 
@@ -215,9 +239,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_only(workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, LAST + 1))
-    for role in manager.ROLES:  # of the users of this run, most batches fit the places that its rows have
+    for (
+        role
+    ) in manager.ROLES:  # of the users of this run, most batches fit the places that its rows have
         assert any(row.get(f"{role}/unpadded") == 1.0 for row in rows)
-    assert (workdir / "reference" / "pairs").exists()  # so that what is stored is read again by runs that continue
+    assert (
+        workdir / "reference" / "pairs"
+    ).exists()  # so that what is stored is read again by runs that continue
     return workdir
 
 
@@ -231,7 +259,9 @@ def test_a_killed_run_continues_as_if_it_never_was(uninterrupted: Path, tmp_path
     train_only(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
     assert {"main", "warmup", "init"} <= {name.split("-")[0] for name in before}
-    assert {path.name for path in stored.iterdir()} == before  # it found what the first run had stored
+    assert {
+        path.name for path in stored.iterdir()
+    } == before  # it found what the first run had stored
 
 
 def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:
@@ -244,7 +274,9 @@ def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     status, _ = send_at(start(tmp_path), tmp_path, 1, signal.SIGKILL)
     assert status == -signal.SIGKILL
     for step, number, expected in ((3, signal.SIGTERM, 143), (8, signal.SIGINT, 130)):

@@ -1,5 +1,5 @@
-"""An update gives the same on any mesh, by any rules: tokens exactly, numbers to rounding; and the compiled program has
-the layout that the rules promise."""
+"""An update gives the same on any mesh, by any rules: tokens exactly, numbers to rounding; and the
+compiled program has the layout that the rules promise."""
 
 import dataclasses
 from functools import partial
@@ -53,8 +53,12 @@ def joint_update(case: Case) -> Run:
         state, frozen = small.make_state(parts, mesh)
         batch = place_batch(users, mesh, case.rules)
         key = jax.random.fold_in(state.key, state.step)
-        draw = partial(rollout, model=parts.model, glue=small.GLUE, sampling=parts.sampling, group_size=3)
-        drawn = jax.jit(lambda params: draw(for_rollout(params, parts.model), batch, key))(state.inference.params)
+        draw = partial(
+            rollout, model=parts.model, glue=small.GLUE, sampling=parts.sampling, group_size=3
+        )
+        drawn = jax.jit(lambda params: draw(for_rollout(params, parts.model), batch, key))(
+            state.inference.params
+        )
         layouts = jax.tree.map(lambda x: x.sharding, state)
         update = partial(popi_update, parts=parts, phases=parse_phases(("joint 1",)))
         options = {"donate_argnums": 0, "out_shardings": (layouts, None), "keep_unused": True}
@@ -70,7 +74,9 @@ def one_device() -> Run:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_mesh_does_not_matter(case: Case, one_device: Run, capfd: pytest.CaptureFixture) -> None:
+def test_the_mesh_does_not_matter(
+    case: Case, one_device: Run, capfd: pytest.CaptureFixture
+) -> None:
     run = joint_update(case)
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, run.tokens, one_device.tokens)
@@ -84,14 +90,22 @@ def test_the_mesh_does_not_matter(case: Case, one_device: Run, capfd: pytest.Cap
 
 
 def check_layout(traffic: Traffic, case: Case) -> None:
-    """No step of sampling moves weights between devices, and the LM head is gathered before the chunks of tokens."""
+    """No step of sampling moves weights between devices, and the LM head is gathered before the
+    chunks of tokens."""
     sampling = [
-        c for c in traffic.collectives if any(loop.says("/decode/") or "decode" in loop.op_name for loop in c.loops)
+        c
+        for c in traffic.collectives
+        if any(loop.says("/decode/") or "decode" in loop.op_name for loop in c.loops)
     ]
-    # what does move: sums of activations, and which token is the likeliest of the parts of a vocabulary
+    # what does move: sums of activations, and which token is the likeliest of the parts of a
+    # vocabulary
     assert {c.kind for c in sampling} <= {"all-reduce", "all-gather"}
     assert all(c.bytes <= 3 * 8 * 32 * 4 for c in sampling)
-    heads = [c for c in traffic.collectives if "head/all_gather" in c.op_name and c.kind != "reduce-scatter"]
+    heads = [
+        c
+        for c in traffic.collectives
+        if "head/all_gather" in c.op_name and c.kind != "reduce-scatter"
+    ]
     if case.shape[1] > 1:
         assert heads
     assert not [c for c in heads if any("/head/" in loop.op_name for loop in c.loops)]

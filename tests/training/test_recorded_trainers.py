@@ -1,4 +1,5 @@
-"""Our gradient steps against one batch that TRL's trainers computed: loss and the gradient of every parameter."""
+"""Our gradient steps against one batch that TRL's trainers computed: loss and the gradient of every
+parameter."""
 
 from functools import partial
 from typing import Any
@@ -42,10 +43,14 @@ def nested(tokens: Tokens, axes: int) -> Tokens:
 
 def assert_gradients(found: dict, values: Any, prefix: str, cfg: TransformerConfig) -> None:
     named = dict(hf_names.to_hf(jax.device_get(found), cfg))
-    expected = {key.removeprefix(prefix): values[key] for key in values.files if key.startswith(prefix)}
+    expected = {
+        key.removeprefix(prefix): values[key] for key in values.files if key.startswith(prefix)
+    }
     assert named.keys() == expected.keys()
     for name, gradient in expected.items():
-        np.testing.assert_allclose(named[name], gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max(), err_msg=name)
+        np.testing.assert_allclose(
+            named[name], gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge"])
@@ -78,9 +83,13 @@ def test_generator_step_is_the_dpo_trainer(objective: str) -> None:
     after, metrics, _ = step(role, params, reference, contexts, users)
     name = {"dpo": "sigmoid"}.get(objective, objective)
     loss = metrics["generator/loss"]
-    np.testing.assert_allclose(loss.total / loss.weight, values[f"{name}_loss"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        loss.total / loss.weight, values[f"{name}_loss"], rtol=1e-5, atol=1e-5
+    )
     if objective == "dpo":
-        assert_gradients(jax.tree.map(jnp.subtract, params, after.params), values, "sigmoid_grad/", cfg)
+        assert_gradients(
+            jax.tree.map(jnp.subtract, params, after.params), values, "sigmoid_grad/", cfg
+        )
 
 
 def test_policy_loss_through_the_model_is_the_grpo_trainer() -> None:
@@ -88,11 +97,17 @@ def test_policy_loss_through_the_model_is_the_grpo_trainer() -> None:
     cfg, params = model("llama")
     group = 4
     users = len(values["prompt_ids"]) // group
-    prompts = [ids[mask == 1].tolist() for ids, mask in zip(values["prompt_ids"], values["prompt_mask"], strict=True)]
-    assert all(prompts[u * group] == prompts[u * group + g] for u in range(users) for g in range(group))
+    prompts = [
+        ids[mask == 1].tolist()
+        for ids, mask in zip(values["prompt_ids"], values["prompt_mask"], strict=True)
+    ]
+    assert all(
+        prompts[u * group] == prompts[u * group + g] for u in range(users) for g in range(group)
+    )
     first = prompts[::group]
     replies = [
-        ids[mask == 1].tolist() for ids, mask in zip(values["completion_ids"], values["completion_mask"], strict=True)
+        ids[mask == 1].tolist()
+        for ids, mask in zip(values["completion_ids"], values["completion_mask"], strict=True)
     ]
     answers = jax.tree.map(lambda x: x.reshape(users, 1, group, *x.shape[1:]), rows(replies, 8))
     context, turns = rows([p[:-1] for p in first]), nested(rows([p[-1:] for p in first]), 1)
@@ -107,7 +122,9 @@ def test_policy_loss_through_the_model_is_the_grpo_trainer() -> None:
         )
     )
     mask = mask == 1
-    objective = PolicyObjective(normalise="sequences", kl_coef=0.04, kl_corrected=True)  # TRL 1.16 corrects by default
+    objective = PolicyObjective(
+        normalise="sequences", kl_coef=0.04, kl_corrected=True
+    )  # TRL 1.16 corrects by default
 
     def loss_fn(params: dict) -> tuple[jax.Array, Any]:
         scores = answer_logps(params, context, turns, answers, model=cfg, entropies=True)
@@ -118,7 +135,9 @@ def test_policy_loss_through_the_model_is_the_grpo_trainer() -> None:
 
     (loss, scores), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     np.testing.assert_array_equal(scores[1], mask)
-    np.testing.assert_allclose(np.asarray(scores[0])[mask], np.asarray(recorded_logps)[mask], atol=5e-5)
+    np.testing.assert_allclose(
+        np.asarray(scores[0])[mask], np.asarray(recorded_logps)[mask], atol=5e-5
+    )
     np.testing.assert_allclose(np.asarray(scores[2])[mask], np.asarray(entropies)[mask], atol=5e-5)
     np.testing.assert_allclose(loss, values["loss_grpo_kl004"], atol=1e-5)
     assert_gradients(gradient, values, "grad/", cfg)

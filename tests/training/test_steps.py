@@ -1,4 +1,5 @@
-"""Gradients of both roles against those of plain sequences with hand-written derivatives; the warm-up."""
+"""Gradients of both roles against those of plain sequences with hand-written derivatives; the
+warm-up."""
 
 from functools import partial
 
@@ -48,7 +49,9 @@ def random_rollouts(seed: int, group: int) -> Rollouts:
     rng = np.random.default_rng(seed)
     summaries = small.random_tokens(rng, (8, group), 4, ended=True)
     finished = rng.random((8, group)) < 0.7
-    return jax.tree.map(jnp.asarray, Rollouts(summaries, finished, np.zeros((8, group, 4), np.float32)))
+    return jax.tree.map(
+        jnp.asarray, Rollouts(summaries, finished, np.zeros((8, group, 4), np.float32))
+    )
 
 
 def reference_pairs(seed: int) -> PairLogps:
@@ -57,7 +60,11 @@ def reference_pairs(seed: int) -> PairLogps:
 
 
 def test_generator_step_is_dpo_behind_the_summary() -> None:
-    params, users, reference = plain.random_params(0), on_device(small.user_batch(0)), reference_pairs(1)
+    params, users, reference = (
+        plain.random_params(0),
+        on_device(small.user_batch(0)),
+        reference_pairs(1),
+    )
     rollouts = random_rollouts(2, 1)
     contexts = splice(small.GLUE.generator_prefix, rollouts.summaries, rollouts.finished)
     step = jax.jit(partial(generator_step, model=MODEL, tx=SGD, cfg=CFG))
@@ -68,13 +75,19 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     for u, k in places:
         summary = plain.row(rollouts.summaries, u, 0)[: -1 if rollouts.finished[u, 0] else None]
         prefix = [*small.GLUE.generator_prefix, *summary, *plain.row(users.turns, u, k)]
-        sequences += [plain.Scored(prefix, plain.row(replies, u, k)) for replies in (users.chosen, users.rejected)]
+        sequences += [
+            plain.Scored(prefix, plain.row(replies, u, k))
+            for replies in (users.chosen, users.rejected)
+        ]
     logps, _ = plain.logps_and_pullback(params, sequences)
     sums = np.array([x.sum() for x in logps]).reshape(-1, 2)
     at = tuple(np.array([(u, 0, k) for u, k in places]).T)
-    losses, slopes = oracle.dpo(sums[:, 0], sums[:, 1], reference.chosen[at], reference.rejected[at], BETA)
+    losses, slopes = oracle.dpo(
+        sums[:, 0], sums[:, 1], reference.chosen[at], reference.rejected[at], BETA
+    )
     weights = [
-        s * np.ones(len(q.answer)) for s, q in zip(np.stack([slopes, -slopes], 1).ravel(), sequences, strict=True)
+        s * np.ones(len(q.answer))
+        for s, q in zip(np.stack([slopes, -slopes], 1).ravel(), sequences, strict=True)
     ]
     _, grads = plain.logps_and_pullback(params, sequences, [w / len(places) for w in weights])
     assert_close(gradient(role(params), after), grads)
@@ -83,7 +96,9 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     assert metrics["generator/loss"].weight == len(places) == 15
     np.testing.assert_allclose(metrics["generator/loss"].total, losses.sum(), rtol=1e-4)
     np.testing.assert_allclose(metrics["generator/accuracy"].total, (losses < np.log(2)).sum())
-    np.testing.assert_allclose(metrics["generator/grad_norm"].total, optax.tree.norm(grads), rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["generator/grad_norm"].total, optax.tree.norm(grads), rtol=1e-3
+    )
     assert after.step == 1
 
 
@@ -93,22 +108,33 @@ def inference_program():
 
 
 @pytest.mark.parametrize("same_reference", [True, False])
-def test_inference_step_is_reinforce_with_group_advantages(same_reference: bool, inference_program) -> None:
+def test_inference_step_is_reinforce_with_group_advantages(
+    same_reference: bool, inference_program
+) -> None:
     """And, where the reference differs, the derivative of the KL estimate."""
     c, group = CFG.inference, 3
-    params, users, rollouts = plain.random_params(0), on_device(small.user_batch(0)), random_rollouts(3, group)
+    params, users, rollouts = (
+        plain.random_params(0),
+        on_device(small.user_batch(0)),
+        random_rollouts(3, group),
+    )
     reference = params
     if not same_reference:
         reference = jax.tree.map(lambda x, y: x + 0.1 * y, params, plain.random_params(5))
     margins = np.random.default_rng(4).normal(size=(8, group, 2)).astype(np.float32)
-    after, metrics = inference_program(role(params), reference, jnp.asarray(margins), None, rollouts, users)
+    after, metrics = inference_program(
+        role(params), reference, jnp.asarray(margins), None, rollouts, users
+    )
 
     lengths = np.asarray(rollouts.summaries.lengths)
     rewards = oracle.rewards(margins, np.asarray(users.pair_mask), lengths, c.length_penalty)
     advantages = oracle.advantages(rewards, c.advantage_scale)
     places = list(np.ndindex(8, group))
     sequences = [
-        plain.Scored([*plain.row(users.context, u), *small.GLUE.summary_turn], plain.row(rollouts.summaries, u, g))
+        plain.Scored(
+            [*plain.row(users.context, u), *small.GLUE.summary_turn],
+            plain.row(rollouts.summaries, u, g),
+        )
         for u, g in places
     ]
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=c.temperature)
@@ -121,24 +147,36 @@ def test_inference_step_is_reinforce_with_group_advantages(same_reference: bool,
     assert_close(gradient(role(params), after), grads)
 
     kl = [np.sum(np.exp(r - p) - (r - p) - 1) for r, p in zip(of_reference, logps, strict=True)]
-    np.testing.assert_allclose(metrics["inference/kl"].total / 24, np.mean(kl), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        metrics["inference/kl"].total / 24, np.mean(kl), rtol=1e-3, atol=1e-4
+    )
     np.testing.assert_allclose(metrics["inference/reward"].total / 24, rewards.mean(), rtol=1e-4)
     entropy = metrics["inference/entropy"]
-    np.testing.assert_allclose(entropy.total / entropy.weight, -np.concatenate(logps).mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        entropy.total / entropy.weight, -np.concatenate(logps).mean(), rtol=1e-4
+    )
     np.testing.assert_allclose(metrics["inference/finished"].total, rollouts.finished.sum())
 
 
 def test_what_follows_the_end_of_a_summary_is_not_trained(inference_program) -> None:
-    params, users, rollouts = plain.random_params(0), on_device(small.user_batch(0)), random_rollouts(3, 3)
+    params, users, rollouts = (
+        plain.random_params(0),
+        on_device(small.user_batch(0)),
+        random_rollouts(3, 3),
+    )
     margins = jnp.asarray(np.random.default_rng(4).normal(size=(8, 3, 2)), jnp.float32)
     after, _ = inference_program(role(params), params, margins, None, rollouts, users)
     ids, lengths = np.array(rollouts.summaries.ids), np.asarray(rollouts.summaries.lengths)
     beyond = np.arange(4) >= lengths[..., None]
     assert beyond.any()
-    changed = rollouts._replace(summaries=Tokens(jnp.asarray(np.where(beyond, 60, ids)), rollouts.summaries.lengths))
+    changed = rollouts._replace(
+        summaries=Tokens(jnp.asarray(np.where(beyond, 60, ids)), rollouts.summaries.lengths)
+    )
     again, _ = inference_program(role(params), params, margins, None, changed, users)
     for x, y in zip(
-        jax.tree.leaves(gradient(role(params), after)), jax.tree.leaves(gradient(role(params), again)), strict=True
+        jax.tree.leaves(gradient(role(params), after)),
+        jax.tree.leaves(gradient(role(params), again)),
+        strict=True,
     ):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
