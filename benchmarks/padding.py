@@ -66,18 +66,18 @@ def of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
 
 def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     from popi_jax import cli
-    from popi_jax.build import build
     from popi_jax.config_check import to_json
-    from popi_jax.data import pipeline
+    from popi_jax.data import batches
+    from popi_jax.run import build
     from popi_jax.training.loop import open_fill
 
     with tempfile.TemporaryDirectory() as workdir:
         config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
         built = build(config, to_json(config))
-        batches = pipeline.user_batches(
+        made = batches.user_batches(
             built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed
         )
-        return padding(islice(iter(batches), BATCHES), open_fill(built))
+        return padding(islice(iter(made), BATCHES), open_fill(built))
 
 
 def uneven(users: UserBatch, seed: int = 0) -> UserBatch:

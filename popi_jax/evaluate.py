@@ -10,7 +10,7 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "users to sc
 
 
 def main(config: Config) -> None:
-    from popi_jax.evals.report import evaluate_run
+    from popi_jax.evals.render import evaluate_run
     from popi_jax.finished_run import open_run, restore_run
 
     built = open_run(config)

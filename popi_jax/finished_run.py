@@ -12,19 +12,19 @@ import numpy as np
 from absl import logging
 
 from popi_jax.arrays import Params, Rollouts, Tokens
-from popi_jax.build import Built, build
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json
-from popi_jax.data import templates
-from popi_jax.data.encoding import fitted_lengths
-from popi_jax.data.pipeline import eval_batches
+from popi_jax.data import prompts
+from popi_jax.data.batches import eval_batches
+from popi_jax.data.encode import fitted_lengths
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
-from popi_jax.evals.suites import place, summarize, summarizer
+from popi_jax.evals.cells import place, summarize, summarizer
 from popi_jax.models.decode import sample, sample_keys
 from popi_jax.models.sampling import Sampling
 from popi_jax.progress import Progress
+from popi_jax.run import Built, build
 from popi_jax.sharding import replicated, shards
 from popi_jax.training.loop import lora_base, make_parts, stored_frozen, trains_adapters
 from popi_jax.training.state import Frozen, TrainState, abstract_state, policy
@@ -139,7 +139,7 @@ def answers(
         return place(tokens, built.mesh, built.model.rules)
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
-    turn = repeated(templates.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
+    turn = repeated(prompts.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
 
     def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
         keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)

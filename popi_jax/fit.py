@@ -29,7 +29,7 @@ def main(config: Config) -> None:
 
     if config.mesh.topology:
         targets.set_environment(os.environ, fast=not THOROUGH.value)
-    from popi_jax.build import start_devices
+    from popi_jax.run import start_devices
 
     if not config.mesh.topology:
         start_devices(config)

@@ -75,7 +75,7 @@ def main(config: Config) -> None:
             f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1"
         )
 
-    from popi_jax.data.jsonl import read_users
+    from popi_jax.data.sources.jsonl import read_users
 
     people = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
 

@@ -6,9 +6,9 @@ from popi_jax.config import Config
 
 
 def main(config: Config) -> None:
-    from popi_jax.data.prepare import prepare
+    from popi_jax.data.prepared import prepare
+    from popi_jax.data.prompts import signals_text
     from popi_jax.data.splits import SPLITS
-    from popi_jax.data.templates import signals_text
 
     dataset = prepare(config.data, allow_sample=True)
     print(

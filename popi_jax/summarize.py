@@ -27,7 +27,7 @@ _TEMPERATURE = flags.DEFINE_float(
 def main(config: Config) -> None:
     from etils import epath
 
-    from popi_jax.data.jsonl import read_users
+    from popi_jax.data.sources.jsonl import read_users
 
     users = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
     stem = Path(_USERS.value).stem if _USERS.value else "test"
@@ -37,7 +37,7 @@ def main(config: Config) -> None:
 
     import jax
 
-    from popi_jax.evals.report import write_jsonl
+    from popi_jax.evals.render import write_jsonl
     from popi_jax.finished_run import open_run, restore_role, summaries_of
 
     built = open_run(config)

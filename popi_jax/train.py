@@ -15,9 +15,9 @@ def main(config: Config) -> None:
     from absl import logging
 
     from popi_jax import distributed
-    from popi_jax.build import build
     from popi_jax.config_check import to_json
-    from popi_jax.evals.report import evaluate_run
+    from popi_jax.evals.render import evaluate_run
+    from popi_jax.run import build
     from popi_jax.training.loop import NotFinite, Stopped, train, whole_models
 
     logging.set_verbosity(logging.INFO)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from popi_jax import finished_run
-from popi_jax.data.sample import bayes_optimum
+from popi_jax.data.sources.made_people import bayes_optimum
 from popi_jax.errors import UserError
-from popi_jax.evals.report import evaluate_run
+from popi_jax.evals.render import evaluate_run
 from tests.tiny_run import (
     STEP,
     Run,

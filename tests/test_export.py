@@ -14,7 +14,7 @@ from popi_jax import cli, export
 from popi_jax.checkpoints import hf_config, hf_io, manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json
-from popi_jax.data import templates, tokenizer
+from popi_jax.data import prompts, tokenizer
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.training.state import RoleState, TrainState
@@ -182,17 +182,17 @@ def test_the_code_of_the_card_runs_and_asks_what_training_asked(
     values: dict = {}
     exec(compile(code, os.fspath("card"), "exec"), values)
     assert f"summary: {values['summary']}\nanswer: {values['answer']}\n" in capsys.readouterr().out
-    context = templates.inference_context(TOKENIZER, values["signals"])
-    expected = context + templates.summary_turn(TOKENIZER, config)
+    context = prompts.inference_context(TOKENIZER, values["signals"])
+    expected = context + prompts.summary_turn(TOKENIZER, config)
     if not instruction:
         assert asked[0] == expected
     assert TOKENIZER.decode(asked[0]).split() == TOKENIZER.decode(expected).split()
     prompt = [{"role": "user", "content": "how do magnets work"}]
     summary = TOKENIZER.encode(values["summary"])
     expected = (
-        templates.generator_prefix(TOKENIZER, config)
+        prompts.generator_prefix(TOKENIZER, config)
         + summary
-        + templates.generator_turn(TOKENIZER, prompt)
+        + prompts.generator_turn(TOKENIZER, prompt)
     )
     if (
         not instruction

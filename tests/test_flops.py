@@ -11,10 +11,10 @@ from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.config_check import parse_phases
 from popi_jax.flops import flops, of_jaxpr
 from popi_jax.models.presets import PRESETS
-from popi_jax.models.roles import Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.training.schedule import Parts, popi_update
+from popi_jax.popi.roles import Glue
+from popi_jax.popi.update import Parts, popi_update
 from popi_jax.training.state import Frozen, new_state
 from tests.training.small import make_config, make_parts, replace
 

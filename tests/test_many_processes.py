@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from popi_jax.data.sample import write_sample
+from popi_jax.data.sources.made_people import write_sample
 from tests.tiny_run import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -170,8 +170,8 @@ import jax, numpy as np
 from functools import partial
 from popi_jax import distributed
 from popi_jax.sharding import make_mesh, place_batch
-from popi_jax.training.schedule import popi_update
-from popi_jax.models.roles import rollout
+from popi_jax.popi.update import popi_update
+from popi_jax.popi.roles import rollout
 from tests.oracles.plain import RULES
 from tests.training import small
 distributed.start()

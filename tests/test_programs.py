@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from popi_jax import programs
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
-from popi_jax.models.dense import Budget
+from popi_jax.models.packing import Budget
+from popi_jax.popi.update import popi_update
 from popi_jax.programs import LOADING, STORING, Store, StoredProgram, load_early
 from popi_jax.sharding import place_batch, replicated
 from popi_jax.training import loop
-from popi_jax.training.schedule import popi_update
 from tests import tiny_run
 from tests.oracles.plain import RULES
 from tests.training import small

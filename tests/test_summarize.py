@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from popi_jax import finished_run
-from popi_jax.data import jsonl
-from popi_jax.data.jsonl import read_users
 from popi_jax.data.records import Comment, Shot
+from popi_jax.data.sources import jsonl
+from popi_jax.data.sources.jsonl import read_users
 from popi_jax.errors import UserError
 from tests.tiny_run import (
     STEP,

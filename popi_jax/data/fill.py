@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from popi_jax.arrays import Demonstrations, UserBatch, WarmupBatch
-from popi_jax.data.pipeline import user_batches, warmup_batches
+from popi_jax.data.batches import user_batches, warmup_batches
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ which divide evenly among the nodes of the level above. A token sees the earlier
 node, all of its ancestors, and what lies in `past` (a cache), nothing else. This file decides what
 is seen and what is computed; it knows nothing of prompts. `attend` is the one interface. Behind it
 are the chunks of this file, which compute everything everywhere, and the fused kernels of
-kernels.py, which compute some of it faster on the devices that they are made for. Letters as in
+fused_attention.py, which compute some of it faster on the devices that they are made for. Letters as in
 transformer.py, and in chunks: n groups of queries that share keys, m queries of a group, s their
 keys."""
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from popi_jax.models import kernels
+from popi_jax.models import fused_attention
 from popi_jax.sharding import UNSPLIT, Rules, platform
 
 IMPLEMENTATIONS = ("auto", "chunked", "splash", "cudnn")
@@ -107,11 +107,11 @@ def attend(
     name = BEST.get(on, "chunked") if implementation == "auto" else implementation
     if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
         if name == "splash":
-            return kernels.splash(
+            return fused_attention.splash(
                 q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=on != "tpu"
             )
-        if on == "gpu" and softcap is None and kernels.cudnn_takes(q):
-            return kernels.cudnn(q, k, v, valid, levels=tree, rules=rules)
+        if on == "gpu" and softcap is None and fused_attention.cudnn_takes(q):
+            return fused_attention.cudnn(q, k, v, valid, levels=tree, rules=rules)
     return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
 
 

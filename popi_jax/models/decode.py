@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.attention import KeysValues, Level
-from popi_jax.models.dense import Budget, dense, take, within
+from popi_jax.models.packing import Budget, dense, take, within
 from popi_jax.models.sampling import Sampling, draw, stops
-from popi_jax.models.scoring import pack
 from popi_jax.models.transformer import Transformer, TransformerConfig, for_rollout, head, variables
+from popi_jax.popi.scorer import pack
 
 
 class _Loop(NamedTuple):

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models.attention import KeysValues, Level, Levels, attend
-from popi_jax.models.dense import Dense, take, to_places, to_slots
+from popi_jax.models.packing import Dense, take, to_places, to_slots
 from popi_jax.models.rope import RopeScaling, frequencies, rope
-from popi_jax.models.vocabulary import lookup
+from popi_jax.models.sharded_vocab import lookup
 from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names, relaid
 
 Streams = tuple[Float[Array, "*rows D"], ...]

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from popi_jax.arrays import Params, Tokens, UserBatch
-from popi_jax.build import mesh_rules, model_config
 from popi_jax.config import Config
 from popi_jax.config_check import check_mesh, parse_phases, resolve_mesh
 from popi_jax.errors import UserError, did_you_mean
 from popi_jax.models.presets import PRESETS
-from popi_jax.models.roles import Glue
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.planning.target import Target
+from popi_jax.popi.roles import Glue
+from popi_jax.popi.update import Parts, popi_update, role_turns
+from popi_jax.run import mesh_rules, model_config
 from popi_jax.sharding import make_mesh, spec
 from popi_jax.training.loop import abstract_frozen, static_parts, trains_adapters
-from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import (
     Frozen,
     TrainState,

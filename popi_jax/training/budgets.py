@@ -5,8 +5,8 @@ import math
 
 from popi_jax.config import Config
 from popi_jax.data.fill import Fill
-from popi_jax.models.dense import Budget
-from popi_jax.models.roles import Budgets, Glue
+from popi_jax.models.packing import Budget
+from popi_jax.popi.roles import Budgets, Glue
 
 
 def main_budgets(

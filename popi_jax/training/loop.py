@@ -18,27 +18,28 @@ from jax.sharding import Mesh
 
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, Params, UserBatch
-from popi_jax.build import Built, compiled_folder
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
+from popi_jax.data import batches
 from popi_jax.data import fill as fills
-from popi_jax.data import pipeline
 from popi_jax.errors import UserError
-from popi_jax.evals import suites
+from popi_jax.evals import cells
 from popi_jax.losses.preference import PairLogps
 from popi_jax.metric_writer import MetricWriter
-from popi_jax.models.roles import Glue, empty_summary, pair_logps
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
+from popi_jax.popi.roles import Glue, empty_summary, pair_logps
+from popi_jax.popi.steps import warmup_step
+from popi_jax.popi.update import Parts, popi_update, role_turns
 from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
+from popi_jax.run import Built, compiled_folder
 from popi_jax.sharding import place_batch, replicated, shards
 from popi_jax.training import optim
 from popi_jax.training.budgets import main_budgets, warmup_budgets
-from popi_jax.training.schedule import Parts, popi_update, role_turns
 from popi_jax.training.state import (
     Frozen,
     RoleState,
@@ -52,7 +53,6 @@ from popi_jax.training.state import (
     restart_optimizers,
     shardings_of,
 )
-from popi_jax.training.steps import warmup_step
 
 SHOWN = {
     "warmup/generator_nll": "generator nll",
@@ -117,17 +117,17 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    warmup = pipeline.warmup_batches(
+    warmup = batches.warmup_batches(
         users, built.tokenizer, cfg, seed=cfg.seed, items=_items(built), **place
     )
-    main = pipeline.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
+    main = batches.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
 def _items(built: Built) -> tuple[str, ...]:
     made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
     return (
-        pipeline.summary_items(built.dataset.splits["train"])
+        batches.summary_items(built.dataset.splits["train"])
         if built.config.warmup.steps and made
         else ()
     )
@@ -410,14 +410,14 @@ def reference_pairs(params: Params, built: Built) -> PairLogps:
 
     program = jax.jit(score, out_shardings=replicated(built.mesh))
     found = []
-    batches = pipeline.eval_batches(users, built.tokenizer, cfg)
+    found_batches = batches.eval_batches(users, built.tokenizer, cfg)
     with Progress(
         -(-len(users) // size), label="reference", enabled=distributed.is_main_process()
     ) as progress:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(found_batches):
             found.append(
                 jax.device_get(
-                    program(params, suites.place(batch.batch, built.mesh, built.model.rules))
+                    program(params, cells.place(batch.batch, built.mesh, built.model.rules))
                 )
             )
             progress.update(number + 1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from popi_jax.arrays import Metrics, Params
-from popi_jax.models.dense import Budget
+from popi_jax.models.packing import Budget
 
 Choice = Callable[
     [Any, Callable[[Budget | None], PyTree]], PyTree

@@ -5,7 +5,7 @@ from typing import Any
 from configs.base import base
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict
-from popi_jax.data import templates, tokenizer
+from popi_jax.data import prompts, tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 
 ITEMS = (
@@ -48,7 +48,7 @@ USERS = [make_user(n, 1 + n % 6) for n in range(11)]
 
 def make_tokenizer() -> tokenizer.Tokenizer:
     texts = [
-        f"{templates.signals_text(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS
+        f"{prompts.signals_text(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS
     ]
     return tokenizer.train(texts, 420)
 

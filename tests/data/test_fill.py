@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from popi_jax.data import fill as fills
+from popi_jax.data.batches import user_batches
 from popi_jax.data.fill import Spread
-from popi_jax.data.pipeline import user_batches
 from tests.data.people import USERS, make_config, make_tokenizer
 
 CFG, TOKENIZER = make_config(), make_tokenizer()

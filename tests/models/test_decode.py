@@ -11,9 +11,9 @@ import pytest
 from popi_jax.arrays import Rollouts, Tokens
 from popi_jax.models import decode
 from popi_jax.models.decode import sample_keys
-from popi_jax.models.dense import Budget
+from popi_jax.models.packing import Budget
 from popi_jax.models.sampling import Sampling
-from popi_jax.models.scoring import answer_logps
+from popi_jax.popi.scorer import answer_logps
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import MODEL

@@ -17,7 +17,6 @@ from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.attention import Level
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.rope import RopeScaling, frequencies
-from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -26,6 +25,7 @@ from popi_jax.models.transformer import (
     unbox,
     variables,
 )
+from popi_jax.popi.scorer import answer_logps
 from tests.oracles import decoder, recorded
 from tests.oracles import losses as oracle
 from tests.oracles.plain import row

@@ -18,9 +18,9 @@ from popi_jax.checkpoints import adapter, hf_io
 from popi_jax.flops import flops
 from popi_jax.models import lora as lora_lib
 from popi_jax.models.decode import Sampling, sample, sample_keys
-from popi_jax.models.dense import Budget
-from popi_jax.models.scoring import answer_logps, answer_logps_of_both
+from popi_jax.models.packing import Budget
 from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.popi.scorer import answer_logps, answer_logps_of_both
 from popi_jax.sharding import make_mesh, param_shardings, place_batch
 from tests.oracles import plain
 from tests.oracles.plain import MODEL, RULES

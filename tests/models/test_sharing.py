@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 
 from popi_jax.arrays import Tokens
-from popi_jax.models.dense import Budget
+from popi_jax.models.packing import Budget
 from popi_jax.models.rope import RopeScaling
-from popi_jax.models.scoring import answer_logps
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.popi.scorer import answer_logps
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 

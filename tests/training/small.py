@@ -15,10 +15,10 @@ from popi_jax import sharding
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
-from popi_jax.models.roles import Budgets, Glue
 from popi_jax.models.sampling import Sampling
+from popi_jax.popi.roles import Budgets, Glue
+from popi_jax.popi.update import Parts
 from popi_jax.training import optim
-from popi_jax.training.schedule import Parts
 from popi_jax.training.state import (
     Frozen,
     TrainState,

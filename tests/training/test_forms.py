@@ -14,15 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from tests.training.test_steps import assert_close
 
 from popi_jax.arrays import Mean, Rollouts, Tokens
 from popi_jax.config import Config
 from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE, PairLogps
 from popi_jax.models.lora import join
-from popi_jax.models.roles import pair_logps
 from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.popi.roles import pair_logps
+from popi_jax.popi.steps import generator_step, inference_step
+from popi_jax.popi.update import popi_update
 from popi_jax.training import microbatches, optim
-from popi_jax.training.schedule import popi_update
 from popi_jax.training.state import (
     Frozen,
     RoleState,
@@ -32,10 +34,8 @@ from popi_jax.training.state import (
     policy,
     restart_optimizers,
 )
-from popi_jax.training.steps import generator_step, inference_step
 from tests.oracles.plain import MODEL
 from tests.training import small
-from tests.training.test_steps import assert_close
 
 SGD = optax.sgd(1.0)
 JOINT = small.parse_phases(("joint 8",))

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Mean
-from popi_jax.build import Built
 from popi_jax.checkpoints import manager
 from popi_jax.distributed import StopRequest
 from popi_jax.metric_writer import MetricWriter
+from popi_jax.run import Built
 from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
 from popi_jax.training.state import TrainState
@@ -158,7 +158,7 @@ def test_exit_status_of_a_run_that_was_stopped(
 
     mesh = small.make_mesh(1, 1, 1)
     monkeypatch.setattr(
-        "popi_jax.build.build", lambda *_: Built(None, "", mesh, None, None, None, None, None)
+        "popi_jax.run.build", lambda *_: Built(None, "", mesh, None, None, None, None, None)
     )
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exited:

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from tests.training.test_schedule import CFG, values
 
 from configs import scales
 from popi_jax.config_check import parse_phases, parse_rules
-from popi_jax.models.roles import rollout
 from popi_jax.models.transformer import for_rollout
 from popi_jax.planning.program import Traffic, read
+from popi_jax.popi.roles import rollout
+from popi_jax.popi.update import popi_update
 from popi_jax.sharding import Rules, place_batch
-from popi_jax.training.schedule import popi_update
 from tests.oracles.plain import RULES
 from tests.training import small
-from tests.training.test_schedule import CFG, values
 
 FSDP = Rules(**parse_rules(scales.FSDP_RULES, "rules"))
 

@@ -1,0 +1,260 @@
+"""Your own data: one JSON object a line, one preference pair each; what a line may hold is in
+docs/data.md.
+
+    {"user_id": "ann", "record_id": "1", "prompt": [{"role": "user", "content": "…"}], "chosen":
+    "…", "rejected": "…",
+     "oracle": "…", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt": "…",
+     "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}
+
+`oracle` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read.
+Lines of one user_id with equal signals are one user. With other signals they are a further user,
+"ann#2", in the same split: signals are drawn per person, never per prompt."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from popi_jax.data.json_rows import Loaded, Row, existing, read_lines, show
+from popi_jax.data.records import Comment, Messages, Pair, Shot, User
+from popi_jax.data.splits import SPLITS, split_of
+from popi_jax.errors import UserError
+
+FIELDS = (
+    "user_id",
+    "dataset",
+    "record_id",
+    "signals",
+    "prompt",
+    "chosen",
+    "rejected",
+    "oracle",
+    "meta",
+)
+SIGNALS = ("profile", "survey", "fewshot", "comments")
+PLACEHOLDERS = ("EMPTY STRING", "nan", "NaN", "None")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line: a user, who holds no pair yet, and one pair."""
+
+    user: User
+    pair: Pair
+
+
+def files(path: Path) -> list[Path]:
+    """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when
+    one is missing."""
+    return (
+        [existing(path / f"{split}.jsonl") for split in SPLITS]
+        if path.is_dir()
+        else [existing(path)]
+    )
+
+
+def load(path: Path, cfg: Any) -> Loaded:
+    """Reads a file, split by user_id, or a folder of train.jsonl, validation.jsonl and test.jsonl.
+
+    Args: cfg: the `data` part of the configuration.
+    Raises: UserError, also when a user_id occurs in two files of a folder.
+    """
+    users: list[User] = []
+    bad_rows: list[str] = []
+    split_by_name: dict[
+        str, tuple[str, str]
+    ] = {}  # user_id -> its split and where it was first seen
+    for file in files(path):
+        records, bad = _records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
+        users += _group(records, cfg)
+        bad_rows += bad
+    return Loaded(users, bad_rows)
+
+
+def _records(
+    file: Path, split: str, split_by_name: dict[str, tuple[str, str]], cfg: Any
+) -> tuple[list[Record], list[str]]:
+    """Reads a file whose users all belong to `split`, or with split "" each to the split of its
+    name."""
+    seen: dict[str, str] = {}
+    oracles: dict[str, tuple[str, str]] = {}
+
+    def parse(row: Row) -> Record:
+        record = _record(row)
+        name = record.user.user_id
+        own = split or split_of(name, cfg.validation_fraction, cfg.test_fraction)
+        oracle, first = oracles.setdefault(name, (record.user.oracle, row.where))
+        if oracle != record.user.oracle:
+            allowed = f"one oracle per user_id, {show(oracle)} at {first}"
+            raise row.error("oracle", record.user.oracle, allowed, "Correct it.")
+        earlier, first = split_by_name.setdefault(name, (own, row.where))
+        if earlier != own:
+            allowed = f"a user of one split only (also at {first})"
+            raise row.error("user_id", name, allowed, "Keep each user in one file.")
+        row.unique("record_id", seen)
+        return Record(dataclasses.replace(record.user, split=own), record.pair)
+
+    return read_lines(file, parse, cfg.on_bad_row)
+
+
+def read_users(path: Path, num_shots: int) -> list[User]:
+    """Users to summarise, in the order of the file: lines of which only user_id and signals are
+    needed and read.
+
+    Users hold no pairs, and the first `num_shots` past pairs, as training shows.
+    Raises: UserError naming file and line.
+    """
+
+    def parse(row: Row) -> User:
+        row.only(FIELDS)
+        user = _signals(row, num_shots)
+        if not (user.profile or user.survey or user.shots or user.comments):
+            raise row.error(
+                "signals",
+                row.fields["signals"],
+                f"at least one of {', '.join(SIGNALS)}",
+                "Add one.",
+            )
+        return user
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give one with one JSON object a line")
+    users, _ = read_lines(path, parse, "error")
+    return list(dict.fromkeys(users))
+
+
+def write(users: Iterable[User], path: Path) -> None:
+    """Writes one line per held-out pair: the inverse of `load`, but for stated, readings, split and
+    "#2" of a draw."""
+    with path.open("w", encoding="utf-8") as f:
+        for user in users:
+            signals = {
+                "profile": user.profile,
+                "survey": user.survey,
+                "fewshot": [dataclasses.asdict(shot) for shot in user.shots],
+                "comments": [dataclasses.asdict(comment) for comment in user.comments],
+            }
+            for pair in user.pairs:
+                record = {
+                    "user_id": user.user_id,
+                    "signals": signals,
+                    "oracle": user.oracle,
+                    **dataclasses.asdict(pair),
+                }
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _record(row: Row) -> Record:
+    row.only(FIELDS)
+    user = _signals(row)
+    shots, comments = user.shots, user.comments
+    pair = Pair(row.text("record_id"), _messages(row), _text(row, "chosen"), _text(row, "rejected"))
+    if pair.chosen == pair.rejected:
+        raise row.error(
+            "rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line."
+        )
+    for i, shot in enumerate(shots):
+        if shot.prompt == pair.prompt[-1]["content"]:
+            allowed = (
+                'no prompt that is also the line\'s own "prompt": it would give the answer away'
+            )
+            raise row.error(
+                f"signals.fewshot[{i}].prompt", shot.prompt, allowed, "Remove that example."
+            )
+    asked = {m["content"] for m in pair.prompt if m["role"] == "user"}
+    for i, comment in enumerate(comments):
+        if comment.prompt in asked or comment.comment in asked:
+            allowed = 'no text of the line\'s own "prompt"'
+            raise row.error(
+                f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment."
+            )
+    return Record(dataclasses.replace(user, oracle=_optional(row, "oracle")), pair)
+
+
+def _signals(row: Row, num_shots: int | None = None) -> User:
+    """The user of a line, without pairs and oracle."""
+    signals = row.object("signals")
+    signals.only(SIGNALS)
+    shots = [
+        _shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else [])
+    ]
+    comments = [
+        _comment(item)
+        for item in (signals.objects("comments") if "comments" in signals.fields else [])
+    ]
+    return User(
+        user_id=row.text("user_id"),
+        profile=_optional(signals, "profile"),
+        survey=_optional(signals, "survey"),
+        shots=tuple(shots[:num_shots]),
+        comments=tuple(comments),
+        pairs=(),
+    )
+
+
+def _group(records: list[Record], cfg: Any) -> list[User]:
+    """Joins the lines of equal user and signals; keeps the first num_shots examples and the first
+    num_pairs pairs."""
+    pairs: dict[User, list[Pair]] = {}
+    for record in records:
+        pairs.setdefault(record.user, []).append(record.pair)
+    draws: dict[str, int] = {}
+    users: list[User] = []
+    for user, held_out in pairs.items():
+        draw = draws[user.user_id] = draws.get(user.user_id, 0) + 1
+        user_id = user.user_id if draw == 1 else f"{user.user_id}#{draw}"
+        shots, kept = user.shots[: cfg.num_shots], tuple(held_out[: cfg.num_pairs])
+        users.append(dataclasses.replace(user, user_id=user_id, shots=shots, pairs=kept))
+    return users
+
+
+def _shot(row: Row) -> Shot:
+    row.only(("prompt", "chosen", "rejected"))
+    shot = Shot(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+    if shot.chosen == shot.rejected:
+        raise row.error(
+            "rejected",
+            shot.rejected,
+            'a text other than "chosen"',
+            "Correct or remove the example.",
+        )
+    return shot
+
+
+def _comment(row: Row) -> Comment:
+    row.only(("prompt", "comment"))
+    return Comment(_optional(row, "prompt"), _text(row, "comment"))
+
+
+def _messages(row: Row) -> Messages:
+    items = row.objects("prompt")
+    messages: Messages = []
+    for item in items:
+        item.only(("role", "content"))
+        messages.append({"role": item.text("role"), "content": _text(item, "content")})
+    roles = [m["role"] for m in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        allowed = "an optional system message, then user, assistant, user, ... that ends with user"
+        raise row.error("prompt", roles, allowed, "Correct the roles.")
+    return messages
+
+
+def _text(row: Row, name: str) -> str:
+    return _real(row, name, row.text(name))
+
+
+def _optional(row: Row, name: str) -> str:
+    return _real(row, name, row.text(name, empty=True)) if name in row.fields else ""
+
+
+def _real(row: Row, name: str, text: str) -> str:
+    if text in PLACEHOLDERS:
+        raise row.error(
+            name,
+            text,
+            "a real text; what is missing is left out or empty",
+            "Correct or remove the line.",
+        )
+    return text

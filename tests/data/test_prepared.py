@@ -1,0 +1,283 @@
+"""The prepared copy: made once per content and options, read by index; the sample, the download,
+and their refusals."""
+
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import grain
+import pytest
+
+from popi_jax.data import prepared
+from popi_jax.data.records import Comment, Pair, User
+from popi_jax.data.sources import download, jsonl
+from popi_jax.data.sources.made_people import write_sample
+from popi_jax.data.splits import split_of, split_topics
+from popi_jax.errors import UserError
+
+
+def options(tmp_path: Path, **changes: object) -> types.SimpleNamespace:
+    fields = {
+        "source": "prism",
+        "path": str(tmp_path / "raw"),
+        "prepared": str(tmp_path / "prepared"),
+        "download": False,
+        "on_bad_row": "error",
+        "split_by": "user",
+        "validation_fraction": 0.2,
+        "test_fraction": 0.2,
+        "num_shots": 3,
+        "num_pairs": 4,
+        "pair_mode": "best_vs_worst",
+        "score_margin": 1,
+        "turns": "first",
+        "use_system_string": False,
+        "sample_people": 30,
+    }
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+def own(tmp_path: Path, people: int = 40) -> types.SimpleNamespace:
+    """Options for a file of own data: one pair for each of the people."""
+    prompt = [{"role": "user", "content": "what now?"}]
+    users = [
+        User(
+            f"u{i}",
+            "ünïcode\u2028",
+            "",
+            (),
+            (Comment("", f"I am {i}"),),
+            (Pair(f"{i}", prompt, "a", "b"),),
+        )
+        for i in range(people)
+    ]
+    jsonl.write(users, tmp_path / "raw.jsonl")
+    return options(tmp_path, source="jsonl", path=str(tmp_path / "raw.jsonl"))
+
+
+def test_users_come_back_by_index(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    dataset = prepared.prepare(cfg, allow_sample=False)
+    expected = jsonl.load(Path(cfg.path), cfg).users
+    assert (dataset.name, dataset.data) == ("jsonl", "own")
+    for split, users in dataset.splits.items():
+        of_split = [user for user in expected if user.split == split]
+        assert list(pickle.loads(pickle.dumps(users))) == of_split
+        assert dataset.stats[split] == {"users": len(of_split), "pairs": len(of_split)}
+        assert users[-1] == of_split[-1] and users[:2] == of_split[:2]
+        assert list(grain.MapDataset.source(users)) == of_split
+        with pytest.raises(IndexError):
+            users[len(users)]
+
+
+def test_a_copy_is_made_once_and_never_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = own(tmp_path)
+    first = prepared.prepare(cfg, allow_sample=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "_write", lambda loaded, home: pytest.fail("written again"))
+        assert prepared.prepare(cfg, allow_sample=False).prepared == first.prepared
+    cfg.num_shots = 1
+    assert prepared.prepare(cfg, allow_sample=False).prepared != first.prepared
+    cfg.num_shots = 3
+    own(tmp_path, people=41)
+    changed = prepared.prepare(cfg, allow_sample=False)
+    assert sum(len(users) for users in changed.splits.values()) == 41
+    monkeypatch.setattr(prepared, "FORMAT", prepared.FORMAT + 1)
+    assert prepared.prepare(cfg, allow_sample=False).prepared != changed.prepared
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = own(tmp_path)
+
+    def fail(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
+        (data_dir / "half").write_text("")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "_build", fail)
+        with pytest.raises(OSError, match="disk full"):
+            prepared.prepare(cfg, allow_sample=False)
+    assert [
+        p for p in (tmp_path / "prepared").rglob("*") if p.is_file() or p.name.startswith(".part")
+    ] == []
+    assert len(prepared.prepare(cfg, allow_sample=False).splits["train"]) > 0
+
+
+def test_skipped_rows_are_listed(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    path = Path(cfg.path)
+    path.write_text(path.read_text() + "nonsense\n")
+    with pytest.raises(UserError, match=r"raw.jsonl:41: not JSON at column 1"):
+        prepared.prepare(cfg, allow_sample=False)
+    cfg.on_bad_row = "skip"
+    dataset = prepared.prepare(cfg, allow_sample=False)
+    assert dataset.stats["rows"] == {"skipped": 1}
+    (row,) = (dataset.prepared / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(row)["error"].startswith(f"{path}:41: not JSON")
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    cfg = own(tmp_path, people=1)
+    with pytest.raises(UserError, match=r"split of 1 users is empty. (Raise|Lower)"):
+        prepared.prepare(cfg, allow_sample=False)
+    cfg.validation_fraction = cfg.test_fraction = 0.0
+    dataset = prepared.prepare(cfg, allow_sample=False)
+    assert {split: len(users) for split, users in dataset.splits.items()} == {
+        "train": 1,
+        "validation": 0,
+        "test": 0,
+    }
+
+
+def test_no_user_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "raw.jsonl").write_text("nonsense\n")
+    cfg = options(tmp_path, source="jsonl", path=str(tmp_path / "raw.jsonl"), on_bad_row="skip")
+    with pytest.raises(UserError, match=r"found no user .* the first of 1 bad rows: .*raw.jsonl:1"):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_unknown_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='Did you mean "prism"'):
+        prepared.prepare(options(tmp_path, source="prsm"), allow_sample=False)
+
+
+def test_the_sample_stands_in_only_when_allowed_and_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = options(tmp_path)
+    with pytest.raises(UserError, match="no PRISM files"):
+        prepared.prepare(cfg, allow_sample=False)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        dataset = prepared.prepare(cfg, allow_sample=True)
+    assert "MADE data" in caplog.text
+    assert dataset.data == "sample" and dataset.folder.name.startswith("prism-sample-30-")
+    assert sum(len(users) for users in dataset.splits.values()) == 30
+    user = dataset.splits["train"][0]
+    assert len(user.shots) == 3 and len(user.pairs) == 4 and len(user.readings) == 3 and user.oracle
+
+
+def test_published_files_are_preferred_and_must_be_complete(tmp_path: Path) -> None:
+    cfg = options(tmp_path)
+    write_sample(tmp_path / "raw", people=30)
+    assert prepared.prepare(cfg, allow_sample=True).data == "published"
+    (tmp_path / "raw" / "survey.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"no survey.jsonl beside conversations.jsonl, utterances.jsonl"
+    ):
+        prepared.prepare(cfg, allow_sample=True)
+
+
+def test_a_failed_download_falls_back_or_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(folder: Path) -> None:
+        raise download.DownloadFailed("the hub is away.")
+
+    monkeypatch.setattr(prepared, "download_prism", unreachable)
+    cfg = options(tmp_path, download=True)
+    assert prepared.prepare(cfg, allow_sample=True).data == "sample"
+    with pytest.raises(UserError, match="the hub is away"):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_a_run_of_the_sample_goes_on_without_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prepared, "download_prism", lambda folder: pytest.fail("tried to download"))
+    cfg = options(tmp_path, download=True)
+    assert prepared.prepare(cfg, allow_sample=True, trained_on="sample").data == "sample"
+    assert "MADE data" not in caplog.text
+    write_sample(
+        tmp_path / "raw", people=30
+    )  # real files that came later are taken, and refused by check_same_run
+    assert prepared.prepare(cfg, allow_sample=True, trained_on="sample").data == "published"
+
+
+def test_download_checks_and_records_sums(tmp_path: Path) -> None:
+    write_sample(tmp_path / "hub", people=3)
+    url, names = (
+        f"file://{tmp_path}/hub/{{name}}",
+        ("survey.jsonl", "conversations.jsonl", "utterances.jsonl"),
+    )
+    sums = {name: download.sha256_of(tmp_path / "hub" / name) for name in names}
+    raw = tmp_path / "raw"
+    with pytest.raises(UserError, match=r"survey.jsonl: sha256 of the download is .*, allowed: 00"):
+        download.download_prism(raw, url, {**sums, "survey.jsonl": "00"})
+    with pytest.raises(download.DownloadFailed, match="cannot be downloaded"):
+        download.download_prism(raw, url, {**sums, "absent.jsonl": ""})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]  # all or none
+    download.download_prism(raw, url, {**sums, "survey.jsonl": ""})
+    assert json.loads((raw / "SOURCE.json").read_text())["sha256"] == sums
+    prepared.prepare(
+        options(tmp_path, validation_fraction=0.0, test_fraction=0.0), allow_sample=False
+    )
+    (raw / "survey.jsonl").write_bytes((raw / "survey.jsonl").read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"survey.jsonl: sha256 is .*SOURCE.json"):
+        prepared.prepare(options(tmp_path), allow_sample=False)
+
+
+def test_fractions_are_met() -> None:
+    splits = [split_of(f"user{i}", 0.1, 0.3) for i in range(5000)]
+    assert (
+        abs(splits.count("test") / 5000 - 0.3) < 0.03
+        and abs(splits.count("validation") / 5000 - 0.1) < 0.02
+    )
+    wider = [split_of(f"user{i}", 0.4, 0.3) for i in range(5000)]
+    assert [s == "test" for s in splits] == [s == "test" for s in wider]
+    assert (split_of("user0", 0.1, 0.2), split_of("user1", 0.0, 0.04)) == (
+        "validation",
+        "test",
+    )  # by `sha256sum`
+    assert sorted(split_topics("abcd", 0.1, 0.0).values()) == [
+        "train",
+        "train",
+        "train",
+        "validation",
+    ]
+
+
+def test_reading_needs_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
+    write_sample(tmp_path / "raw", people=30)
+    code = f"""
+import sys, types
+from popi_jax.data import prepared
+cfg = types.SimpleNamespace(**{vars(options(tmp_path))!r})
+assert "tensorflow_datasets" not in sys.modules, "imported too early"
+assert len(prepared.prepare(cfg, allow_sample=False).splits["train"][0].pairs) == 4
+assert not {{"jax", "tensorflow"}} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_command_prints_the_splits_and_a_user(tmp_path: Path) -> None:
+    write_sample(tmp_path / "raw", people=60)
+    flags = [
+        f"--config.data.path={tmp_path}/raw",
+        f"--config.data.prepared={tmp_path}/p",
+        "--config.data.test_fraction=0.3",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "popi_jax.prepare",
+        "--config=prism",
+        "--config.data.validation_fraction=0.3",
+        *flags,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert (
+        sum(int(line[1]) for line in lines if line and line[0] in ("train", "validation", "test"))
+        == 60
+    )
+    assert "true persona" in done.stdout and "chosen: " in done.stdout

@@ -1,0 +1,53 @@
+"""From a configuration to the model: the shape comes from the base folder, which must hold the
+whole tokenizer."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from popi_jax import run
+from popi_jax.config_check import from_config_dict
+from popi_jax.errors import UserError
+from tests.tiny_run import config_of, on_devices, shared_run
+
+
+def test_never_drawn_are_control_tokens_and_the_padding_of_the_vocabulary() -> None:
+    built = shared_run(1).built
+    words, never = built.tokenizer, set(built.sampling.banned)
+    assert words.eos_id not in never and words.pad_id in never and len(never) > 2
+    assert set(range(words.vocab_size, built.model.vocab_size)) <= never
+    assert never.isdisjoint(words.encode("plain words ; <pad> and an end"))
+
+
+def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path: Path) -> None:
+    from configs.base import compose
+
+    shape = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "model_type": "llama", "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    c = compose("model=pretrained,scale=laptop")
+    c.name, c.model.checkpoint = "test", str(tmp_path)
+    config = from_config_dict(c)
+    assert run.model_config(config, 300).vocab_size == 300
+    with pytest.raises(
+        UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"
+    ):
+        run.model_config(config, 301)
+
+
+def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    with on_devices(1):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        run.start_devices(config)
+        assert jax.config.jax_compilation_cache_dir == str(run.compiled_folder(config))
+        jax.config.update(
+            "jax_compilation_cache_dir", "gs://bucket/compiled"
+        )  # as JAX reads it from the environment
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
+        run.start_devices(config)
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
