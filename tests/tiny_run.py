@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from popi_jax import build as builds
 from popi_jax import cli, sharding
+from popi_jax import run as builds
 from popi_jax.checkpoints import manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json

@@ -102,9 +102,7 @@ def test_pairs_are_drawn_anew_and_all_in_the_end(tokenizer: Tokenizer, cfg: Conf
     users = [make_user(0, 6)]
     made = take(batches.user_batches(users, tokenizer, cfg, seed=0, num_pairs=2), 5)
     draws = [
-        tuple(text(tokenizer, b.turns, row, k) for k in range(2))
-        for b in made
-        for row in range(4)
+        tuple(text(tokenizer, b.turns, row, k) for k in range(2)) for b in made for row in range(4)
     ]
     assert len(set(draws)) > 5 and len({turn for draw in draws for turn in draw}) == 6
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax import build as builds
 from popi_jax import export, finished_run
+from popi_jax import run as builds
 from popi_jax.checkpoints import hf_io
 from popi_jax.config_check import to_json
 from popi_jax.errors import UserError

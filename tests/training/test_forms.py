@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from tests.training.test_steps import assert_close
 
 from popi_jax.arrays import Mean, Rollouts, Tokens
 from popi_jax.config import Config
@@ -35,6 +34,7 @@ from popi_jax.training.state import (
     restart_optimizers,
 )
 from tests.oracles.plain import MODEL
+from tests.popi.test_steps import assert_close
 from tests.training import small
 
 SGD = optax.sgd(1.0)

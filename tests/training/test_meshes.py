@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from tests.training.test_schedule import CFG, values
 
 from configs import scales
 from popi_jax.config_check import parse_phases, parse_rules
@@ -18,6 +17,7 @@ from popi_jax.popi.roles import rollout
 from popi_jax.popi.update import popi_update
 from popi_jax.sharding import Rules, place_batch
 from tests.oracles.plain import RULES
+from tests.popi.test_update import CFG, values
 from tests.training import small
 
 FSDP = Rules(**parse_rules(scales.FSDP_RULES, "rules"))
