@@ -18,7 +18,7 @@ from benchmarks import options
 from benchmarks.report import table, write_json
 from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.fill import Fill
+from popi_jax.data.measure import Fill
 
 BATCHES = 20
 MEAN, STD = 0.55, 0.2  # of the lengths of uneven texts, as parts of the longest
@@ -74,7 +74,7 @@ def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     with tempfile.TemporaryDirectory() as workdir:
         config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
         built = build(config, to_json(config))
-        made = batches.user_batches(
+        made = batches.make_user_batches(
             built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed
         )
         return padding(islice(iter(made), BATCHES), open_fill(built))

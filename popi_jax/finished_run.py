@@ -16,8 +16,8 @@ from popi_jax.checkpoints import manager
 from popi_jax.config import Config
 from popi_jax.config_check import to_json
 from popi_jax.data import prompts
-from popi_jax.data.batches import eval_batches
-from popi_jax.data.encode import fitted_lengths
+from popi_jax.data.batches import make_eval_batches
+from popi_jax.data.measure import fit_lengths
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals.cells import place, summarize, summarizer
@@ -97,16 +97,18 @@ def summaries_of(
     """
     words = built.tokenizer
     users = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
-    data, cut = fitted_lengths(users, words, lengths)
+    fitted, cut = fit_lengths(users, words, lengths)
     if cut.contexts:
         logging.warning(
             "The signals of %d of %d users were too long and shortened (data.context_len = %d).",
             *(cut.contexts, cut.users, lengths.data.context_len),
         )
-    config = dataclasses.replace(lengths, data=dataclasses.replace(data, num_pairs=1))
+    config = dataclasses.replace(
+        lengths, data=dataclasses.replace(lengths.data, num_pairs=1, **fitted)
+    )
     placed = [
         place(batch.batch, built.mesh, built.model.rules)
-        for batch in eval_batches(users, words, config)
+        for batch in make_eval_batches(users, words, config)
     ]
     sampling = built.sampling._replace(temperature=temperature)
     program = summarizer(
@@ -139,7 +141,9 @@ def answers(
         return place(tokens, built.mesh, built.model.rules)
 
     context = repeated([*built.glue.generator_prefix, *words.encode(summary)])
-    turn = repeated(prompts.generator_turn(words, [{"role": "user", "content": prompt.strip()}]))
+    turn = repeated(
+        prompts.render_generator_turn(words, [{"role": "user", "content": prompt.strip()}])
+    )
 
     def program(params: Params, context: Tokens, turn: Tokens) -> Rollouts:
         keys = sample_keys(jax.random.key(built.config.seed), jnp.arange(rows), num)

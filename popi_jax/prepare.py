@@ -7,7 +7,7 @@ from popi_jax.config import Config
 
 def main(config: Config) -> None:
     from popi_jax.data.prepared import prepare
-    from popi_jax.data.prompts import signals_text
+    from popi_jax.data.prompts import render_signals
     from popi_jax.data.splits import SPLITS
 
     dataset = prepare(config.data, allow_sample=True)
@@ -26,7 +26,7 @@ def main(config: Config) -> None:
         f"{message['role']}: {message['content']}" for message in user.pairs[0].prompt
     )
     print(
-        f"\nfirst user of the train split, {user.user_id}\n\n--- signals\n{signals_text(user, config.data.pair_layout)}"
+        f"\nfirst user of the train split, {user.user_id}\n\n--- signals\n{render_signals(user, config.data.pair_layout)}"
     )
     print(f"--- first of {len(user.pairs)} held-out pairs\n{prompt}")
     print(f"chosen: {user.pairs[0].chosen}\nrejected: {user.pairs[0].rejected}")

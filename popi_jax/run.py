@@ -18,7 +18,8 @@ from popi_jax.checkpoints.manager import check_same_run, stored_config
 from popi_jax.config import Config, DataConfig
 from popi_jax.config_check import check_mesh, parse_rules, resolve_mesh
 from popi_jax.data import prompts, tokenizer
-from popi_jax.data.encode import Truncations, fitted_lengths
+from popi_jax.data.encode import Truncations
+from popi_jax.data.measure import fit_lengths
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
@@ -116,7 +117,7 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
         made = tokenizer.load(config.model.checkpoint)
     else:
         made = tokenizer.train(
-            prompts.training_texts(dataset.splits["train"], config), config.model.vocab_size
+            prompts.list_training_texts(dataset.splits["train"], config), config.model.vocab_size
         )
     if distributed.is_main_process():
         made.save(folder)
@@ -132,7 +133,7 @@ def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
 def _lengths(
     config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool
 ) -> tuple[DataConfig, Truncations]:
-    """`fitted_lengths`, kept beside the tokenizer, so that a run that continues need not encode its
+    """`fit_lengths`, kept beside the tokenizer, so that a run that continues need not encode its
     users again."""
     path = epath.Path(config.workdir) / "tokenizer" / "lengths.json"
     if begun and path.exists():
@@ -140,11 +141,10 @@ def _lengths(
         return dataclasses.replace(config.data, **known["lengths"]), Truncations(
             *known["truncations"]
         )
-    data, cut = fitted_lengths(dataset.splits["train"], words, config)
+    lengths, cut = fit_lengths(dataset.splits["train"], words, config)
     if distributed.is_main_process():
-        lengths = {name: getattr(data, name) for name in ("context_len", "turn_len", "answer_len")}
         path.write_text(json.dumps({"lengths": lengths, "truncations": list(cut)}))
-    return data, cut
+    return dataclasses.replace(config.data, **lengths), cut
 
 
 def never_drawn(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
@@ -185,7 +185,8 @@ def build(config: Config, config_json: str) -> Built:
         )
     config = dataclasses.replace(config, data=data)
     glue = Glue(
-        tuple(prompts.generator_prefix(words, config)), tuple(prompts.summary_turn(words, config))
+        tuple(prompts.render_generator_prefix(words, config)),
+        tuple(prompts.render_summary_turn(words, config)),
     )
     model = model_config(config, words.vocab_size)
     sampling = Sampling(

@@ -12,7 +12,7 @@ from benchmarks import bench, compare, growth, hlo, measure, padding, profile
 from benchmarks.growth_chart import nice_step
 from benchmarks.programs import user_batch
 from benchmarks.workloads import TINY, WORKLOADS, Workload
-from popi_jax.data.fill import Fill, Spread
+from popi_jax.data.measure import Fill, Spread
 
 MINUTE = Workload("minute", "dpo", users=2, pairs=1, prompt_len=8, answer_len=4)
 SMALL = TINY._replace(

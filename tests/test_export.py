@@ -182,17 +182,17 @@ def test_the_code_of_the_card_runs_and_asks_what_training_asked(
     values: dict = {}
     exec(compile(code, os.fspath("card"), "exec"), values)
     assert f"summary: {values['summary']}\nanswer: {values['answer']}\n" in capsys.readouterr().out
-    context = prompts.inference_context(TOKENIZER, values["signals"])
-    expected = context + prompts.summary_turn(TOKENIZER, config)
+    context = prompts.render_inference_context(TOKENIZER, values["signals"])
+    expected = context + prompts.render_summary_turn(TOKENIZER, config)
     if not instruction:
         assert asked[0] == expected
     assert TOKENIZER.decode(asked[0]).split() == TOKENIZER.decode(expected).split()
     prompt = [{"role": "user", "content": "how do magnets work"}]
     summary = TOKENIZER.encode(values["summary"])
     expected = (
-        prompts.generator_prefix(TOKENIZER, config)
+        prompts.render_generator_prefix(TOKENIZER, config)
         + summary
-        + prompts.generator_turn(TOKENIZER, prompt)
+        + prompts.render_generator_turn(TOKENIZER, prompt)
     )
     if (
         not instruction

@@ -2,17 +2,15 @@
 that."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from popi_jax.data import prompts
 from popi_jax.data.records import Messages, User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
-_MEASURED_USERS = 4096
 _LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 
 Ids = list[int]
@@ -24,9 +22,16 @@ class Truncations(NamedTuple):
     contexts: int
     turns: int
     answers: int
-    oracles: int
     users: int
     pairs: int
+
+
+class Signals(NamedTuple):
+    """The signals of a user within a limit."""
+
+    text: str
+    context: Ids  # the same as the inference model reads it, with the headers before
+    shortened: bool
 
 
 class EncodedUser(NamedTuple):
@@ -49,171 +54,120 @@ class EncodedUser(NamedTuple):
 def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     """Encodes one user within the limits of `cfg.data`.
 
-    Too long a context loses its oldest comments, then its oldest shots, then the tail of the
-    survey, then that of the profile. Too long a turn loses its oldest messages, then the start of
-    its last one. Too long an answer loses its tail, and with it the end token. At most `num_pairs`
-    pairs are kept.
+    Too long signals are shortened as `fit_signals` says. Too long a turn loses its oldest messages,
+    then the start of its last one. Too long an answer loses its tail, and with it the end token. At
+    most `num_pairs` pairs are kept.
 
     Raises: UserError when the fixed parts of a conversation alone exceed a limit.
     """
     d = cfg.data
     pairs = user.pairs[: d.num_pairs]
-    context, context_cut = fit_context(user, tokenizer, cfg)
+    signals = fit_signals(user, tokenizer, cfg)
     turns = [_fit_turn(p.prompt, tokenizer, d.turn_len) for p in pairs]
-    chosen = [prompts.answer(tokenizer, p.chosen) for p in pairs]
-    rejected = [prompts.answer(tokenizer, p.rejected) for p in pairs]
-    oracle = tokenizer.encode(user.oracle.strip())
+    chosen = [prompts.encode_answer(tokenizer, p.chosen) for p in pairs]
+    rejected = [prompts.encode_answer(tokenizer, p.rejected) for p in pairs]
+    readings = () if signals.shortened else user.readings
     return EncodedUser(
         user_id=user.user_id,
-        context=context,
+        context=signals.context,
         turns=[turn for turn, _ in turns],
         chosen=[ids[: d.answer_len] for ids in chosen],
         rejected=[ids[: d.answer_len] for ids in rejected],
-        oracle=oracle[: d.summary_len],
+        oracle=tokenizer.encode(user.oracle.strip())[: d.summary_len],
         oracle_text=user.oracle,
         stated_text=user.stated,
-        profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
-        readings=[]
-        if context_cut
-        else [_reading(r.question, r.answer, tokenizer, cfg) for r in user.readings],
         contrasts=[(r.answer, r.contrast) for r in user.readings],
+        profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
+        readings=[_encode_reading(r.question, r.answer, tokenizer, cfg) for r in readings],
         truncations=Truncations(
-            contexts=int(context_cut),
+            contexts=int(signals.shortened),
             turns=sum(cut for _, cut in turns),
             answers=sum(len(ids) > d.answer_len for ids in chosen + rejected),
-            oracles=int(len(oracle) > d.summary_len),
             users=1,
             pairs=len(pairs),
         ),
     )
 
 
-def fit_context(user: User, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, bool]:
-    """The inference model's context of a user within `data.context_len`, and whether something was
-    left out.
+def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
+    """Fits the signals of a user into `data.context_len` tokens, headers of the inference model
+    counted.
 
-    Raises: UserError.
+    Whole items go first: the oldest comments, then the oldest past pairs, each with both replies.
+    What is still too long loses the tail of the survey, then that of the profile.
+
+    Raises: UserError when the headers alone are longer.
     """
     limit = cfg.data.context_len
 
-    def encode(some: User) -> Ids:
-        return prompts.inference_context(
-            tokenizer, prompts.signals_text(some, cfg.data.pair_layout)
-        )
+    def render(some: User) -> tuple[str, Ids]:
+        text = prompts.render_signals(some, cfg.data.pair_layout).strip()
+        return text, prompts.render_inference_context(tokenizer, text)
 
-    def with_survey(text: str) -> Ids:
-        return encode(dataclasses.replace(user, survey=text))
-
-    def with_profile(text: str) -> Ids:
-        return encode(dataclasses.replace(user, survey="", profile=text))
-
-    ids, cut = encode(user), False
+    text, ids = render(user)
+    shortened = len(ids) > limit
     while len(ids) > limit and (user.comments or user.shots):
-        dropped = {"comments": user.comments[1:]} if user.comments else {"shots": user.shots[1:]}
-        user = dataclasses.replace(user, **dropped)
-        ids, cut = encode(user), True
-    if len(ids) <= limit:
-        return ids, cut
-    text, part = (
-        (user.survey, with_survey)
-        if len(with_survey("")) <= limit
-        else (user.profile, with_profile)
-    )
-    return _fit_text(text, part, tokenizer, limit, "data.context_len", keep="start")[0], True
+        oldest = {"comments": user.comments[1:]} if user.comments else {"shots": user.shots[1:]}
+        user = dataclasses.replace(user, **oldest)
+        text, ids = render(user)
+    for field in ("survey", "profile"):
+        if len(ids) <= limit:
+            break
+        tokens = tokenizer.encode(getattr(user, field))
+        while len(ids) > limit and tokens:
+            tokens = tokens[: -_count_excess(ids, tokens, limit)]
+            user = dataclasses.replace(user, **{field: tokenizer.decode(tokens)})
+            text, ids = render(user)
+    return Signals(text, _check_room(ids, limit, "data.context_len"), shortened)
 
 
-def truncations(users: Iterable[EncodedUser]) -> Truncations:
-    """Sums of what was shortened over some users, for a report."""
-    return Truncations(*np.sum([(0,) * 6, *(u.truncations for u in users)], axis=0).tolist())
-
-
-def padded(length: int) -> int:
-    """The next multiple of `_LENGTH_MULTIPLE`."""
+def round_up(length: int) -> int:
+    """Returns the next padded length."""
     return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
-def fitted_lengths(
-    users: Sequence[User], tokenizer: Tokenizer, cfg: Any
-) -> tuple[Any, Truncations]:
-    """`cfg.data` with the padded lengths lowered to what the longest texts need, and what had to be
-    shortened.
-
-    At most `_MEASURED_USERS` users, evenly spaced, are measured; others that are longer are
-    shortened like any other."""
-    stride = -(-len(users) // _MEASURED_USERS)
-    encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
-    turns = [ids for u in encoded for ids in (*u.turns, *(turn for turn, _ in u.readings))]
-    answers = [
-        ids
-        for u in encoded
-        for ids in (*u.chosen, *u.rejected, *(answer for _, answer in u.readings))
-    ]
-
-    def fitted(limit: int, rows: list[Ids], least: int) -> int:
-        longest = max(map(len, rows), default=least)
-        return min(limit, max(padded(longest), least))
-
-    data = dataclasses.replace(
-        cfg.data,
-        context_len=fitted(cfg.data.context_len, [u.context for u in encoded], 1),
-        turn_len=fitted(cfg.data.turn_len, [*turns, prompts.summary_turn(tokenizer, cfg)], 1),
-        answer_len=fitted(cfg.data.answer_len, answers, 2),
-    )
-    return data, truncations(encoded)
-
-
-def _reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, Ids]:
-    def turn(part: str) -> Ids:
-        return prompts.reading_turn(tokenizer, part)
-
-    ids, _ = _fit_text(question, turn, tokenizer, cfg.data.turn_len, "data.turn_len", keep="end")
-    return ids, prompts.answer(tokenizer, text)[: cfg.data.answer_len]
+def _encode_reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) -> tuple[Ids, Ids]:
+    encode = partial(prompts.render_reading_turn, tokenizer)
+    turn = _fit_end(question, encode, tokenizer, cfg.data.turn_len)
+    return turn, prompts.encode_answer(tokenizer, text)[: cfg.data.answer_len]
 
 
 def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:
-    ids = prompts.generator_turn(tokenizer, prompt)
+    """Returns a turn of at most `limit` tokens, and whether it was shortened."""
+    ids = prompts.render_generator_turn(tokenizer, prompt)
+    shortened = len(ids) > limit
+    while len(ids) > limit and len(prompt) > 1:
+        # an answer goes with its question
+        prompt = prompt[2:] if prompt[1]["role"] == "assistant" else prompt[1:]
+        ids = prompts.render_generator_turn(tokenizer, prompt)
     if len(ids) <= limit:
-        return ids, False
-    kept = list(prompt)
-    while len(ids) > limit and len(kept) > 1:
-        kept = kept[1:]
-        if kept[0]["role"] == "assistant":  # its question has just gone
-            kept = kept[1:]
-        ids = prompts.generator_turn(tokenizer, kept)
-    if len(ids) <= limit:
-        return ids, True
+        return ids, shortened
 
-    def turn(text: str) -> Ids:
-        return prompts.generator_turn(tokenizer, [{"role": "user", "content": text}])
+    def encode(text: str) -> Ids:
+        return prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
 
-    return _fit_text(kept[-1]["content"], turn, tokenizer, limit, "data.turn_len", keep="end")[
-        0
-    ], True
+    return _fit_end(prompt[-1]["content"], encode, tokenizer, limit), True
 
 
-def _fit_text(
-    text: str,
-    encode: Callable[[str], Ids],
-    tokenizer: Tokenizer,
-    limit: int,
-    field: str,
-    *,
-    keep: str,
-) -> tuple[Ids, bool]:
-    """Longest encode(part) of at most `limit` tokens, where the part is the "start" or the "end" of
-    the text."""
-    ids = encode(text)
-    if len(ids) <= limit:
-        return ids, False
-    tokens = tokenizer.encode(text)
-    while (
-        len(ids) > limit and tokens
-    ):  # decoding and encoding again may change the count by a token or two
-        excess = min(len(ids) - limit, len(tokens))
-        tokens = tokens[:-excess] if keep == "start" else tokens[excess:]
+def _fit_end(text: str, encode: Callable[[str], Ids], tokenizer: Tokenizer, limit: int) -> Ids:
+    """Returns the longest encode(end of the text) of at most `limit` tokens."""
+    ids, tokens = encode(text), tokenizer.encode(text)
+    while len(ids) > limit and tokens:
+        tokens = tokens[_count_excess(ids, tokens, limit) :]
         ids = encode(tokenizer.decode(tokens))
+    return _check_room(ids, limit, "data.turn_len")
+
+
+def _count_excess(ids: Ids, tokens: Ids, limit: int) -> int:
+    """How many of the tokens of a part must go; decoding and encoding again may change the count by
+    a token or two, so that callers repeat it."""
+    return min(len(ids) - limit, len(tokens))
+
+
+def _check_room(ids: Ids, limit: int, field: str) -> Ids:
     if len(ids) > limit:
         raise UserError(
-            f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions alone"
+            f"{field}: {limit} is less than the {len(ids)} tokens of the headers and instructions "
+            "alone"
         )
-    return ids, True
+    return ids

@@ -4,9 +4,11 @@ import dataclasses
 import json
 from typing import Any
 
-Messages = list[
-    dict[str, str]
-]  # [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
+SPLITS = ("train", "validation", "test")
+ITEM_SEPARATOR = " ; "  # between the items of a summary that is a list of items
+
+# [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
+Messages = list[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Int
 
 from popi_jax.arrays import Params, Tokens, UserBatch
-from popi_jax.data.batches import eval_batches
-from popi_jax.data.prompts import signals_text
+from popi_jax.data.batches import make_eval_batches
+from popi_jax.data.encode import fit_signals
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.evals.metrics import score_pairs
@@ -91,14 +91,14 @@ def evaluate(
     pass.
 
     The text about the user, in the place of the summary, is: nothing (no_signals), the raw signals
-    cut to `data.context_len` tokens (raw_signals), a summary by the inference model as it was
+    as the inference model sees them (raw_signals), a summary by the inference model as it was
     `before` (summary_before_rl) or `trained` (summary), that summary of another person
     (other_user_summary), the true persona (oracle; only users who have one). Summaries are drawn as
     `sampling` says, at temperature 0 and 1. The generator is the trained one in all rows. Margins
     are those of the objective of training; their reference, if they have one, is the generator
     `before`, without any text unless `generator.reference` says otherwise. Where both are equal,
     no_signals has margins of 0."""
-    batches = list(eval_batches(users, tokenizer, config))
+    batches = list(make_eval_batches(users, tokenizer, config))
     placed = [place(batch.batch, mesh, model.rules) for batch in batches]
     size = config.evaluation.batch_users
     num_users = len(users)
@@ -260,7 +260,7 @@ def _take(text: Tokens, rows: np.ndarray) -> Tokens:
 
 def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, config: Any) -> Tokens:
     limit = config.data.context_len
-    rows = [tokenizer.encode(signals_text(user, config.data.pair_layout))[:limit] for user in users]
+    rows = [tokenizer.encode(fit_signals(user, tokenizer, config).text) for user in users]
     ids = np.zeros((len(rows), limit), np.int32)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens

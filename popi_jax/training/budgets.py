@@ -4,7 +4,7 @@ the speed alone."""
 import math
 
 from popi_jax.config import Config
-from popi_jax.data.fill import Fill
+from popi_jax.data.measure import Fill
 from popi_jax.models.packing import Budget
 from popi_jax.popi.roles import Budgets, Glue
 

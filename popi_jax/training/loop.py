@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh
 
 from popi_jax import distributed
@@ -22,8 +21,7 @@ from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config
 from popi_jax.config_check import parse_phases
-from popi_jax.data import batches
-from popi_jax.data import fill as fills
+from popi_jax.data import batches, measure, warmup_batches
 from popi_jax.errors import UserError
 from popi_jax.evals import cells
 from popi_jax.losses.preference import PairLogps
@@ -117,39 +115,31 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    warmup = batches.warmup_batches(
-        users, built.tokenizer, cfg, seed=cfg.seed, items=_items(built), **place
+    seed = batches.derive_data_seed(cfg.seed, "warmup")
+    warmup = warmup_batches.make_warmup_batches(
+        users, built.tokenizer, cfg, seed=seed, items=_items(built), **place
     )
-    main = batches.user_batches(users, built.tokenizer, cfg, seed=cfg.seed + 1, **place)
+    seed = batches.derive_data_seed(cfg.seed, "main")
+    main = batches.make_user_batches(users, built.tokenizer, cfg, seed=seed, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
 def _items(built: Built) -> tuple[str, ...]:
     made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
     return (
-        batches.summary_items(built.dataset.splits["train"])
+        warmup_batches.list_summary_items(built.dataset.splits["train"])
         if built.config.warmup.steps and made
         else ()
     )
 
 
-def open_fill(built: Built) -> fills.Fill:
-    """How many tokens the users of the run have: measured once, and kept beside the tokenizer."""
-    path = epath.Path(built.config.workdir) / "tokenizer" / "fill.json"
-    if path.exists() and checkpoints.stored_config(
-        built.config.workdir
-    ):  # else it may be of other settings
-        return fills.from_json(json.loads(path.read_text()))
-    fill = fills.measured_fill(
-        built.dataset.splits["train"], built.tokenizer, built.config, items=_items(built)
-    )
-    if distributed.is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fills.to_json(fill)))
-    return fill
+def open_fill(built: Built) -> measure.Fill:
+    """How many tokens the users of the run have."""
+    users = built.dataset.splits["train"]
+    return measure.measure_fill(users, built.tokenizer, built.config, _items(built))
 
 
-def make_parts(built: Built, fill: fills.Fill | None = None) -> tuple[Parts, Transforms]:
+def make_parts(built: Built, fill: measure.Fill | None = None) -> tuple[Parts, Transforms]:
     """The static parts of the main stage, and the optimizers of the warm-up."""
     return static_parts(built.config, built.model, built.glue, built.sampling, fill)
 
@@ -159,7 +149,7 @@ def static_parts(
     model: TransformerConfig,
     glue: Glue,
     sampling: Sampling,
-    fill: fills.Fill | None,
+    fill: measure.Fill | None,
 ) -> tuple[Parts, Transforms]:
     """`make_parts` of a run that need not exist."""
     cfg = program_config(config)
@@ -410,7 +400,7 @@ def reference_pairs(params: Params, built: Built) -> PairLogps:
 
     program = jax.jit(score, out_shardings=replicated(built.mesh))
     found = []
-    found_batches = batches.eval_batches(users, built.tokenizer, cfg)
+    found_batches = batches.make_eval_batches(users, built.tokenizer, cfg)
     with Progress(
         -(-len(users) // size), label="reference", enabled=distributed.is_main_process()
     ) as progress:

@@ -1,5 +1,6 @@
 """A few made people, a configuration of small limits, and a look into padded tokens."""
 
+import itertools
 from typing import Any
 
 from configs.base import base
@@ -48,7 +49,7 @@ USERS = [make_user(n, 1 + n % 6) for n in range(11)]
 
 def make_tokenizer() -> tokenizer.Tokenizer:
     texts = [
-        f"{prompts.signals_text(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS
+        f"{prompts.render_signals(u)} {' ; '.join(ITEMS)} pair yes no read summary ?" for u in USERS
     ]
     return tokenizer.train(texts, 420)
 
@@ -80,3 +81,13 @@ def make_config(**changes: Any) -> Config:
 def ids_at(tokens: Any, *at: int) -> list[int]:
     """The ids of a row that count."""
     return tokens.ids[at][: tokens.lengths[at]].tolist()
+
+
+def decode_at(tokenizer: tokenizer.Tokenizer, tokens: Any, *at: int) -> str:
+    """The text of a row."""
+    return tokenizer.decode(ids_at(tokens, *at))
+
+
+def take(dataset: Any, count: int) -> list[Any]:
+    """The first batches."""
+    return list(itertools.islice(iter(dataset), count))

@@ -61,24 +61,30 @@ def written(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
 
 def test_signals_text() -> None:
     rest = "profile: i keep bees .\nsurvey: age: 40\nabout: tea ?\nwrote: too long\n"
-    assert prompts.signals_text(USER, "paired") == (
+    assert prompts.render_signals(USER, "paired") == (
         f"{rest}asked: why bees ?\nliked: they sing\ndisliked: no idea\nasked: honey ?\nliked: yes\ndisliked: no"
     )
-    assert prompts.signals_text(USER, "grouped") == (
+    assert prompts.render_signals(USER, "grouped") == (
         f"{rest}asked: why bees ?\nliked: they sing\nasked: honey ?\nliked: yes\ndisliked: no idea\ndisliked: no"
     )
-    assert prompts.signals_text(EMPTY) == ""
+    assert prompts.render_signals(EMPTY) == ""
 
 
 def test_words_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer) -> None:
     assert (
-        written(tokenizer, prompts.inference_context(tokenizer, "bees")) == "<|begin|><|user|> bees"
+        written(tokenizer, prompts.render_inference_context(tokenizer, "bees"))
+        == "<|begin|><|user|> bees"
     )
-    assert written(tokenizer, prompts.inference_context(tokenizer, "")) == "<|begin|><|user|>"
-    turn = prompts.summary_turn(tokenizer, config(summary="sum up :"))
+    assert (
+        written(tokenizer, prompts.render_inference_context(tokenizer, "")) == "<|begin|><|user|>"
+    )
+    turn = prompts.render_summary_turn(tokenizer, config(summary="sum up :"))
     assert written(tokenizer, turn) == " sum up :<|end|><|assistant|>"
-    assert written(tokenizer, prompts.summary_turn(tokenizer, config())) == "<|end|><|assistant|>"
-    turn = prompts.reading_turn(tokenizer, "honey ? <|end|>")
+    assert (
+        written(tokenizer, prompts.render_summary_turn(tokenizer, config()))
+        == "<|end|><|assistant|>"
+    )
+    turn = prompts.render_reading_turn(tokenizer, "honey ? <|end|>")
     assert written(tokenizer, turn) == " honey ? <|end|><|end|><|assistant|>"
     assert turn.count(tokenizer.eos_id) == 1
 
@@ -88,8 +94,8 @@ def test_words_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer) -> Non
 def test_context_and_turn_are_the_whole_request_for_a_summary(
     tokenizer: tokenizer_lib.Tokenizer, instruction: str, signals: str
 ) -> None:
-    context = prompts.inference_context(tokenizer, signals)
-    turn = prompts.summary_turn(tokenizer, config(summary=instruction))
+    context = prompts.render_inference_context(tokenizer, signals)
+    turn = prompts.render_summary_turn(tokenizer, config(summary=instruction))
     assert (context, turn) == tokenizer.render(
         [{"role": "user", "content": f"{signals}@@{instruction}"}], cut="@@"
     )
@@ -100,12 +106,12 @@ def test_a_tokenizer_is_made_from_all_that_is_said() -> None:
     told = {"oracle": "the truth", "stated": "what is said", "pairs": (pair,)}
     user = dataclasses.replace(USER, **told, readings=(Reading("which ?", "this", "that"),))
     texts = list(
-        prompts.training_texts([EMPTY, user], config("sum up :", "answer in this style :"))
+        prompts.list_training_texts([EMPTY, user], config("sum up :", "answer in this style :"))
     )
     for text in (
         "sum up :",
         "answer in this style :",
-        prompts.signals_text(user),
+        prompts.render_signals(user),
         "the truth",
         "what is said",
     ):
@@ -121,19 +127,20 @@ def test_a_tokenizer_is_made_from_all_that_is_said() -> None:
 
 
 def test_words_of_the_generator(tokenizer: tokenizer_lib.Tokenizer) -> None:
-    prefix = prompts.generator_prefix(tokenizer, config(answer="answer in this style :"))
+    prefix = prompts.render_generator_prefix(tokenizer, config(answer="answer in this style :"))
     assert written(tokenizer, prefix) == "<|begin|><|system|> answer in this style :Ċ"
     assert (
-        written(tokenizer, prompts.generator_prefix(tokenizer, config())) == "<|begin|><|system|>"
+        written(tokenizer, prompts.render_generator_prefix(tokenizer, config()))
+        == "<|begin|><|system|>"
     )
-    assert written(tokenizer, prompts.generator_turn(tokenizer, PROMPTS[1])) == (
+    assert written(tokenizer, prompts.render_generator_turn(tokenizer, PROMPTS[1])) == (
         "<|end|><|user|> bees ?<|end|><|assistant|> they sing"
         "<|end|><|user|> honey <|end|><|system|> ?<|end|><|assistant|>"
     )
-    assert written(tokenizer, prompts.generator_turn(tokenizer, PROMPTS[2])).startswith(
+    assert written(tokenizer, prompts.render_generator_turn(tokenizer, PROMPTS[2])).startswith(
         " Ċbe short<|end|><|user|>"
     )
-    assert prompts.answer(tokenizer, " bees sing\n") == [
+    assert prompts.encode_answer(tokenizer, " bees sing\n") == [
         *tokenizer.encode("bees sing"),
         tokenizer.eos_id,
     ]
@@ -147,8 +154,8 @@ def test_prefix_summary_turn_is_the_whole_conversation(
 ) -> None:
     cfg = config(answer=instruction)
     prefix, turn = (
-        prompts.generator_prefix(tokenizer, cfg),
-        prompts.generator_turn(tokenizer, prompt),
+        prompts.render_generator_prefix(tokenizer, cfg),
+        prompts.render_generator_turn(tokenizer, prompt),
     )
     own_system = [m["content"] for m in prompt if m["role"] == "system"]
     before = f"{instruction}\n" if instruction else ""
@@ -176,10 +183,10 @@ def test_prefix_summary_turn_is_the_whole_conversation(
     )
 )
 def test_data_never_moves_a_cut(tokenizer: tokenizer_lib.Tokenizer, text: str) -> None:
-    context = prompts.inference_context(tokenizer, text)
+    context = prompts.render_inference_context(tokenizer, text)
     assert [CONTROL[i] for i in context if i < len(CONTROL)] == ["<|begin|>", "<|user|>"]
     assert tokenizer.decode(context).strip() == text.replace("\ufdd0", "\ufffd").strip()
-    turn = prompts.generator_turn(tokenizer, [{"role": "user", "content": text}])
+    turn = prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
     assert [CONTROL[i] for i in turn if i < len(CONTROL)] == [
         "<|end|>",
         "<|user|>",

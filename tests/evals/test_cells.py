@@ -78,12 +78,12 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
     whole = dataclasses.replace(
         cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users))
     )
-    (batch,) = batches.eval_batches(users, words, whole)
+    (batch,) = batches.make_eval_batches(users, words, whole)
     program = jax.jit(partial(pair_logps, model=built.model))
     now, before = jax.device_get((run.now.generator.params, run.frozen.generator))
 
     def margins(params, texts: list[list[int]]) -> np.ndarray:
-        rows = [[*prompts.generator_prefix(words, cfg), *text] for text in texts]
+        rows = [[*prompts.render_generator_prefix(words, cfg), *text] for text in texts]
         ids = np.zeros((len(rows), 1, cfg.data.context_len + 20), np.int32)
         for row, tokens in zip(ids, rows, strict=True):
             row[0, : len(tokens)] = tokens
@@ -94,7 +94,7 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
     nothing = [[] for _ in users]
     summaries = [list(ids[:length]) for ids, length in zip(*evaluation.summaries, strict=True)]
     raw = [
-        words.encode(prompts.signals_text(user, "grouped"))[: cfg.data.context_len]
+        words.encode(prompts.render_signals(user, "grouped"))[: cfg.data.context_len]
         for user in users
     ]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]

@@ -35,15 +35,15 @@ def test_the_splice_is_the_conversation_of_the_template(
     tokenizer: tokenizer_lib.Tokenizer, instruction: str
 ) -> None:
     cfg = types.SimpleNamespace(model=types.SimpleNamespace(answer_instruction=instruction))
-    prefix = tuple(prompts.generator_prefix(tokenizer, cfg))
+    prefix = tuple(prompts.render_generator_prefix(tokenizer, cfg))
     length = 48
-    written = [prompts.answer(tokenizer, text) for text in SUMMARIES]
+    written = [prompts.encode_answer(tokenizer, text) for text in SUMMARIES]
     written.append([*tokenizer.encode(SUMMARIES[0])])  # cut at the limit: no end token to leave out
     finished = jnp.array([True, True, False])
     spliced = jax.jit(partial(roles.splice, prefix))(
         padded(written, length, tokenizer.eos_id), finished
     )
-    turn = prompts.generator_turn(tokenizer, [{"role": "user", "content": PROMPT}])
+    turn = prompts.render_generator_turn(tokenizer, [{"role": "user", "content": PROMPT}])
     for i, text in enumerate([*SUMMARIES, SUMMARIES[0]]):
         system = f"{instruction}\n{text}" if instruction else text
         messages = [

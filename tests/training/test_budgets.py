@@ -2,7 +2,7 @@
 
 import pytest
 
-from popi_jax.data.fill import Fill, Spread, TaskFill
+from popi_jax.data.measure import Fill, Spread, TaskFill
 from popi_jax.models.packing import Budget
 from popi_jax.popi.roles import Budgets, pair_budget, summary_budget
 from popi_jax.training.budgets import main_budgets, warmup_budgets

@@ -150,9 +150,9 @@ def test_stated_summaries_follow_from_the_self_description_alone(folder: Path) -
 
 
 def test_raw_signals_are_ten_times_as_long_as_the_truth(users: list[User]) -> None:
-    words = tokenizer.train((prompts.signals_text(u) + f"\n{u.oracle}" for u in users), 1024)
+    words = tokenizer.train((prompts.render_signals(u) + f"\n{u.oracle}" for u in users), 1024)
     for user in users:
-        signals = prompts.signals_text(user)
+        signals = prompts.render_signals(user)
         assert len(signals.split()) >= 10 * len(user.oracle.split())
         assert len(words.encode(signals)) >= 10 * len(words.encode(user.oracle))
 
