@@ -7,6 +7,7 @@ collective blocks; it then ends the others from C++, past any handler of Python.
 that such a process shall say is kept by a child, `Herald`."""
 
 import atexit
+import glob
 import importlib.util
 import os
 import re
@@ -89,6 +90,24 @@ def joining(env: Mapping[str, str]) -> Joining | None:
     if slurm or open_mpi or gke or _on_tpu_vms(env):
         return Joining(local_device_ids=local)
     return None
+
+
+def is_alone_on_cpu(env: Mapping[str, str]) -> bool:
+    """Whether a command that starts in this environment runs in one process on CPUs; starts no
+    device.
+
+    Only there may made data stand in for real ones. An accelerator is a device file whose plug-in
+    of JAX is installed. Raises: UserError as `joining`."""
+    how = joining(env)
+    if how is not None and how.num_processes != 1:
+        return False
+    if env.get("JAX_PLATFORMS"):
+        return env["JAX_PLATFORMS"] == "cpu"
+    files = {"libtpu": ("accel*", "vfio/[0-9]*"), "jax_cuda13_plugin": ("nvidia[0-9]*",)}
+    return not any(
+        importlib.util.find_spec(plugin) and any(glob.glob(f"/dev/{name}") for name in names)
+        for plugin, names in files.items()
+    )
 
 
 def start() -> None:

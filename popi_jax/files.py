@@ -1,9 +1,13 @@
-"""Writes text files whole, on a disk or in a bucket: a reader finds the old file or the new one."""
+"""Writes text files and folders whole: a reader finds all of the old or all of the new, whenever a
+program is killed. Text files may lie in a bucket."""
 
+import contextlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -27,3 +31,19 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, as `write_whole` does."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def make_folder(place: Path) -> Iterator[Path]:
+    """Yields an empty folder, which becomes `place` in the end unless another process was first; an
+    error leaves nothing behind."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as part:
+        whole = Path(part) / place.name
+        whole.mkdir()
+        yield whole
+        try:
+            whole.rename(place)
+        except OSError:
+            if not place.exists():
+                raise

@@ -163,7 +163,7 @@ def build(config: Config, config_json: str) -> Built:
         same_data = {"dataset": stored_data} if stored_data else {}
         check_same_run(config.workdir, json.dumps(json.loads(config_json) | same_data))
     mesh = start_devices(config)
-    on_laptop = jax.default_backend() == "cpu" and jax.process_count() == 1
+    on_laptop = distributed.is_alone_on_cpu(os.environ)
     dataset = prepare(config.data, allow_sample=on_laptop, trained_on=stored_data.get("data", ""))
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")

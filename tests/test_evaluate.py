@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from popi_jax import finished_run
-from popi_jax.data.sources.made_people import bayes_optimum
+from popi_jax.data.sources.made_people import compute_bayes_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals.render import evaluate_run
 from tests.tiny_run import (
@@ -42,7 +42,7 @@ def test_results_of_the_test_users(run, capsys):
     assert list(results)[:6] == ["config", "data", "split", "step", "bayes", "rows"]
     assert (results["data"], results["split"], results["step"]) == ("sample", "test", STEP)
     assert results["config"]["evaluation"]["max_users"] == 8
-    assert results["bayes"] == bayes_optimum(users)
+    assert results["bayes"] == compute_bayes_optimum(users)
     assert len(results["rows"]) == 9
     assert set(results["before_rl"]) == {"oracle"}
     rows = read_jsonl(run.workdir / "summaries.jsonl")

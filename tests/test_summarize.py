@@ -7,9 +7,9 @@ import pytest
 
 from popi_jax import finished_run
 from popi_jax.data.records import Comment, Shot
-from popi_jax.data.sources import jsonl
 from popi_jax.data.sources.jsonl import read_users
 from popi_jax.errors import UserError
+from tests.data.people import write_users
 from tests.tiny_run import (
     STEP,
     Run,
@@ -57,7 +57,7 @@ def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
     )
 
     path = tmp_path / "people.jsonl"
-    jsonl.write(
+    write_users(
         [dataclasses.replace(user, oracle="") for user in reversed(users)], path
     )  # a line for each pair
     out = tmp_path / "deep" / "out.jsonl"

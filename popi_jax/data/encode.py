@@ -116,7 +116,8 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
         tokens = tokenizer.encode(getattr(user, field))
         while len(ids) > limit and tokens:
             tokens = tokens[: -_count_excess(ids, tokens, limit)]
-            user = dataclasses.replace(user, **{field: tokenizer.decode(tokens)})
+            shorter: Any = {field: tokenizer.decode(tokens)}
+            user = dataclasses.replace(user, **shorter)
             text, ids = render(user)
     return Signals(text, _check_room(ids, limit, "data.context_len"), shortened)
 

@@ -56,7 +56,7 @@ class Fill(NamedTuple):
 class Measured(NamedTuple):
     """All that is measured of a run's training users."""
 
-    lengths: dict[str, int]  # context_len, turn_len, answer_len of `data`, lowered to the need
+    lengths: dict[str, Any]  # context_len, turn_len, answer_len of `data`, lowered to the need
     truncations: Truncations
     fill: Fill
 
@@ -76,7 +76,7 @@ def measure(
 
 def fit_lengths(
     users: Sequence[User], tokenizer: Tokenizer, cfg: Any
-) -> tuple[dict[str, int], Truncations]:
+) -> tuple[dict[str, Any], Truncations]:
     """Returns the padded lengths of `cfg.data`, lowered to what the longest texts need, and what
     had to be shortened.
 

@@ -10,20 +10,20 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
 
-from popi_jax.data.json_rows import Loaded
-from popi_jax.data.records import User
-from popi_jax.data.sources import jsonl, prefeval, prism
-from popi_jax.data.sources.download import DownloadFailed, check_source, download_prism, sha256_of
-from popi_jax.data.splits import SPLITS
+from popi_jax import files
+from popi_jax.data.records import SPLITS, User
+from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
+from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
 
+# all data sets; the values of data.source in config.py are those that stand in for no other
+SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
 FORMAT = 2  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
 OPTIONS = (
@@ -52,163 +52,114 @@ class Users(Sequence[User]):
 
 
 class Dataset(NamedTuple):
-    name: str  # prism | prefeval | jsonl
-    data: str  # published | sample (made by popi_jax.data.sources.made_people, in PRISM's format) | own (jsonl)
+    source: Source
     folder: Path  # of the raw files
     prepared: Path  # of the prepared copy; bad_rows.jsonl lists the rows that were skipped
     splits: dict[str, Sequence[User]]  # train, validation, test
     stats: dict[str, dict[str, int]]  # split -> users, pairs; "rows" -> skipped
+
+    @property
+    def name(self) -> str:
+        """The value of data.source."""
+        return self.source.stands_in_for or self.source.name
+
+    @property
+    def data(self) -> str:
+        """published, own or sample."""
+        return self.source.kind
 
 
 def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     """Returns the users of a source; writes the prepared copy when there is none yet.
 
     Args:
-        cfg: the `data` part of the configuration. allow_sample: whether made data may stand in for
-        PRISM files that are neither there nor to be had. trained_on: `Dataset.data` of the run that
-        the users are for, "" for a new one. A run that was trained on the
-            sample goes on with it, without another try to download the files.
+        cfg: the `data` part of the configuration.
+        allow_sample: whether made data may stand in for files that are neither there nor to be had.
+        trained_on: `Dataset.data` of the run that the users are for, "" for a new one. A run that
+            was trained on the sample goes on with it, without another try to download the files.
     Raises: UserError.
     """
-    folder, data = _raw_folder(cfg, allow_sample, trained_on)
-    files = _module(cfg.source).files(folder)
+    source, folder = _find(cfg, allow_sample, trained_on)
     sums = {
-        str(path.relative_to(folder)) if path != folder else path.name: sha256_of(path)
-        for path in files
+        str(path.relative_to(folder)) if path != folder else path.name: download.hash_file(path)
+        for path in source.files(folder)
     }
-    if cfg.source == "prism":
-        check_source(folder, sums)
+    download.check_download(folder, sums)
     options = {name: getattr(cfg, name) for name in OPTIONS}
-    key = hashlib.sha256(json.dumps([FORMAT, options, sums], sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
-    home = Path(cfg.prepared) / cfg.source / key
+    content = json.dumps([FORMAT, options, sums], sort_keys=True)
+    home = Path(cfg.prepared) / cfg.source / hashlib.sha256(content.encode()).hexdigest()[:12]
     if not home.exists():
         logging.info("Preparing %s from %s into %s", cfg.source, folder, home)
-        loaded = _module(cfg.source).load(folder, cfg)
+        loaded = source.load(folder, cfg)
         _check_splits(loaded, folder, cfg)
         _write(loaded, home)
     stats = json.loads((home / "stats.json").read_text())
-    if stats["rows"]["skipped"]:
-        logging.warning(
-            "%d bad rows were skipped: see %s", stats["rows"]["skipped"], home / "bad_rows.jsonl"
-        )
-    return Dataset(cfg.source, data, folder, home, _read(home, stats), stats)
+    if skipped := stats["rows"]["skipped"]:
+        logging.warning("%d bad rows were skipped: see %s", skipped, home / "bad_rows.jsonl")
+    return Dataset(source, folder, home, _read(home, stats), stats)
 
 
-def _module(source: str) -> Any:
-    modules = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl}
-    if source not in modules:
-        near = did_you_mean(source, modules)
-        raise UserError(
-            f'field "data.source": found "{source}", allowed: {", ".join(modules)}.{near}'
-        )
-    return modules[source]
+def find_source(name: str, kind: str = "") -> Source:
+    """Returns the source of a value of data.source; with kind "sample" the one that stands in for
+    it.
+
+    Raises: UserError."""
+    names = [source.name for source in SOURCES if not source.stands_in_for]
+    if name not in names:
+        near = did_you_mean(name, names)
+        raise UserError(f'field "data.source": found "{name}", allowed: {", ".join(names)}.{near}')
+    wanted = "stands_in_for" if kind == "sample" else "name"
+    return next(source for source in SOURCES if getattr(source, wanted) == name)
 
 
-def _raw_folder(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Path, str]:
-    """Returns the folder (or, for jsonl, file) of the raw data, and what kind of data they are."""
-    path = Path(cfg.path).expanduser()
-    if cfg.source == "jsonl":
-        return path, "own"
-    if cfg.source != "prism":
-        return path, "published"
-    missing = [name for name in prism.FILES if not (path / name).exists()]
-    if not missing:
-        return path, "published"
-    if len(missing) < len(prism.FILES):
-        present = ", ".join(name for name in prism.FILES if name not in missing)
-        raise UserError(
-            f"{path}: no {', '.join(missing)} beside {present} (field data.path). Add it, or remove the others."
-        )
-    if allow_sample and trained_on == "sample":
-        return _sample(cfg), "sample"
-    reason = "field data.download is False"
-    if cfg.download:
-        try:
-            download_prism(path)
-            return path, "published"
-        except DownloadFailed as e:
-            reason = str(e)
-    source = "huggingface.co/datasets/HannahRoseKirk/prism-alignment"
-    if not allow_sample:
-        fix = f"Put {', '.join(prism.FILES)} from {source} there, or set data.path to their folder."
-        raise UserError(
-            f"{path}: no PRISM files (field data.path), and no download: {reason} {fix}"
-        )
-    folder = _sample(cfg)
-    logging.warning(
-        "\n%s\nNo PRISM files in %s, and no download: %s\nGoing on with MADE data in PRISM's format: %s"
-        "\nNumbers from it say nothing about PRISM. For the real data put %s\nfrom %s into %s.\n%s",
-        *("*" * 100, path, reason, folder, ", ".join(prism.FILES), source, path, "*" * 100),
-    )
-    return folder, "sample"
-
-
-def _sample(cfg: Any) -> Path:
-    """Returns the folder of the made data; writes it unless the present code has made that number
-    of people before."""
-    from popi_jax.data.sources import made_people
-
-    code = sha256_of(Path(made_people.__file__))[:8]
-    folder = Path(cfg.prepared) / f"prism-sample-{cfg.sample_people}-{code}"
-    if not folder.exists():
-        part = _temporary(folder.parent)
-        try:
-            made_people.write_sample(part / "sample", people=cfg.sample_people)
-            _rename(part / "sample", folder)
-        finally:
-            shutil.rmtree(part)
-    return folder
+def _find(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Source, Path]:
+    """Returns the source of the data, and the folder or file where they are."""
+    source = find_source(cfg.source)
+    made = [other for other in SOURCES if allow_sample and other.stands_in_for == source.name]
+    goes_on = trained_on in [other.kind for other in made]
+    try:
+        return source, source.find(cfg, cfg.download and not goes_on)
+    except FilesMissing as e:
+        if not made:
+            raise
+        folder = made[0].find(cfg, False)
+        if not goes_on:
+            logging.warning(
+                "\n%s\n%s\nGoing on with MADE data in the format of %s: %s\nNumbers from it say "
+                "nothing about %s.\n%s",
+                *("*" * 100, e, source.name, folder, source.name, "*" * 100),
+            )
+        return made[0], folder
 
 
 def _check_splits(loaded: Loaded, folder: Path, cfg: Any) -> None:
     """Raises UserError when a split that must hold users holds none."""
     if not loaded.users:
-        first = (
-            f"; the first of {len(loaded.bad_rows)} bad rows: {loaded.bad_rows[0]}"
-            if loaded.bad_rows
-            else ""
-        )
-        raise UserError(
-            f"{folder}: found no user with signals and a held-out pair, allowed: at least one{first}"
-        )
-    wanted = {"train": 1.0, "validation": cfg.validation_fraction, "test": cfg.test_fraction}
-    for split, fraction in wanted.items():
+        told = f"{folder}: found no user with signals and a held-out pair, allowed: at least one"
+        bad = loaded.bad_rows
+        raise UserError(f"{told}; the first of {len(bad)} bad rows: {bad[0]}" if bad else told)
+    fractions = {split: getattr(cfg, f"{split}_fraction") for split in SPLITS[1:]}
+    for split, fraction in {"train": 1.0, **fractions}.items():
         if fraction > 0 and not any(user.split == split for user in loaded.users):
-            field = "the fractions" if split == "train" else f"data.{split}_fraction"
-            change = (
-                f"Lower {field}"
-                if split == "train"
-                else f"Raise {field} (now {fraction}), or set it to 0"
-            )
-            raise UserError(
-                f"{folder}: the {split} split of {len(loaded.users)} users is empty. {change}, or add users."
-            )
+            change = f"Raise data.{split}_fraction (now {fraction}), or set it to 0"
+            if split == "train":
+                change = "Lower the fractions"
+            told = f"{folder}: the {split} split of {len(loaded.users)} users is empty"
+            raise UserError(f"{told}. {change}, or add users.")
 
 
 def _write(loaded: Loaded, home: Path) -> None:
-    """Writes the copy beside its place and renames it."""
     splits = {split: [user for user in loaded.users if user.split == split] for split in SPLITS}
     stats = {
         split: {"users": len(users), "pairs": sum(len(u.pairs) for u in users)}
         for split, users in splits.items()
-    }
-    part = _temporary(home.parent.parent)
-    try:
+    } | {"rows": {"skipped": len(loaded.bad_rows)}}
+    with files.make_folder(home) as part:
         _build(home, {split: users for split, users in splits.items() if users}, part)
-        built = part / home.parent.name / home.name
-        (built / "stats.json").write_text(
-            json.dumps({**stats, "rows": {"skipped": len(loaded.bad_rows)}}, indent=2) + "\n"
-        )
-        lines = [
-            json.dumps({"error": message}, ensure_ascii=False) + "\n" for message in loaded.bad_rows
-        ]
-        (built / "bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
-        home.parent.mkdir(parents=True, exist_ok=True)
-        _rename(built, home)
-    finally:
-        shutil.rmtree(part)
+        (part / home.parent.name / home.name / VERSION).rename(part / VERSION)
+        shutil.rmtree(part / home.parent.name)
+        (part / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+        files.write_jsonl(part / "bad_rows.jsonl", [{"error": told} for told in loaded.bad_rows])
 
 
 def _build(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
@@ -218,7 +169,8 @@ def _build(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = home.parent.name
-        code_path = None  # no checksum file beside the code; TFDS would import importlib_resources to look for one
+        # no checksum file beside the code: TFDS would import importlib_resources to look for one
+        code_path = None
         VERSION = tfds.core.Version(VERSION)
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=home.name, version=VERSION)]
 
@@ -234,9 +186,8 @@ def _build(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
         def _generate_examples(self, users: list[User]) -> Iterator[tuple[int, dict[str, str]]]:
             yield from enumerate({"user": user.to_json()} for user in users)
 
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # TFDS prints the temporary folder as if it were the final one
+    # TFDS prints the temporary folder as if it were the final one
+    with contextlib.redirect_stdout(io.StringIO()):
         Builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
@@ -248,17 +199,3 @@ def _read(home: Path, stats: dict[str, dict[str, int]]) -> dict[str, Sequence[Us
         split: Users(builder.as_data_source(split=split)) if stats[split]["users"] else ()
         for split in SPLITS
     }
-
-
-def _temporary(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-
-
-def _rename(built: Path, place: Path) -> None:
-    """Moves a finished folder to its place; another process that was first is left in peace."""
-    try:
-        built.rename(place)
-    except OSError:
-        if not place.exists():
-            raise

@@ -4,13 +4,11 @@ rows."""
 import hashlib
 from collections.abc import Iterable
 
-SPLITS = ("train", "validation", "test")
 
-
-def split_of(name: str, validation_fraction: float, test_fraction: float) -> str:
+def choose_split(name: str, validation_fraction: float, test_fraction: float) -> str:
     """Returns train, validation or test by the sha256 of `name`; test does not depend on
     validation_fraction."""
-    place = _place(name)
+    place = _hash(name)
     if place < test_fraction:
         return "test"
     return "validation" if place < test_fraction + validation_fraction else "train"
@@ -21,14 +19,13 @@ def split_topics(
 ) -> dict[str, str]:
     """Returns the split of each topic: topics in the order of their sha256, at least one for each
     fraction above 0."""
-    order = sorted(set(topics), key=_place)
-    num_test = max(1, round(test_fraction * len(order))) if test_fraction > 0 else 0
-    num_validation = (
-        max(1, round(validation_fraction * len(order))) if validation_fraction > 0 else 0
-    )
-    splits = ["test"] * num_test + ["validation"] * num_validation
+    order = sorted(set(topics), key=_hash)
+    parts = (("test", test_fraction), ("validation", validation_fraction))
+    splits: list[str] = []
+    for split, fraction in parts:
+        splits += [split] * (max(1, round(fraction * len(order))) if fraction > 0 else 0)
     return dict(zip(order, splits + ["train"] * len(order), strict=False))
 
 
-def _place(name: str) -> float:
+def _hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48  # in [0, 1)

@@ -11,7 +11,6 @@ import jax
 from etils import epath
 
 from popi_jax.arrays import Params
-from popi_jax.data.sources.made_people import bayes_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals.cells import Evaluation, Models, Row, evaluate, num_passes
 from popi_jax.progress import Progress
@@ -79,12 +78,13 @@ def evaluate_run(
         }
         for user, ids, length in zip(users, *evaluation.summaries, strict=True)
     ]
+    optimum = built.dataset.source.compute_optimum
     results = {
         "config": dataclasses.asdict(config),
         "data": built.dataset.data,
         "split": split,
         "step": step,
-        "bayes": bayes_optimum(users) if built.dataset.data == "sample" else dict.fromkeys(_BAYES),
+        "bayes": optimum(users) if optimum else dict.fromkeys(_BAYES),
         **_as_json(evaluation),
         "examples": [
             {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}

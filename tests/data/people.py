@@ -1,6 +1,10 @@
 """A few made people, a configuration of small limits, and a look into padded tokens."""
 
+import dataclasses
 import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from configs.base import base
@@ -91,3 +95,16 @@ def decode_at(tokenizer: tokenizer.Tokenizer, tokens: Any, *at: int) -> str:
 def take(dataset: Any, count: int) -> list[Any]:
     """The first batches."""
     return list(itertools.islice(iter(dataset), count))
+
+
+def write_users(users: Iterable[User], path: Path) -> None:
+    """Writes own data, one line per held-out pair: the inverse of `jsonl.load`, but for stated,
+    readings, split and "#2" of a draw."""
+    lines = []
+    for user in users:
+        fields = dataclasses.asdict(user)
+        signals = {name: fields[name] for name in ("profile", "survey", "comments")}
+        record = {"user_id": user.user_id, "oracle": user.oracle}
+        record["signals"] = {**signals, "fewshot": fields["shots"]}
+        lines += [json.dumps({**record, **pair}, ensure_ascii=False) for pair in fields["pairs"]]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,8 +1,10 @@
 """The prepared copy: made once per content and options, read by index; the sample, the download,
 and their refusals."""
 
+import inspect
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -12,12 +14,16 @@ from pathlib import Path
 import grain
 import pytest
 
+from popi_jax import config_check, distributed
 from popi_jax.data import prepared
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources import download, jsonl
 from popi_jax.data.sources.made_people import write_sample
-from popi_jax.data.splits import split_of, split_topics
+from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError
+from tests import tiny_run
+from tests.data.people import write_users
 
 
 def options(tmp_path: Path, **changes: object) -> types.SimpleNamespace:
@@ -55,7 +61,7 @@ def own(tmp_path: Path, people: int = 40) -> types.SimpleNamespace:
         )
         for i in range(people)
     ]
-    jsonl.write(users, tmp_path / "raw.jsonl")
+    write_users(users, tmp_path / "raw.jsonl")
     return options(tmp_path, source="jsonl", path=str(tmp_path / "raw.jsonl"))
 
 
@@ -176,10 +182,10 @@ def test_published_files_are_preferred_and_must_be_complete(tmp_path: Path) -> N
 def test_a_failed_download_falls_back_or_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(folder: Path) -> None:
+    def unreachable(folder: Path, url: str, sha256: dict[str, str]) -> None:
         raise download.DownloadFailed("the hub is away.")
 
-    monkeypatch.setattr(prepared, "download_prism", unreachable)
+    monkeypatch.setattr(download, "download_files", unreachable)
     cfg = options(tmp_path, download=True)
     assert prepared.prepare(cfg, allow_sample=True).data == "sample"
     with pytest.raises(UserError, match="the hub is away"):
@@ -189,7 +195,7 @@ def test_a_failed_download_falls_back_or_stops(
 def test_a_run_of_the_sample_goes_on_without_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(prepared, "download_prism", lambda folder: pytest.fail("tried to download"))
+    monkeypatch.setattr(download, "download_files", lambda *_: pytest.fail("tried to download"))
     cfg = options(tmp_path, download=True)
     assert prepared.prepare(cfg, allow_sample=True, trained_on="sample").data == "sample"
     assert "MADE data" not in caplog.text
@@ -202,35 +208,124 @@ def test_a_run_of_the_sample_goes_on_without_a_download(
 def test_download_checks_and_records_sums(tmp_path: Path) -> None:
     write_sample(tmp_path / "hub", people=3)
     url, names = (
-        f"file://{tmp_path}/hub/{{name}}",
+        f"file://{tmp_path}/hub",
         ("survey.jsonl", "conversations.jsonl", "utterances.jsonl"),
     )
-    sums = {name: download.sha256_of(tmp_path / "hub" / name) for name in names}
+    sums = {name: download.hash_file(tmp_path / "hub" / name) for name in names}
     raw = tmp_path / "raw"
     with pytest.raises(UserError, match=r"survey.jsonl: sha256 of the download is .*, allowed: 00"):
-        download.download_prism(raw, url, {**sums, "survey.jsonl": "00"})
+        download.download_files(raw, url, {**sums, "survey.jsonl": "00"})
     with pytest.raises(download.DownloadFailed, match="cannot be downloaded"):
-        download.download_prism(raw, url, {**sums, "absent.jsonl": ""})
+        download.download_files(raw, url, {**sums, "absent.jsonl": ""})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]  # all or none
-    download.download_prism(raw, url, {**sums, "survey.jsonl": ""})
+    download.download_files(raw, url, {**sums, "survey.jsonl": ""})
     assert json.loads((raw / "SOURCE.json").read_text())["sha256"] == sums
-    prepared.prepare(
-        options(tmp_path, validation_fraction=0.0, test_fraction=0.0), allow_sample=False
-    )
+    cfg = options(tmp_path, validation_fraction=0.0, test_fraction=0.0)
+    prepared.prepare(cfg, allow_sample=False)
     (raw / "survey.jsonl").write_bytes((raw / "survey.jsonl").read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"survey.jsonl: sha256 is .*SOURCE.json"):
         prepared.prepare(options(tmp_path), allow_sample=False)
 
 
+def test_prism_is_downloaded_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(folder: Path, url: str, sha256: dict[str, str]) -> None:
+        asked.append((url, *sha256))
+        write_sample(folder, people=30)
+
+    monkeypatch.setattr(download, "download_files", fetch)
+    assert prepared.prepare(options(tmp_path, download=True), allow_sample=True).data == "published"
+    ((url, *names),) = asked
+    assert url.startswith("https://huggingface.co/datasets/HannahRoseKirk/prism-alignment/resolve/")
+    assert names == ["survey.jsonl", "conversations.jsonl", "utterances.jsonl"]
+
+
+def test_the_configuration_allows_the_sources_that_there_are() -> None:
+    names = [source.name for source in prepared.SOURCES if not source.stands_in_for]
+    assert list(config_check.WORDS["data.source"]) == names
+    for source in prepared.SOURCES:
+        assert source.stands_in_for in ("", *names)
+        assert prepared.find_source(source.stands_in_for or source.name, source.kind) is source
+
+
+def test_a_source_names_the_options_that_it_reads() -> None:
+    """Prepared copies that differ in what a source reads have different keys."""
+    for source in prepared.SOURCES:
+        module = inspect.getmodule(source.load)
+        read = {
+            word for word in vars(options(Path())) if f"cfg.{word}" in inspect.getsource(module)
+        }
+        assert set(source.options) == read - {"path", "download"}
+        assert set(source.options) <= set(prepared.OPTIONS)
+
+
+def test_a_new_data_set_is_one_file_and_its_place_in_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the new file would hold: one line of text per person."""
+
+    def load(path: Path, cfg: types.SimpleNamespace) -> Loaded:
+        prompt = [{"role": "user", "content": "tea or coffee?"}]
+        users = []
+        for name in path.read_text().split():
+            pair = Pair(name, prompt, "tea", "coffee")
+            split = choose_split(name, cfg.validation_fraction, cfg.test_fraction)
+            users.append(User(name, f"I am {name}", "", (), (), (pair,), split=split))
+        return Loaded(users, [])
+
+    options_read = ("validation_fraction", "test_fraction")
+    new = Source("names", "published", "CC0", options_read, lambda path: [path], load)
+    monkeypatch.setattr(prepared, "SOURCES", (*prepared.SOURCES, new))
+    (tmp_path / "names.txt").write_text(" ".join(f"n{i}" for i in range(40)))
+    cfg = options(tmp_path, source="names", path=str(tmp_path / "names.txt"))
+    dataset = prepared.prepare(cfg, allow_sample=False)
+    assert (dataset.name, dataset.data, dataset.source.licence) == ("names", "published", "CC0")
+    assert sum(len(users) for users in dataset.splits.values()) == 40
+    assert dataset.splits["train"][0].profile.startswith("I am n")
+    assert dataset.prepared.parent == tmp_path / "prepared" / "names"
+
+
+@pytest.mark.parametrize(
+    ("env", "refused"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, False),
+        ({"JAX_PLATFORMS": "cuda"}, True),
+        ({"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": "host:1"}, True),
+    ],
+)
+def test_made_data_are_refused_by_make_data_where_make_train_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], refused: bool
+) -> None:
+    import jax
+
+    from popi_jax import prepare
+
+    for name in ("devices", "default_backend", "process_count"):  # no device is started for it
+        monkeypatch.setattr(jax, name, lambda: pytest.fail("asked for devices"))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_alone_on_cpu(os.environ) is not refused  # what popi_jax.run asks
+    overrides = [f"--config.data.prepared={tmp_path}", f"--config.data.path={tmp_path / 'none'}"]
+    config = tiny_run.config_of(tmp_path, *overrides)
+    if refused:
+        with pytest.raises(UserError, match="no PRISM files"):
+            prepare.main(config)
+    else:
+        prepare.main(config)
+
+
 def test_fractions_are_met() -> None:
-    splits = [split_of(f"user{i}", 0.1, 0.3) for i in range(5000)]
+    splits = [choose_split(f"user{i}", 0.1, 0.3) for i in range(5000)]
     assert (
         abs(splits.count("test") / 5000 - 0.3) < 0.03
         and abs(splits.count("validation") / 5000 - 0.1) < 0.02
     )
-    wider = [split_of(f"user{i}", 0.4, 0.3) for i in range(5000)]
+    wider = [choose_split(f"user{i}", 0.4, 0.3) for i in range(5000)]
     assert [s == "test" for s in splits] == [s == "test" for s in wider]
-    assert (split_of("user0", 0.1, 0.2), split_of("user1", 0.0, 0.04)) == (
+    assert (choose_split("user0", 0.1, 0.2), choose_split("user1", 0.0, 0.04)) == (
         "validation",
         "test",
     )  # by `sha256sum`

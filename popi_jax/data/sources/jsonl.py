@@ -11,14 +11,13 @@ Lines of one user_id with equal signals are one user. With other signals they ar
 "ann#2", in the same split: signals are drawn per person, never per prompt."""
 
 import dataclasses
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from popi_jax.data.json_rows import Loaded, Row, existing, read_lines, show
-from popi_jax.data.records import Comment, Messages, Pair, Shot, User
-from popi_jax.data.splits import SPLITS, split_of
+from popi_jax.data.json_rows import Row, check_file, read_lines, show
+from popi_jax.data.records import SPLITS, Comment, Messages, Pair, Shot, User
+from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
 FIELDS = (
@@ -44,13 +43,13 @@ class Record:
     pair: Pair
 
 
-def files(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
     """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when
     one is missing."""
     return (
-        [existing(path / f"{split}.jsonl") for split in SPLITS]
+        [check_file(path / f"{split}.jsonl") for split in SPLITS]
         if path.is_dir()
-        else [existing(path)]
+        else [check_file(path)]
     )
 
 
@@ -65,14 +64,14 @@ def load(path: Path, cfg: Any) -> Loaded:
     split_by_name: dict[
         str, tuple[str, str]
     ] = {}  # user_id -> its split and where it was first seen
-    for file in files(path):
-        records, bad = _records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
+    for file in list_files(path):
+        records, bad = _read_records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
         users += _group(records, cfg)
         bad_rows += bad
     return Loaded(users, bad_rows)
 
 
-def _records(
+def _read_records(
     file: Path, split: str, split_by_name: dict[str, tuple[str, str]], cfg: Any
 ) -> tuple[list[Record], list[str]]:
     """Reads a file whose users all belong to `split`, or with split "" each to the split of its
@@ -81,18 +80,18 @@ def _records(
     oracles: dict[str, tuple[str, str]] = {}
 
     def parse(row: Row) -> Record:
-        record = _record(row)
+        record = _parse_record(row)
         name = record.user.user_id
-        own = split or split_of(name, cfg.validation_fraction, cfg.test_fraction)
+        own = split or choose_split(name, cfg.validation_fraction, cfg.test_fraction)
         oracle, first = oracles.setdefault(name, (record.user.oracle, row.where))
         if oracle != record.user.oracle:
             allowed = f"one oracle per user_id, {show(oracle)} at {first}"
-            raise row.error("oracle", record.user.oracle, allowed, "Correct it.")
+            raise row.make_error("oracle", record.user.oracle, allowed, "Correct it.")
         earlier, first = split_by_name.setdefault(name, (own, row.where))
         if earlier != own:
             allowed = f"a user of one split only (also at {first})"
-            raise row.error("user_id", name, allowed, "Keep each user in one file.")
-        row.unique("record_id", seen)
+            raise row.make_error("user_id", name, allowed, "Keep each user in one file.")
+        row.check_unique("record_id", seen)
         return Record(dataclasses.replace(record.user, split=own), record.pair)
 
     return read_lines(file, parse, cfg.on_bad_row)
@@ -107,10 +106,10 @@ def read_users(path: Path, num_shots: int) -> list[User]:
     """
 
     def parse(row: Row) -> User:
-        row.only(FIELDS)
-        user = _signals(row, num_shots)
+        row.allow_only(FIELDS)
+        user = _parse_signals(row, num_shots)
         if not (user.profile or user.survey or user.shots or user.comments):
-            raise row.error(
+            raise row.make_error(
                 "signals",
                 row.fields["signals"],
                 f"at least one of {', '.join(SIGNALS)}",
@@ -124,34 +123,18 @@ def read_users(path: Path, num_shots: int) -> list[User]:
     return list(dict.fromkeys(users))
 
 
-def write(users: Iterable[User], path: Path) -> None:
-    """Writes one line per held-out pair: the inverse of `load`, but for stated, readings, split and
-    "#2" of a draw."""
-    with path.open("w", encoding="utf-8") as f:
-        for user in users:
-            signals = {
-                "profile": user.profile,
-                "survey": user.survey,
-                "fewshot": [dataclasses.asdict(shot) for shot in user.shots],
-                "comments": [dataclasses.asdict(comment) for comment in user.comments],
-            }
-            for pair in user.pairs:
-                record = {
-                    "user_id": user.user_id,
-                    "signals": signals,
-                    "oracle": user.oracle,
-                    **dataclasses.asdict(pair),
-                }
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _record(row: Row) -> Record:
-    row.only(FIELDS)
-    user = _signals(row)
+def _parse_record(row: Row) -> Record:
+    row.allow_only(FIELDS)
+    user = _parse_signals(row)
     shots, comments = user.shots, user.comments
-    pair = Pair(row.text("record_id"), _messages(row), _text(row, "chosen"), _text(row, "rejected"))
+    pair = Pair(
+        row.get_text("record_id"),
+        _parse_messages(row),
+        _get_text(row, "chosen"),
+        _get_text(row, "rejected"),
+    )
     if pair.chosen == pair.rejected:
-        raise row.error(
+        raise row.make_error(
             "rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line."
         )
     for i, shot in enumerate(shots):
@@ -159,34 +142,35 @@ def _record(row: Row) -> Record:
             allowed = (
                 'no prompt that is also the line\'s own "prompt": it would give the answer away'
             )
-            raise row.error(
+            raise row.make_error(
                 f"signals.fewshot[{i}].prompt", shot.prompt, allowed, "Remove that example."
             )
     asked = {m["content"] for m in pair.prompt if m["role"] == "user"}
     for i, comment in enumerate(comments):
         if comment.prompt in asked or comment.comment in asked:
             allowed = 'no text of the line\'s own "prompt"'
-            raise row.error(
+            raise row.make_error(
                 f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment."
             )
-    return Record(dataclasses.replace(user, oracle=_optional(row, "oracle")), pair)
+    return Record(dataclasses.replace(user, oracle=_get_optional(row, "oracle")), pair)
 
 
-def _signals(row: Row, num_shots: int | None = None) -> User:
+def _parse_signals(row: Row, num_shots: int | None = None) -> User:
     """The user of a line, without pairs and oracle."""
-    signals = row.object("signals")
-    signals.only(SIGNALS)
+    signals = row.get_object("signals")
+    signals.allow_only(SIGNALS)
     shots = [
-        _shot(item) for item in (signals.objects("fewshot") if "fewshot" in signals.fields else [])
+        _parse_shot(item)
+        for item in (signals.get_objects("fewshot") if "fewshot" in signals.fields else [])
     ]
     comments = [
-        _comment(item)
-        for item in (signals.objects("comments") if "comments" in signals.fields else [])
+        _parse_comment(item)
+        for item in (signals.get_objects("comments") if "comments" in signals.fields else [])
     ]
     return User(
-        user_id=row.text("user_id"),
-        profile=_optional(signals, "profile"),
-        survey=_optional(signals, "survey"),
+        user_id=row.get_text("user_id"),
+        profile=_get_optional(signals, "profile"),
+        survey=_get_optional(signals, "survey"),
         shots=tuple(shots[:num_shots]),
         comments=tuple(comments),
         pairs=(),
@@ -209,11 +193,11 @@ def _group(records: list[Record], cfg: Any) -> list[User]:
     return users
 
 
-def _shot(row: Row) -> Shot:
-    row.only(("prompt", "chosen", "rejected"))
-    shot = Shot(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+def _parse_shot(row: Row) -> Shot:
+    row.allow_only(("prompt", "chosen", "rejected"))
+    shot = Shot(_get_text(row, "prompt"), _get_text(row, "chosen"), _get_text(row, "rejected"))
     if shot.chosen == shot.rejected:
-        raise row.error(
+        raise row.make_error(
             "rejected",
             shot.rejected,
             'a text other than "chosen"',
@@ -222,39 +206,49 @@ def _shot(row: Row) -> Shot:
     return shot
 
 
-def _comment(row: Row) -> Comment:
-    row.only(("prompt", "comment"))
-    return Comment(_optional(row, "prompt"), _text(row, "comment"))
+def _parse_comment(row: Row) -> Comment:
+    row.allow_only(("prompt", "comment"))
+    return Comment(_get_optional(row, "prompt"), _get_text(row, "comment"))
 
 
-def _messages(row: Row) -> Messages:
-    items = row.objects("prompt")
+def _parse_messages(row: Row) -> Messages:
+    items = row.get_objects("prompt")
     messages: Messages = []
     for item in items:
-        item.only(("role", "content"))
-        messages.append({"role": item.text("role"), "content": _text(item, "content")})
+        item.allow_only(("role", "content"))
+        messages.append({"role": item.get_text("role"), "content": _get_text(item, "content")})
     roles = [m["role"] for m in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         allowed = "an optional system message, then user, assistant, user, ... that ends with user"
-        raise row.error("prompt", roles, allowed, "Correct the roles.")
+        raise row.make_error("prompt", roles, allowed, "Correct the roles.")
     return messages
 
 
-def _text(row: Row, name: str) -> str:
-    return _real(row, name, row.text(name))
+def _get_text(row: Row, name: str) -> str:
+    return _check_real(row, name, row.get_text(name))
 
 
-def _optional(row: Row, name: str) -> str:
-    return _real(row, name, row.text(name, empty=True)) if name in row.fields else ""
+def _get_optional(row: Row, name: str) -> str:
+    return _check_real(row, name, row.get_text(name, empty=True)) if name in row.fields else ""
 
 
-def _real(row: Row, name: str, text: str) -> str:
+def _check_real(row: Row, name: str, text: str) -> str:
     if text in PLACEHOLDERS:
-        raise row.error(
+        raise row.make_error(
             name,
             text,
             "a real text; what is missing is left out or empty",
             "Correct or remove the line.",
         )
     return text
+
+
+SOURCE = Source(
+    name="jsonl",
+    kind="own",
+    licence="Own data: the licence is that of the person who provided them.",
+    options=("on_bad_row", "validation_fraction", "test_fraction", "num_shots", "num_pairs"),
+    files=list_files,
+    load=load,
+)

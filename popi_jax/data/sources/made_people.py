@@ -5,7 +5,8 @@ Each person cares about a few of eight style attributes. A self-description stat
 partly wrong, among distractors; in each conversation two replies differ in one attribute that the
 person cares about, and the scores follow the utilities by Bradley-Terry (Gumbel noise on each
 reply). As the process is known, so is the best accuracy that any model could reach:
-`bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real people.
+`compute_bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real
+people.
 """
 
 import itertools
@@ -16,7 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from popi_jax.data.records import User
+from popi_jax import files
+from popi_jax.data.records import ITEM_SEPARATOR, User
+from popi_jax.data.sources import download, prism
+from popi_jax.data.sources.source import Source
 
 NUM_ACTIVE = 3  # attributes that a person cares about
 UTILITY = 2.5  # of a reply that suits an active attribute, over one that does not (log-odds)
@@ -28,7 +32,7 @@ CONVERSATIONS = 14  # of each person
 
 class Pole(NamedTuple):
     item: str  # as a summary names it
-    replies: tuple[str, ...]  # how a reply shows it
+    replies: tuple[str, str]  # how a reply shows it
 
 
 # Both poles of an attribute are equally common: who knows nothing of a person can only guess, so
@@ -80,51 +84,31 @@ ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
         Pole("serious style", ("this is no laughing matter .", "let us stay sober here .")),
     ),
 )
-ITEMS = tuple(pole.item for poles in ATTRIBUTES for pole in poles)  # canonical order of a summary
-SEPARATOR = " ; "
-NOTHING_STATED = (
-    "no strong preference"  # the stated summary of a self-description that names no attribute
-)
+# the stated summary of a self-description that names no attribute
+NOTHING_STATED = "no strong preference"
 
-TOPICS = tuple(
-    "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers gravity honey islands jazz "
-    "kites lasers lemons magnets maps mirrors moths mountains museums oceans olives opera owls paper pearls pianos "
-    "planets poetry pottery rain rivers robots salt sharks silk sleep snow soap spices spiders steam storms sugar tea "
-    "tides trains trees tunnels vaccines violins whales wheat wind wolves yoga".split()
-)
+TOPICS = (
+    "volcanoes bridges bees chess coffee comets dolphins deserts elections forests glaciers "
+    "gravity honey islands jazz kites lasers lemons magnets maps mirrors moths mountains museums "
+    "oceans olives opera owls paper pearls pianos planets poetry pottery rain rivers robots salt "
+    "sharks silk sleep snow soap spices spiders steam storms sugar tea tides trains trees tunnels "
+    "vaccines violins whales wheat wind wolves yoga"
+).split()
 PROMPTS = ("tell me about {}", "explain {} please", "why {} ?")
 STATEMENTS = ("i like {} .", "please give me {} .", "i prefer {} .")
-FACTS = tuple(
-    f"{fact} ."
-    for fact in (
-        "i have two cats|i work as a nurse|i live near the sea|i play the drums|i cycle to work|my kitchen is blue|"
-        "i grew up on a farm|i drink green tea|i have three sisters|i read at night|i walk my dog early|"
-        "i bake bread on sundays|i study at home|my car is old|i swim in the lake|i sing in a choir|"
-        "i paint small boats|i travel by train"
-    ).split("|")
-)
-AGES = (
-    "18-24 years old",
-    "25-34 years old",
-    "35-44 years old",
-    "45-54 years old",
-    "55-64 years old",
-    "65+ years old",
-)
-PREFERENCES = (
-    "values",
-    "creativity",
-    "fluency",
-    "factuality",
-    "diversity",
-    "safety",
-    "personalisation",
-    "helpfulness",
-)
+FACTS = (
+    "i have two cats .|i work as a nurse .|i live near the sea .|i play the drums .|"
+    "i cycle to work .|my kitchen is blue .|i grew up on a farm .|i drink green tea .|"
+    "i have three sisters .|i read at night .|i walk my dog early .|i bake bread on sundays .|"
+    "i study at home .|my car is old .|i swim in the lake .|i sing in a choir .|"
+    "i paint small boats .|i travel by train ."
+).split("|")
+AGES = [f"{age} years old" for age in ("18-24", "25-34", "35-44", "45-54", "55-64", "65+")]
 LOCATION = (
-    "birth_country birth_countryISO birth_subregion reside_country reside_countryISO reside_subregion "
-    "same_birth_reside_country special_region"
+    "birth_country birth_countryISO birth_subregion reside_country reside_countryISO "
+    "reside_subregion same_birth_reside_country special_region"
 ).split()
+SILENT = "Prefer not to say"
 
 
 class Person(NamedTuple):
@@ -137,18 +121,16 @@ def _draw_person(rng: np.random.Generator) -> Person:
     return Person(active, tuple(int(rng.integers(2)) for _ in active))
 
 
-def _summary(items: Iterable[tuple[int, int]]) -> str:
-    return SEPARATOR.join(ATTRIBUTES[a][p].item for a, p in sorted(items))
+def _join_items(items: Iterable[tuple[int, int]]) -> str:
+    return ITEM_SEPARATOR.join(ATTRIBUTES[a][p].item for a, p in sorted(items))
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _self_description(
-    rng: np.random.Generator, person: Person
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and the (attribute, pole) that it states."""
+def _describe(rng: np.random.Generator, person: Person) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the text, and the (attribute, pole) that it states."""
     stated = []
     for a in range(len(ATTRIBUTES)):
         if a in person.active:
@@ -164,8 +146,9 @@ def _self_description(
     return " ".join(sentences[i] for i in order), stated
 
 
-def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dict[str, Any]:
-    keys = (*PREFERENCES, "other")
+def _make_survey_row(rng: np.random.Generator, user_id: str, description: str) -> dict[str, Any]:
+    keys = (*prism.PREFERENCES, "other")
+    group = {"self_described": "", "categorised": SILENT, "simplified": SILENT}
     return {
         "user_id": user_id,
         "survey_only": False,
@@ -185,20 +168,12 @@ def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dic
         "age": _pick(rng, AGES),
         "gender": _pick(rng, ("Male", "Female")),
         "employment_status": _pick(rng, ("Working full-time", "Student", "Retired")),
-        "education": "Prefer not to say",
-        "marital_status": "Prefer not to say",
+        "education": SILENT,
+        "marital_status": SILENT,
         "english_proficiency": "Native speaker",
-        "religion": {
-            "self_described": "",
-            "categorised": "Prefer not to say",
-            "simplified": "Prefer not to say",
-        },
-        "ethnicity": {
-            "self_described": "",
-            "categorised": "Prefer not to say",
-            "simplified": "Prefer not to say",
-        },
-        "location": dict.fromkeys(LOCATION, "Prefer not to say"),
+        "religion": group,
+        "ethnicity": group,
+        "location": dict.fromkeys(LOCATION, SILENT),
         "study_id": "sample",
         "study_locale": "sample",
         "generated_datetime": "2023-11-22 00:00:00",
@@ -210,10 +185,16 @@ def _survey_row(rng: np.random.Generator, user_id: str, description: str) -> dic
     }
 
 
-def _conversation(
-    rng: np.random.Generator, person: Person, topic: str
-) -> tuple[str, tuple[str, str], tuple[int, int], tuple[int, int]]:
-    """Opening prompt, two replies, their scores, and the (attribute, pole) of the better one."""
+class Chat(NamedTuple):
+    """A conversation of one turn with two replies."""
+
+    prompt: str
+    replies: tuple[str, ...]
+    scores: list[int]
+    won: tuple[int, int]  # attribute and pole of the better reply
+
+
+def _draw_chat(rng: np.random.Generator, person: Person, topic: str) -> Chat:
     slot = int(rng.integers(NUM_ACTIVE))
     attribute, preferred = person.active[slot], person.poles[slot]
     first = int(rng.integers(2))
@@ -225,84 +206,75 @@ def _conversation(
     if scores[best] <= scores[1 - best]:
         scores[best] = scores[1 - best] + 1
     prompt = _pick(rng, PROMPTS).format(topic)
-    return prompt, (replies[0], replies[1]), (scores[0], scores[1]), (attribute, poles[best])
+    return Chat(prompt, replies, scores, (attribute, poles[best]))
 
 
-def _rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file name, row) of all files. Each person has a stream of random numbers of their own."""
-    conversation_number = utterance_number = 0
+def _make_chat_rows(
+    chat: Chat, number: int, user_id: str, when: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file name, row): the utterances of a conversation, then the conversation."""
+    shared = {
+        "conversation_id": f"c{number}",
+        "user_id": user_id,
+        "included_in_balanced_subset": True,
+    }
+    kind = {"conversation_type": "unguided"}
+    history: list[dict[str, Any]] = [{"turn": 0, "role": "user", "content": chat.prompt}]
+    for j, (reply, score) in enumerate(zip(chat.replies, chat.scores, strict=True)):
+        model = {"model_name": f"sample-{j}", "model_provider": "sample"}
+        verdict = {"score": score, "if_chosen": score == max(chat.scores), "within_turn_id": j}
+        history.append({"turn": 0, "role": "model", "content": reply, **model, **verdict})
+        ids = {"utterance_id": f"ut{2 * number + j}", "interaction_id": f"int{number}"}
+        texts = {"user_prompt": chat.prompt, "model_response": reply}
+        yield "utterances.jsonl", {**ids, **shared, "turn": 0, **kind, **texts, **model, **verdict}
+    none = dict.fromkeys(p for p in prism.PREFERENCES if p != "personalisation")
+    yield (
+        "conversations.jsonl",
+        {
+            **shared,
+            "generated_datetime": when,
+            "timing_duration_s": 60.0,
+            "timing_duration_mins": 1.0,
+            **kind,
+            "opening_prompt": chat.prompt,
+            "conversation_turns": 1,
+            "conversation_history": history,
+            "performance_attributes": none,
+            "choice_attributes": none,
+            "open_feedback": "",
+        },
+    )
+
+
+def _make_rows(people: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file name, row) of all files. Each person has a stream of random numbers of their
+    own."""
     for number in range(people):
         rng = np.random.default_rng((seed, number))
         user_id = f"user{number}"
         person = _draw_person(rng)
-        description, stated = _self_description(rng, person)
-        yield "survey.jsonl", _survey_row(rng, user_id, description)
+        description, stated = _describe(rng, person)
+        yield "survey.jsonl", _make_survey_row(rng, user_id, description)
         readings = {}
         for i, topic in enumerate(rng.choice(TOPICS, CONVERSATIONS, replace=False)):
-            conversation_id = f"c{conversation_number}"
-            conversation_number += 1
-            prompt, replies, scores, won = _conversation(rng, person, str(topic))
-            readings[conversation_id] = {
+            chat = _draw_chat(rng, person, str(topic))
+            attribute, pole = chat.won
+            conversation = CONVERSATIONS * number + i
+            readings[f"c{conversation}"] = {
                 "question": str(topic),
-                "answer": _summary([won]),
-                "contrast": _summary([(won[0], 1 - won[1])]),
+                "answer": _join_items([(attribute, pole)]),
+                "contrast": _join_items([(attribute, 1 - pole)]),
             }
             when = f"2023-11-{22 + i // 7} {8 + i % 7:02d}:00:00"
-            best = int(scores[1] > scores[0])
-            history: list[dict[str, Any]] = [{"turn": 0, "role": "user", "content": prompt}]
-            shared = {
-                "conversation_id": conversation_id,
-                "user_id": user_id,
-                "included_in_balanced_subset": True,
-            }
-            for j in range(2):
-                model = {"model_name": f"sample-{j}", "model_provider": "sample"}
-                verdict = {"score": scores[j], "if_chosen": j == best, "within_turn_id": j}
-                history.append(
-                    {"turn": 0, "role": "model", "content": replies[j], **model, **verdict}
-                )
-                yield (
-                    "utterances.jsonl",
-                    {
-                        "utterance_id": f"ut{utterance_number}",
-                        "interaction_id": f"int{conversation_number - 1}",
-                    }
-                    | shared
-                    | {
-                        "turn": 0,
-                        "conversation_type": "unguided",
-                        "user_prompt": prompt,
-                        "model_response": replies[j],
-                    }
-                    | model
-                    | verdict,
-                )
-                utterance_number += 1
-            none = dict.fromkeys(p for p in PREFERENCES if p != "personalisation")
-            yield (
-                "conversations.jsonl",
-                shared
-                | {
-                    "generated_datetime": when,
-                    "timing_duration_s": 60.0,
-                    "timing_duration_mins": 1.0,
-                }
-                | {
-                    "conversation_type": "unguided",
-                    "opening_prompt": prompt,
-                    "conversation_turns": 1,
-                }
-                | {
-                    "conversation_history": history,
-                    "performance_attributes": none,
-                    "choice_attributes": none,
-                }
-                | {"open_feedback": ""},
-            )
+            yield from _make_chat_rows(chat, conversation, user_id, when)
         yield (
             "latents.jsonl",
-            {"user_id": user_id, "oracle": _summary(zip(person.active, person.poles, strict=True))}
-            | {"stated": _summary(stated) or NOTHING_STATED, "readings": readings},
+            {
+                "user_id": user_id,
+                "oracle": _join_items(zip(person.active, person.poles, strict=True)),
+                "stated": _join_items(stated) or NOTHING_STATED,
+                "readings": readings,
+            },
         )
 
 
@@ -310,18 +282,26 @@ def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
     """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl:
     the truth behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("survey.jsonl", "conversations.jsonl", "utterances.jsonl", "latents.jsonl")
-    files = {name: (folder / name).open("w", encoding="utf-8") for name in names}
-    try:
-        for name, row in _rows(people, seed):
-            files[name].write(json.dumps(row) + "\n")
-    finally:
-        for file in files.values():
-            file.close()
+    lines: dict[str, list[str]] = {name: [] for name in (*prism.FILES, prism.LATENTS)}
+    for name, row in _make_rows(people, seed):
+        lines[name].append(json.dumps(row) + "\n")
+    for name, rows in lines.items():
+        (folder / name).write_text("".join(rows), encoding="utf-8")
 
 
-# ---- the best that any model could do
-# -------------------------------------------------------------------------------
+def find_sample(cfg: Any, may_download: bool) -> Path:
+    """Returns the folder of the made data beside the prepared copies; writes it unless the present
+    code has made that number of people before."""
+    del may_download
+    code = download.hash_file(Path(__file__))[:8]
+    folder = Path(cfg.prepared) / f"prism-sample-{cfg.sample_people}-{code}"
+    if not folder.exists():
+        with files.make_folder(folder) as part:
+            write_sample(part, people=cfg.sample_people)
+    return folder
+
+
+# The best that any model could do.
 
 _REPLIES = {
     reply: (a, p)
@@ -347,12 +327,12 @@ _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wi
 
 
 def read_reply(reply: str) -> tuple[int, int]:
-    """(attribute, pole) that a reply of the sample shows."""
+    """Returns (attribute, pole) that a reply of the sample shows."""
     return _REPLIES[reply]
 
 
-def _posterior(user: User) -> np.ndarray:
-    """Probability of each state given the self-description and the past pairs."""
+def _infer_states(user: User) -> np.ndarray:
+    """Returns the probability of each state given the self-description and the past pairs."""
     weights = _PRIOR.copy()
     for a, sides in enumerate(ATTRIBUTES):
         cares = _POLES[:, a] >= 0
@@ -370,7 +350,7 @@ def _posterior(user: User) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _accuracies(weights: np.ndarray, user: User) -> list[float]:
+def _score_pairs(weights: np.ndarray, user: User) -> list[float]:
     values = []
     for pair in user.pairs:
         a, _ = read_reply(pair.chosen)
@@ -380,18 +360,32 @@ def _accuracies(weights: np.ndarray, user: User) -> list[float]:
     return values
 
 
-def bayes_optimum(users: Iterable[User]) -> dict[str, float]:
-    """Expected accuracy, on the users' held-out pairs, of the best classifier.
+def compute_bayes_optimum(users: Iterable[User]) -> dict[str, float]:
+    """Returns the expected accuracy, on the users' held-out pairs, of the best classifier.
 
     It sees nothing of the user ("no_signals"), the self-description and past pairs ("signals"), or
     the true preferences ("latent")."""
     values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
     for user in users:
-        truth = {_ITEM[item] for item in user.oracle.split(SEPARATOR)}
+        truth = {_ITEM[item] for item in user.oracle.split(ITEM_SEPARATOR)}
         known = np.array(
             [{(a, p) for a, p in enumerate(row) if p >= 0} == truth for row in _POLES], float
         )
-        values["no_signals"] += _accuracies(_PRIOR, user)
-        values["signals"] += _accuracies(_posterior(user), user)
-        values["latent"] += _accuracies(known, user)
+        values["no_signals"] += _score_pairs(_PRIOR, user)
+        values["signals"] += _score_pairs(_infer_states(user), user)
+        values["latent"] += _score_pairs(known, user)
     return {name: float(np.mean(v)) for name, v in values.items()}
+
+
+SOURCE = Source(
+    name="sample",
+    kind="sample",
+    licence="The made data are part of popi_jax and add no conditions.",
+    options=prism.SOURCE.options,
+    files=prism.list_files,
+    load=prism.load,
+    find=find_sample,
+    stands_in_for="prism",
+    lists_items=True,
+    compute_optimum=compute_bayes_optimum,
+)

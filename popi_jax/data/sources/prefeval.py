@@ -10,23 +10,25 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from popi_jax.data.json_rows import Loaded, Row, read_array
+from popi_jax.data.json_rows import Row, read_array
 from popi_jax.data.records import Comment, Pair, User
-from popi_jax.data.splits import split_of, split_topics
+from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError, did_you_mean
 
+PAGE = "github.com/amazon-science/PrefEval"
 OPTIONS = "mcq_options"
 CHATS = "implicit_preference/persona-driven"
 
 
-def files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Returns the files that `load` reads: two per topic. Raises: UserError when one of them is
     missing."""
     topics = {kind: {p.name for p in (folder / kind).glob("*.json")} for kind in (OPTIONS, CHATS)}
     for kind, names in topics.items():
         if not names:
-            source = "Copy benchmark_dataset/ of github.com/amazon-science/PrefEval there (CC-BY-NC-4.0)."
-            raise UserError(f"{folder / kind}: found no file *.json (field data.path). {source}")
+            fix = f"Copy benchmark_dataset/ of {PAGE} there (CC-BY-NC-4.0)."
+            raise UserError(f"{folder / kind}: found no file *.json (field data.path). {fix}")
     for here, there in ((OPTIONS, CHATS), (CHATS, OPTIONS)):
         for name in sorted(topics[here] - topics[there]):
             near = did_you_mean(name, topics[there])
@@ -42,13 +44,13 @@ def load(folder: Path, cfg: Any) -> Loaded:
     Args: cfg: the `data` part of the configuration.
     Raises: UserError.
     """
-    topics = sorted(path.stem for path in files(folder) if path.parent.name == OPTIONS)
+    topics = sorted(path.stem for path in list_files(folder) if path.parent.name == OPTIONS)
     topic_split = split_topics(topics, cfg.validation_fraction, cfg.test_fraction)
     users: list[User] = []
     bad_rows: list[str] = []
     for topic in topics:
-        options, bad_options = _options(folder / OPTIONS / f"{topic}.json", cfg.on_bad_row)
-        loaded, bad_chats = _users(
+        options, bad_options = _read_options(folder / OPTIONS / f"{topic}.json", cfg.on_bad_row)
+        loaded, bad_chats = _read_users(
             folder / CHATS / f"{topic}.json", topic, options, topic_split[topic], cfg
         )
         users += [user for user in loaded if user]
@@ -56,7 +58,9 @@ def load(folder: Path, cfg: Any) -> Loaded:
     return Loaded(users, bad_rows)
 
 
-def _options(path: Path, on_bad_row: str) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
+def _read_options(
+    path: Path, on_bad_row: str
+) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
     """Returns (preference, question) -> the four options, the first of which respects the
     preference.
 
@@ -65,37 +69,39 @@ def _options(path: Path, on_bad_row: str) -> tuple[dict[tuple[str, str], list[st
     seen: dict[tuple[str, str], str] = {}
 
     def parse(row: Row) -> tuple[tuple[str, str], list[str]]:
-        key = _key(row, seen)
+        key = _read_key(row, seen)
         name, allowed = "classification_task_options", "4 texts, the first unlike the others"
-        options = row.value(name, allowed)
+        options = row.get_value(name, allowed)
         if not isinstance(options, list) or not all(
             isinstance(o, str) and o.strip() for o in options
         ):
-            raise row.error(name, options, allowed, "Correct the row.")
+            raise row.make_error(name, options, allowed, "Correct the row.")
         if len(options) != 4:
-            raise row.error(name, f"{len(options)} texts", allowed, "Correct the row.")
+            raise row.make_error(name, f"{len(options)} texts", allowed, "Correct the row.")
         options = [option.strip() for option in options]
         if options[0] in options[1:]:
-            raise row.error(name, options[0], allowed, "Correct the row.")
+            raise row.make_error(name, options[0], allowed, "Correct the row.")
         return key, options
 
     rows, bad = read_array(path, parse, on_bad_row)
     return {key: [] for key in seen} | dict(rows), bad
 
 
-def _users(
+def _read_users(
     path: Path, topic: str, options: dict[tuple[str, str], list[str]], topic_split: str, cfg: Any
 ) -> tuple[list[User | None], list[str]]:
     seen: dict[tuple[str, str], str] = {}
 
     def parse(row: Row) -> User | None:
-        preference, question = key = _key(row, seen)
+        preference, question = key = _read_key(row, seen)
         if options.get(key) == []:
             return None
         if key not in options:
             allowed = f"a preference and question of {OPTIONS}/{path.name}"
-            raise row.error("question", question, allowed, "Take both files from the same release.")
-        comments = _comments(row, question)
+            raise row.make_error(
+                "question", question, allowed, "Take both files from the same release."
+            )
+        comments = _read_comments(row, question)
         # not the row number: rows may move
         digest = hashlib.sha256(f"{preference}\n{question}".encode()).hexdigest()[:10]
         user_id = f"prefeval/{topic}/{digest}"
@@ -108,10 +114,10 @@ def _users(
         if cfg.split_by == "topic":
             split = topic_split
         else:  # two rows may share a preference: they share the split
-            split = split_of(preference, cfg.validation_fraction, cfg.test_fraction)
+            split = choose_split(preference, cfg.validation_fraction, cfg.test_fraction)
         return User(
             user_id=user_id,
-            profile=row.text("persona"),
+            profile=row.get_text("persona"),
             survey="",
             shots=(),
             comments=comments,
@@ -123,34 +129,47 @@ def _users(
     return read_array(path, parse, cfg.on_bad_row)
 
 
-def _comments(row: Row, question: str) -> tuple[Comment, ...]:
+def _read_comments(row: Row, question: str) -> tuple[Comment, ...]:
     """Returns each message of the person together with the assistant's message that it answers (""
     at the start)."""
-    chat = row.object("conversation")
+    chat = row.get_object("conversation")
     comments: list[Comment] = []
     answered = ""
     for name in sorted(chat.fields, key=lambda n: (len(n), n)):  # "0", "1", ..., "10"
-        turn = chat.object(name)
-        said = turn.text("user")
+        turn = chat.get_object(name)
+        said = turn.get_text("user")
         if question in (said, answered):
-            raise turn.error(
+            raise turn.make_error(
                 "user", said, "a chat without the question that is held out", "Remove the row."
             )
         comments.append(Comment(answered, said))
-        answered = turn.text("assistant")
+        answered = turn.get_text("assistant")
     if not comments:
-        raise row.error("conversation", {}, "at least one turn", "Correct the row.")
+        raise row.make_error("conversation", {}, "at least one turn", "Correct the row.")
     return tuple(comments)
 
 
-def _key(row: Row, seen: dict[tuple[str, str], str]) -> tuple[str, str]:
-    key = row.text("preference"), row.text("question")
+def _read_key(row: Row, seen: dict[tuple[str, str], str]) -> tuple[str, str]:
+    key = row.get_text("preference"), row.get_text("question")
     first = seen.setdefault(key, row.where)
     if first != row.where:
-        raise row.error(
+        raise row.make_error(
             "question",
             key[1],
             f"a pair of preference and question that occurs once (first at {first})",
             "Remove one.",
         )
     return key
+
+
+SOURCE = Source(
+    name="prefeval",
+    kind="published",
+    licence=(
+        "PrefEval (arXiv 2502.09597): CC-BY-NC-4.0, so weights trained on it are for "
+        "non-commercial use."
+    ),
+    options=("on_bad_row", "split_by", "validation_fraction", "test_fraction", "num_pairs"),
+    files=list_files,
+    load=load,
+)

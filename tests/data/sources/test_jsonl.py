@@ -12,8 +12,9 @@ import pytest
 
 from popi_jax.data.records import Comment, Pair, Shot, User
 from popi_jax.data.sources import jsonl
-from popi_jax.data.splits import split_of
+from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
+from tests.data.people import write_users
 
 RECORD: dict[str, Any] = {
     "user_id": "ann",
@@ -75,7 +76,7 @@ def test_lines_with_the_same_signals_are_one_user(tmp_path: Path) -> None:
             for i in range(3)
         ),
         oracle="calm",
-        split=split_of("ann", 0.2, 0.2),
+        split=choose_split("ann", 0.2, 0.2),
     )
 
 
@@ -202,10 +203,10 @@ def test_what_is_written_is_read(
             pairs=(
                 Pair(f"{i}", [{"role": "user", "content": f"{text} x"}], f"{text} 1", f"{text} 2"),
             ),
-            split=split_of(f"user {i}", 0.2, 0.2),
+            split=choose_split(f"user {i}", 0.2, 0.2),
         )
         for i, profile in enumerate(profiles)
     ]
     path = tmp_path_factory.mktemp("written") / "a.jsonl"
-    jsonl.write(users, path)
+    write_users(users, path)
     assert jsonl.load(path, options()).users == users

@@ -1,4 +1,4 @@
-"""The PRISM-format sample: that it is what its module says, and that `bayes_optimum` is the best
+"""The PRISM-format sample: that it is what its module says, and that `compute_bayes_optimum` is the best
 possible."""
 
 import itertools
@@ -199,7 +199,7 @@ def plain_optimum(user: User, knows: str) -> float:
 
 def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
     for some in ([users[0]], users[1:6]):
-        found = made_people.bayes_optimum(some)
+        found = made_people.compute_bayes_optimum(some)
         for knows in ("no_signals", "signals", "latent"):
             assert found[knows] == pytest.approx(
                 np.mean([plain_optimum(user, knows) for user in some]), abs=1e-9
@@ -207,7 +207,7 @@ def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
 
 
 def test_more_knowledge_is_better_and_no_classifier_beats_it(users: list[User]) -> None:
-    best = made_people.bayes_optimum(users)
+    best = made_people.compute_bayes_optimum(users)
     assert (
         best["no_signals"] == 0.5 < best["signals"] - 0.1
         and best["signals"] < best["latent"] - 0.02
