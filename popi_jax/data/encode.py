@@ -101,7 +101,7 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     limit = cfg.data.context_len
 
     def render(some: User) -> tuple[str, Ids]:
-        text = prompts.render_signals(some, cfg.data.pair_layout).strip()
+        text = prompts.render_signals(some, cfg.data.pair_layout)
         return text, prompts.render_inference_context(tokenizer, text)
 
     text, ids = render(user)
