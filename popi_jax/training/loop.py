@@ -115,28 +115,21 @@ class StagedBatches:
 def open_batches(built: Built) -> StagedBatches:
     cfg, users = built.config, built.dataset.splits["train"]
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    items = warmup_batches.find_items(built.dataset, cfg)
     seed = batches.derive_data_seed(cfg.seed, "warmup")
     warmup = warmup_batches.make_warmup_batches(
-        users, built.tokenizer, cfg, seed=seed, items=_items(built), **place
+        users, built.tokenizer, cfg, seed=seed, items=items, **place
     )
     seed = batches.derive_data_seed(cfg.seed, "main")
     main = batches.make_user_batches(users, built.tokenizer, cfg, seed=seed, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
-def _items(built: Built) -> tuple[str, ...]:
-    made = built.dataset.data == "sample"  # only there are oracles lists of items, not free text
-    return (
-        warmup_batches.list_summary_items(built.dataset.splits["train"])
-        if built.config.warmup.steps and made
-        else ()
-    )
-
-
 def open_fill(built: Built) -> measure.Fill:
     """How many tokens the users of the run have."""
     users = built.dataset.splits["train"]
-    return measure.measure_fill(users, built.tokenizer, built.config, _items(built))
+    items = warmup_batches.find_items(built.dataset, built.config)
+    return measure.measure_fill(users, built.tokenizer, built.config, items)
 
 
 def make_parts(built: Built, fill: measure.Fill | None = None) -> tuple[Parts, Transforms]:
