@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
-from popi_jax.data import batches, prompts
+from popi_jax.data import batches, encode, prompts
 from popi_jax.evals import cells
 from popi_jax.evals.cells import Evaluation, Models
 from popi_jax.popi.roles import pair_logps
@@ -93,10 +93,8 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
 
     nothing = [[] for _ in users]
     summaries = [list(ids[:length]) for ids, length in zip(*evaluation.summaries, strict=True)]
-    raw = [
-        words.encode(prompts.render_signals(user, "grouped"))[: cfg.data.context_len]
-        for user in users
-    ]
+    header = len(prompts.render_inference_context(words, ""))  # the inference model reads them so
+    raw = [encode.fit_signals(user, words, cfg).context[header:] for user in users]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
     reference = margins(before, nothing)
 
