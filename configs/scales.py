@@ -11,30 +11,8 @@ import math
 import os
 import re
 
-# How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is
-# not named is whole. Weights are split by all axes but `data`, and gathered layer by layer where
-# they are used; users by `data` and `fsdp`.
-RULES = (
-    "batch data fsdp",
-    "seq sequence",
-    "vocab tensor",
-    "vocab_embed fsdp",
-    "embed fsdp",
-    "heads tensor",
-    "kv_heads tensor",
-    "mlp tensor",
-    "attention_heads tensor sequence",
-)
-# While summaries are sampled: matrices are split by their heads or hidden units alone, so that no
-# step gathers them.
-ROLLOUT_RULES = (
-    "batch data fsdp",
-    "vocab tensor",
-    "heads tensor",
-    "kv_heads tensor",
-    "mlp tensor",
-    "attention_heads tensor",
-)
+from popi_jax.config import RULES
+
 # Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own
 # while training, and share the weights while sampling (ROLLOUT_RULES). No activation crosses
 # devices; weights are gathered once per layer.
@@ -75,7 +53,6 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
     parts = 2 if chips >= 512 else 1  # users of a device, one after the other
     users = count * (chips if apart else parts * chips // tensor)
     return {
-        "mesh.num_devices": 0,
         "mesh.topology": topology,
         "mesh.data": count,
         "mesh.fsdp": chips // tensor,
@@ -92,13 +69,12 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
 
 
 SCALES: dict[str, dict[str, object]] = {
-    # one process on a CPU, the defaults of base.py
-    "laptop": {},
+    # one process on a CPU
+    "laptop": {"mesh.num_devices": 1},
     # all GPUs of one machine or job; the batch of a laptop, so that results compare
-    "gpu": {"mesh.num_devices": 0},
+    "gpu": {},
     # all devices of a TPU slice that has no row of its own, up to 32
     "tpu": {
-        "mesh.num_devices": 0,
         "model.dtype": "bfloat16",
         "batch.users": 32,
         "warmup.generator_users": 32,
