@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.config_check import parse_phases
+from popi_jax.config import parse_phases
 from popi_jax.flops import flops, of_jaxpr
 from popi_jax.models.presets import PRESETS
 from popi_jax.models.sampling import Sampling

@@ -20,8 +20,7 @@ from popi_jax import distributed
 from popi_jax.arrays import Metrics, Params, UserBatch
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
-from popi_jax.config import Config
-from popi_jax.config_check import parse_phases
+from popi_jax.config import Config, parse_phases
 from popi_jax.data import batches
 from popi_jax.data import fill as fills
 from popi_jax.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from popi_jax.config_check import parse_phases
+from popi_jax.config import parse_phases
 from popi_jax.popi.roles import empty_summary, pair_logps, rollout
 from popi_jax.popi.update import Parts, popi_update, role_turns
 from popi_jax.sharding import place_batch

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.base import base
+from configs.base import compose
 from popi_jax import sharding
 from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, parse_phases
+from popi_jax.config import Config, from_config_dict, parse_phases
 from popi_jax.models.sampling import Sampling
 from popi_jax.popi.roles import Budgets, Glue
 from popi_jax.popi.update import Parts
@@ -35,7 +34,7 @@ GLUE = Glue(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
 
 
 def make_config() -> Config:
-    c = base()
+    c = compose("scale=laptop")
     c.name = "test"
     c.warmup.steps = 0
     c.inference.group_size = 3

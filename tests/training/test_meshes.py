@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs import scales
-from popi_jax.config_check import parse_phases, parse_rules
+from popi_jax.config import parse_phases
+from popi_jax.config_rules import parse_rules
 from popi_jax.models.transformer import for_rollout
 from popi_jax.planning.program import Traffic, read
 from popi_jax.popi.roles import rollout
