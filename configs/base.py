@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs.models import MODELS
-from configs.scales import SCALES, detect, row
+from configs.scales import SCALES, detect, find_row
 from configs.schedules import SCHEDULES
 from popi_jax.config import Config
 from popi_jax.errors import UserError, did_you_mean
@@ -41,7 +41,7 @@ def parse_arg(arg: str) -> Arg:
             raise UserError(f'unknown name "{name}", allowed are {names}')
         if name in chosen:
             raise UserError(f'"{name}" is given twice')
-        if value and value not in allowed[name] and not (name == "scale" and row(value)):
+        if value and value not in allowed[name] and not (name == "scale" and find_row(value)):
             values = f"{', '.join(allowed[name])}.{did_you_mean(value, allowed[name])}"
             also = " Or name the topology of a TPU, e.g. v5p:4x4x4." if name == "scale" else ""
             raise UserError(f'{name} = "{value}": must be one of {values}{also}')
@@ -54,7 +54,7 @@ def compose(arg: str) -> ConfigDict:
     chosen = parse_arg(arg)
     c = ConfigDict(dataclasses.asdict(Config())).lock()
     c.update_from_flattened_dict(MODELS[chosen.model])
-    c.update_from_flattened_dict(row(detect() if chosen.scale == "auto" else chosen.scale))
+    c.update_from_flattened_dict(find_row(detect() if chosen.scale == "auto" else chosen.scale))
     c.update_from_flattened_dict(SCHEDULES[chosen.schedule])
     if c.model.checkpoint:
         c.warmup.steps = 0

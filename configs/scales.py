@@ -41,7 +41,7 @@ _TORUS = {
 _TOPOLOGY = re.compile(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})")
 
 
-def _slices(topology: str, count: int = 1) -> dict[str, object]:
+def _make_row(topology: str, count: int = 1) -> dict[str, object]:
     """Returns the row of `count` TPU slices of a topology: replicas of both models across them,
     parts within each.
 
@@ -82,17 +82,17 @@ SCALES: dict[str, dict[str, object]] = {
         "warmup.reading_users": 32,
         "evaluation.batch_users": 32,
     },
-    **{f"v5e-{number}": _slices(f"v5e:{topology}") for number, topology in _FLAT.items()},
-    **{f"v6e-{number}": _slices(f"v6e:{topology}") for number, topology in _FLAT.items()},
-    **{f"v5p-{number}": _slices(f"v5p:{topology}") for number, topology in _TORUS.items()},
+    **{f"v5e-{number}": _make_row(f"v5e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v6e-{number}": _make_row(f"v6e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v5p-{number}": _make_row(f"v5p:{topology}") for number, topology in _TORUS.items()},
 }
 
 
-def row(name: str) -> dict[str, object] | None:
+def find_row(name: str) -> dict[str, object] | None:
     """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any
     other name."""
     if found := _TOPOLOGY.fullmatch(name):
-        return _slices(f"{found[2]}:{found[3]}", int(found[1] or 1))
+        return _make_row(f"{found[2]}:{found[3]}", int(found[1] or 1))
     return SCALES.get(name)
 
 
