@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from popi_jax.config import DataConfig
+from popi_jax.config_rules import list_settings
 from popi_jax.data.json_rows import Loaded
 from popi_jax.data.records import User
 from popi_jax.data.sources import jsonl, prefeval, prism
@@ -26,10 +28,7 @@ from popi_jax.errors import UserError, did_you_mean
 
 FORMAT = 2  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
-OPTIONS = (
-    "source on_bad_row split_by validation_fraction test_fraction num_shots num_pairs "
-    "pair_mode score_margin turns use_system_string"
-).split()
+OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 
 
 @dataclasses.dataclass(frozen=True)

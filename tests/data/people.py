@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from configs.base import base
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict
+from configs.base import compose
+from popi_jax.config import Config, from_config_dict
 from popi_jax.data import prompts, tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 
@@ -55,7 +54,7 @@ def make_tokenizer() -> tokenizer.Tokenizer:
 
 def make_config(**changes: Any) -> Config:
     """`changes` are written section__field."""
-    c = base()
+    c = compose("scale=laptop")
     fields = {
         "name": "test",
         "data.context_len": 120,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import scales
-from popi_jax.config_check import parse_rules
+from popi_jax.config_rules import parse_rules
 from popi_jax.models.layout import Rules
 from popi_jax.planning.program import Traffic, read
 from popi_jax.popi.update import popi_update
