@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from benchmarks.workloads import Geometry, Workload
-from configs.base import base
-from popi_jax.arrays import Rollouts, Tokens, UserBatch
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, parse_phases
-from popi_jax.losses.preference import PairLogps
-from popi_jax.models.sampling import Sampling
-from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
 from popi_jax.popi.steps import generator_step, inference_step
+
+from benchmarks.workloads import Geometry, Workload
+from configs.base import compose
+from popi_jax.arrays import Rollouts, Tokens, UserBatch
+from popi_jax.config import Config, from_config_dict, parse_phases
+from popi_jax.losses.preference import PairLogps
+from popi_jax.models.decode import Sampling
+from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.update import Parts, popi_update
 from popi_jax.training import optim
-from popi_jax.training.state import Frozen, Transforms, init_state
+from popi_jax.training.setup import Frozen, Transforms, init_state
 
 END = 1
 PREFIX_LEN = 4  # tokens of a conversation's header, part of the signals or the prompt
@@ -45,7 +44,7 @@ def transformer(
 
 
 def config(work: Workload, phase: str) -> Config:
-    c = base()
+    c = compose("scale=laptop")
     c.name = "bench"
     c.warmup.steps = 0
     c.batch.users, c.batch.pairs = work.users, max(work.pairs, 1)

@@ -11,16 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import scales
+from popi_jax import config_rules
 from popi_jax.arrays import Tokens
-from popi_jax.config_check import parse_rules
-from popi_jax.models.attention import Level
-from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
-from popi_jax.sharding import Rules
+from popi_jax.models.layout import Rules
+from popi_jax.models.packing import Level
+from popi_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    get_head,
+    init_boxed,
+    logical_names,
+    unbox,
+)
+from popi_jax.sharding import param_shardings
 from tests.oracles_llama import llama_logits
 
 RULES, ROLLOUT_RULES = (
-    Rules(**parse_rules(table, "rules")) for table in (scales.RULES, scales.ROLLOUT_RULES)
+    Rules(**config_rules.parse_rules(table, "rules"))
+    for table in (config_rules.RULES, config_rules.ROLLOUT_RULES)
 )
 MODEL = TransformerConfig(
     vocab_size=64,
@@ -51,6 +59,11 @@ def random_params(seed: int, model: TransformerConfig = MODEL) -> dict:
         return 2 * x if "lm_head" in name or "embed" in name else x
 
     return jax.tree_util.tree_map_with_path(changed, unbox(boxed))
+
+
+def shardings(boxed: dict, mesh: jax.sharding.Mesh, rules: Rules) -> dict:
+    """Of parameters that still carry their logical axis names."""
+    return param_shardings(unbox(boxed), logical_names(boxed), mesh, rules)
 
 
 def logits(params: dict, model: TransformerConfig, ids: np.ndarray) -> np.ndarray:
@@ -114,7 +127,7 @@ def _program(
         hidden, _ = Transformer(model).apply(
             {"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),)
         )
-        scores = hidden[:, :-1] @ head(params, model)
+        scores = hidden[:, :-1] @ get_head(params, model)
         if model.final_logit_softcap is not None:
             scores = model.final_logit_softcap * jnp.tanh(scores / model.final_logit_softcap)
         logps = jax.nn.log_softmax(scores / temperature)

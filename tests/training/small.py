@@ -8,34 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from configs.base import base
+from configs.base import compose
 from popi_jax import sharding
-from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, parse_phases
-from popi_jax.models.sampling import Sampling
-from popi_jax.popi.roles import Budgets, Glue
-from popi_jax.popi.update import Parts
-from popi_jax.training import optim
-from popi_jax.training.state import (
-    Frozen,
-    TrainState,
-    Transforms,
-    abstract_state,
-    init_state,
-    shardings_of,
-)
+from popi_jax.arrays import Demonstrations, Frozen, Tokens, TrainState, UserBatch, WarmupBatch
+from popi_jax.config import Config, from_config_dict, parse_phases
+from popi_jax.models.decode import Sampling
+from popi_jax.models.packing import Budgets
+from popi_jax.models.transformer import TransformerConfig
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.inference_step import inference_step
+from popi_jax.popi.plan import RolePlan
+from popi_jax.popi.rollout import PromptTokens
+from popi_jax.training import setup
 from tests.oracles.plain import MODEL
 
 END = 10
 PHASES = ("inference 2", "generator 2", "alternate 2:1 6", "joint 2")
-GLUE = Glue(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
+GLUE = PromptTokens(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
 
 
 def make_config() -> Config:
-    c = base()
+    c = compose("scale=laptop")
     c.name = "test"
     c.warmup.steps = 0
     c.inference.group_size = 3
@@ -52,12 +48,43 @@ def make_config() -> Config:
     return from_config_dict(c)
 
 
-def make_parts(
-    cfg: Config, transforms: Transforms | None = None, budgets: Budgets | None = None
-) -> Parts:
+def make_update(
+    cfg: Config,
+    tx: optax.GradientTransformation | None = None,
+    budgets: Budgets | None = None,
+    *,
+    model: TransformerConfig = MODEL,
+    phases: tuple[str, ...] | None = None,
+) -> setup.UpdateSetup:
+    """The update of `cfg`, with another optimizer for both roles, or other phases."""
+    if phases:
+        cfg = replace(cfg, "schedule", phases=phases)
     sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
-    made = Transforms(optim.inference_transform(cfg, 8), optim.generator_transform(cfg, 6))
-    return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0, budgets=budgets)
+    # so many users that no log-probs are stored
+    made = setup.plan_update(cfg, model, GLUE, sampling, num_users=10**9, budgets=budgets)
+    return made if tx is None else with_roles(made, setup.Roles(RolePlan(tx), RolePlan(tx)))
+
+
+def with_roles(made: setup.UpdateSetup, roles: setup.Roles) -> setup.UpdateSetup:
+    """The same update with the optimizers of other roles."""
+    inference, generator = (
+        dataclasses.replace(part, role=dataclasses.replace(part.role, tx=role.tx))
+        for part, role in zip((made.plan.inference, made.plan.generator), roles, strict=True)
+    )
+    plan = dataclasses.replace(made.plan, inference=inference, generator=generator)
+    return made._replace(plan=plan)
+
+
+def roles_of(made: setup.UpdateSetup) -> setup.Roles:
+    return setup.Roles(made.plan.inference.role, made.plan.generator.role)
+
+
+def generator_program(made: setup.UpdateSetup) -> Callable[..., Any]:
+    return partial(generator_step, plan=made.plan.generator, scorer=made.scorer)
+
+
+def inference_program(made: setup.UpdateSetup) -> Callable[..., Any]:
+    return partial(inference_step, plan=made.plan.inference, scorer=made.scorer)
 
 
 def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:
@@ -130,14 +157,14 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1) -> Mesh:
     return sharding.make_mesh(data, fsdp, tensor, sequence, devices)
 
 
-def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:
+def make_state(
+    cfg: Config, roles: setup.Roles, mesh: Mesh, model: TransformerConfig = MODEL
+) -> tuple[TrainState, Frozen]:
     """A state and reference policies that differ from it, on the mesh (which must be set)."""
-    shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh, cfg=parts.cfg))
-    init = jax.jit(
-        partial(init_state, model=parts.model, transforms=parts.transforms, cfg=parts.cfg),
-        out_shardings=shardings,
-    )
-    state, other = init(jnp.int32(0)), init(jnp.int32(1))
+    layout = setup.shardings_of(setup.abstract_state(model, roles, mesh, cfg))
+    init = partial(setup.init_state, model=model, roles=roles, config=cfg)
+    program = jax.jit(init, out_shardings=layout)
+    state, other = program(jnp.int32(0)), program(jnp.int32(1))
     return state, jax.tree.map(jnp.copy, Frozen(other.inference.params, other.generator.params))
 
 
