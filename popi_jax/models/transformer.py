@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models import attention, packing
-from popi_jax.models.attention import Kernel, KeysValues, RopeScaling
+from popi_jax.models.attention import Kernel, KeysValues, Levels, RopeScaling
 from popi_jax.models.layout import UNSPLIT, Rules, constrain, move
-from popi_jax.models.packing import Level, Levels, Places
+from popi_jax.models.packing import Level, Places
 from popi_jax.models.sharded_vocab import look_up
 
 REMAT_POLICIES = {
