@@ -63,48 +63,28 @@ def _over_chunks(
     return jax.tree.map(lambda x: x.reshape(-1)[:num].reshape(shape), scored(hidden, head, flat))
 
 
-def token_logps(
+def score_tokens(
     hidden: Float[Array, "*rows embed"],
     head: Float[Array, "embed vocab"],
     ids: Int[Array, "*rows"],
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    entropies: bool = False,
     vocab_axes: tuple[str, ...] = (),
-) -> Float[Array, "*rows"]:
-    """log softmax(logits / temperature)[ids], in nats and float32; the backward pass recomputes the
-    logits.
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"] | None]:
+    """log p[ids], p = softmax(logits / temperature), in nats and float32; and with `entropies` that
+    of p, -sum p log p, with its own gradient, of the same product with the head.
 
-    vocab_axes: inside `jax.shard_map`, the mesh axes that split the vocabulary; `head` is then the
-    device's part."""
+    The backward pass recomputes the logits. vocab_axes: inside `jax.shard_map`, the mesh axes that
+    split the vocabulary; `head` is then the device's part."""
 
-    def score(states: Array, targets: Array, head: Array) -> Array:
+    def score(states: Array, targets: Array, head: Array) -> tuple[Array, Array | None]:
         logits = token_logits(states, head, softcap=softcap) / temperature
-        return _chosen(logits, targets, vocab_axes) - _logsumexp(logits, vocab_axes)
-
-    return _over_chunks(score, hidden, head, ids)
-
-
-def token_logps_and_entropy(
-    hidden: Float[Array, "*rows embed"],
-    head: Float[Array, "embed vocab"],
-    ids: Int[Array, "*rows"],
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    vocab_axes: tuple[str, ...] = (),
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """`token_logps` and the entropy of the distribution that each token was drawn from, of one
-    product with the head.
-
-    H = -sum_v p_v log p_v, p = softmax(logits / temperature): nats, from 0 to log vocab, with its
-    own gradient."""
-
-    def score(states: Array, targets: Array, head: Array) -> tuple[Array, Array]:
-        logits = token_logits(states, head, softcap=softcap) / temperature
-        total = _logsumexp(logits, vocab_axes)
-        logps = logits - total[:, None]
-        entropy = -_over_vocab(jnp.sum(jnp.exp(logps) * logps, axis=-1), vocab_axes)
+        total, entropy = _logsumexp(logits, vocab_axes), None
+        if entropies:
+            logps = logits - total[:, None]
+            entropy = -_over_vocab(jnp.sum(jnp.exp(logps) * logps, axis=-1), vocab_axes)
         return _chosen(logits, targets, vocab_axes) - total, entropy
 
     return _over_chunks(score, hidden, head, ids)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from popi_jax.arrays import Mean, Metrics, PairLogps, Params, Rollouts, Tokens, UserBatch
-from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
+from popi_jax.losses.logprobs import score_tokens
 from popi_jax.models import packing
 from popi_jax.models.packing import Budget, Budgets, Tree
 from popi_jax.models.sharded_vocab import score_by_device
@@ -71,15 +71,19 @@ def score_answers(
         slots = packing.take(slots.reshape(scored.valid.shape), scored.slot_of)
         states = packing.take(hidden, packing.take(places.place_of, slots))
         ids = packing.take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-    score = token_logps_and_entropy if entropies else token_logps
-    score = partial(score, temperature=temperature, softcap=model.final_logit_softcap)
+    score = partial(
+        score_tokens,
+        temperature=temperature,
+        softcap=model.final_logit_softcap,
+        entropies=entropies,
+    )
     found = score_by_device(score, get_head(params, model), states, ids, model.rules)
-    found = found if entropies else (found,)
 
     def to_answers(x: Array) -> Array:
         return (x if scored is None else packing.to_slots(x, scored)).reshape(mask.shape)
 
-    return AnswerLogps(to_answers(found[0]), mask, *map(to_answers, found[1:]))
+    logps, entropy = jax.tree.map(to_answers, found)
+    return AnswerLogps(logps, mask, entropy)
 
 
 def _take_predictors(

@@ -19,7 +19,7 @@ def value_and_grad(temperature: float) -> tuple[np.ndarray, list[np.ndarray]]:
     weights = jnp.asarray(np.random.default_rng(1).normal(size=IDS.shape), jnp.float32)
 
     def total(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logps = logprobs.token_logps(hidden, head, jnp.asarray(IDS), temperature=temperature)
+        logps = logprobs.score_tokens(hidden, head, jnp.asarray(IDS), temperature=temperature)[0]
         return jnp.sum(weights * logps), logps
 
     grads, logps = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
@@ -43,7 +43,9 @@ def test_chunks_change_neither_value_nor_gradient(
     monkeypatch.setattr(logprobs, "CHUNK", chunk)
     text = str(
         jax.make_jaxpr(
-            lambda: logprobs.token_logps(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))
+            lambda: logprobs.score_tokens(jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))[
+                0
+            ]
         )()
     )
     assert "f32[21,20]" not in text  # logits of all tokens at once
@@ -55,27 +57,31 @@ def test_chunks_change_neither_value_nor_gradient(
 
 def test_gradient_is_that_of_finite_differences() -> None:
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        logps = logprobs.token_logps(
+        logps = logprobs.score_tokens(
             jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(IDS), temperature=0.7
-        )
+        )[0]
         return jnp.mean(logps)
 
     check_grads(total, (jnp.asarray(HIDDEN), jnp.asarray(HEAD)), order=1, modes=["rev"], rtol=2e-2)
 
 
 def test_large_logits_stay_finite() -> None:
-    logps = logprobs.token_logps(1e4 * jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))
+    logps = logprobs.score_tokens(1e4 * jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS))[0]
     assert np.isfinite(logps).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_entropy_equals_the_equation(temperature: float) -> None:
-    found, entropy = logprobs.token_logps_and_entropy(
-        jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature
+    found, entropy = logprobs.score_tokens(
+        jnp.asarray(HIDDEN),
+        jnp.asarray(HEAD),
+        jnp.asarray(IDS),
+        temperature=temperature,
+        entropies=True,
     )
-    alone = logprobs.token_logps(
+    alone = logprobs.score_tokens(
         jnp.asarray(HIDDEN), jnp.asarray(HEAD), jnp.asarray(IDS), temperature=temperature
-    )
+    )[0]
     np.testing.assert_array_equal(found, alone)
     logps = oracle.log_softmax(HIDDEN.astype(np.float64) @ HEAD.astype(np.float64) / temperature)
     np.testing.assert_allclose(entropy, -(np.exp(logps) * logps).sum(-1), atol=2e-5)
@@ -86,8 +92,8 @@ def test_chunks_change_neither_entropy_nor_its_gradient(monkeypatch: pytest.Monk
 
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
         states, matrix = jnp.asarray(hidden), jnp.asarray(head)  # of check_grads: numpy
-        logps, entropy = logprobs.token_logps_and_entropy(
-            states, matrix, jnp.asarray(IDS), temperature=0.7
+        logps, entropy = logprobs.score_tokens(
+            states, matrix, jnp.asarray(IDS), temperature=0.7, entropies=True
         )
         return jnp.mean(weights * entropy) + 0.1 * jnp.mean(logps)
 
