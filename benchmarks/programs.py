@@ -15,13 +15,13 @@ from popi_jax.arrays import Rollouts, Tokens, UserBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
 from popi_jax.losses.preference import PairLogps
-from popi_jax.models.sampling import Sampling
+from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
 from popi_jax.popi.steps import generator_step, inference_step
 from popi_jax.popi.update import Parts, popi_update
 from popi_jax.training import optim
-from popi_jax.training.state import Frozen, Transforms, init_state
+from popi_jax.training.setup import Frozen, Transforms, init_state
 
 END = 1
 PREFIX_LEN = 4  # tokens of a conversation's header, part of the signals or the prompt

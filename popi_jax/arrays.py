@@ -1,15 +1,34 @@
 """The arrays that pass between the parts, as NamedTuples. Imports nothing of ours.
 
-Shape words, the same everywhere: `users` (examples of a batch), `pairs` (K preference pairs of a
-user), `group` (G summaries of a user), `batch` (any leading rows), `turns` (prompts that continue
-one context), `answers` (replies to one turn), `seq` (tokens, padded).
+Words, in one meaning everywhere:
+  signals    what a user left behind, as text: profile, survey, comments, past pairs (u)
+  summary    what the inference model writes of the signals (z)
+  role       inference (model) or generator; both are trained
+  prompt     what a user asks (x); reply: what a generator says to it (y)
+  pair       two replies to one prompt: chosen and rejected
+  user       one person of a batch, with K pairs; group: the G summaries of a user
+  context    tokens that stand first: signals of the inference model, a summary of the generator
+  turn       what continues a context, up to the header of an answer
+  answer     what continues a turn: a reply or a summary, with its end token
+  tree       a context, its turns, their answers; row: a tree laid out as one row of tokens
+  slot       a position of a padded row; place: a position of a row without padding
+  budget     how many places there are
+  logps      log-probs of tokens or replies, in nats
+  margin     reward of the chosen reply less that of the rejected, as the objective implies it
+  policy     the weights in training; reference: those at the start of the main stage
+  judge      the generator whose margins are the reward of a summary
+  rollout    sampled summaries with their log-probs
+  turn kind  which roles an update trains
+  stage      warm-up or main; phase: a stretch of the main stage
+  shard      the part of the users that one device computes; microbatch: a part of an update
 
-Padding is always on the right; `lengths` says how many tokens of a row count.
+Axes: `users`, `pairs`, `group` as above, `batch` any leading rows, `seq` tokens, padded on the
+right; `lengths` says how many tokens of a row count.
 """
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Params = dict  # a nested dict of arrays
 
@@ -71,6 +90,20 @@ class Rollouts(NamedTuple):
     ]  # nats, of the sampled tokens at the sampling temperature
 
 
+class PairLogps(NamedTuple):
+    """Summed log-probs (nats) of whole replies, end token included."""
+
+    chosen: Float[Array, "*rows"]
+    rejected: Float[Array, "*rows"]
+
+
+class PairLengths(NamedTuple):
+    """Tokens of whole replies, end token included."""
+
+    chosen: Int[Array, "*rows"]
+    rejected: Int[Array, "*rows"]
+
+
 class Mean(NamedTuple):
     """A metric as a sum and the weight it is to be divided by; weight 0 means "does not apply to
     this step"."""
@@ -80,3 +113,35 @@ class Mean(NamedTuple):
 
 
 Metrics = dict  # name -> Mean
+
+
+class RoleState(NamedTuple):
+    """The trained side of one model."""
+
+    step: Int[Array, ""]  # gradient steps of this role in the present stage
+    params: Params  # under LoRA the adapters alone
+    opt_state: PyTree
+    ema: Params | None = None  # average of `params` over the steps; None: not asked for
+
+
+class TrainState(NamedTuple):
+    """Everything that changes; donated to each update."""
+
+    inference: RoleState
+    generator: RoleState
+    step: Int[Array, ""]  # updates over all stages
+    key: Key[Array, ""]  # constant; folded with the step, never split
+
+
+class Frozen(NamedTuple):
+    """Reference policies: the models at the start of the main stage. Never donated, never updated.
+
+    Under LoRA they are the base weights that the adapters stand on, one copy for both roles. {}:
+    updates do not read them.
+    """
+
+    inference: Params
+    generator: Params
+    # [train pairs]: the generator's log-probs of every pair of the training users without a
+    # summary, computed once at the start of the main stage; None where plan.Reference is another
+    stored: PairLogps | None = None

@@ -17,7 +17,7 @@ from popi_jax.config_check import to_json
 from popi_jax.data import prompts, tokenizer
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.training.state import RoleState, TrainState
+from popi_jax.training.setup import RoleState, TrainState
 
 TEXTS = [
     "short answers please",

@@ -6,16 +6,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from popi_jax.popi.roles import Glue
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.config_check import parse_phases
 from popi_jax.flops import flops, of_jaxpr
+from popi_jax.models.decode import Sampling
 from popi_jax.models.presets import PRESETS
-from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.popi.roles import Glue
 from popi_jax.popi.update import Parts, popi_update
-from popi_jax.training.state import Frozen, new_state
+from popi_jax.training.setup import Frozen, new_state
 from tests.training.small import make_config, make_parts, replace
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))

@@ -25,7 +25,7 @@ from popi_jax.config import Config
 from popi_jax.config_check import to_json
 from popi_jax.run import Built
 from popi_jax.training.loop import make_parts
-from popi_jax.training.state import Frozen, TrainState, abstract_state, init_state, shardings_of
+from popi_jax.training.setup import Frozen, TrainState, abstract_state, init_state, shardings_of
 
 STEP = 7
 CACHE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popi_jax.errors import UserError
-from popi_jax.models.rope import RopeScaling
+from popi_jax.models.attention import RopeScaling
 from popi_jax.models.transformer import TransformerConfig
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"

@@ -15,26 +15,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from popi_jax.arrays import PairLengths, PairLogps
 from popi_jax.losses.masked import masked_mean
 
 WITH_REFERENCE = ("dpo", "robust", "ipo", "hinge", "kto")
 REFERENCE_FREE = ("slic", "cpo", "simpo", "orpo", "rrhf")
-
-
-class PairLogps(NamedTuple):
-    """Summed log-probs (nats) of whole replies, end token included."""
-
-    chosen: Float[Array, "*rows"]
-    rejected: Float[Array, "*rows"]
-
-
-class PairLengths(NamedTuple):
-    """Tokens of whole replies, end token included."""
-
-    chosen: Int[Array, "*rows"]
-    rejected: Int[Array, "*rows"]
 
 
 class BatchTerms(NamedTuple):
@@ -79,6 +66,11 @@ class PreferenceObjective:
     @property
     def needs_reference(self) -> bool:
         return self.name in WITH_REFERENCE
+
+    @property
+    def needs_batch_logps(self) -> bool:
+        """Whether `batch_terms` needs the policy's log-probs of the whole batch."""
+        return self.name == "kto"
 
 
 def _scores(
@@ -296,21 +288,19 @@ def sft_losses(policy: PairLogps, chosen_len: Float[Array, ""]) -> Float[Array, 
 
 
 def batch_terms(
-    policy: PairLogps,
+    policy: PairLogps | None,
     lengths: PairLengths,
     reference: PairLogps | None,
     mask: Bool[Array, "*rows"],
     *,
     objective: PreferenceObjective,
 ) -> BatchTerms:
-    """The terms of a batch whose real pairs `mask` tells.
+    """The terms of a whole batch whose real pairs `mask` tells, never of a part of it.
 
-    `chosen_len` depends on lengths alone, so parts of a batch can share that of the whole. The KTO
-    baseline depends on the policy: a part takes it from itself, as in TRL, or all from a forward
-    pass of the whole."""
+    `policy` may be None where the objective does not need it (`needs_batch_logps`)."""
     chosen_len = jnp.maximum(masked_mean(lengths.chosen.astype(jnp.float32), mask), 1.0)
     baseline = PairLogps(jnp.zeros(()), jnp.zeros(()))
-    if objective.name == "kto":
+    if objective.needs_batch_logps and policy is not None:
         per = lengths if objective.length_normalised else None
         given = _given(reference, objective)
         baseline = kto_baseline(_scores(policy, None, per), _scores(given, None, per), mask)
@@ -376,7 +366,7 @@ def preference_losses(
     return losses + o.sft_coef * sft_losses(policy, terms.chosen_len) if o.sft_coef else losses
 
 
-def margins_of(
+def pair_margins(
     policy: PairLogps,
     lengths: PairLengths,
     reference: PairLogps | None,

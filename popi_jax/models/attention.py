@@ -1,40 +1,76 @@
-"""Attention over trees of tokens: keys that branches share are kept once and scored with one matrix
-product.
+"""Attention over trees of tokens: keys that branches share are kept once and scored with one
+matrix product. And the rotary positions of its queries and keys.
 
-A row of tokens is a tree of levels: level i has `nodes` equal branches of `length` slots each,
-which divide evenly among the nodes of the level above. A token sees the earlier tokens of its own
-node, all of its ancestors, and what lies in `past` (a cache), nothing else. This file decides what
-is seen and what is computed; it knows nothing of prompts. `attend` is the one interface. Behind it
-are the chunks of this file, which compute everything everywhere, and the fused kernels of
-fused_attention.py, which compute some of it faster on the devices that they are made for. Letters as in
-transformer.py, and in chunks: n groups of queries that share keys, m queries of a group, s their
-keys."""
+A row of tokens is a tree of levels (packing.py): level i has `nodes` equal branches of `length`
+slots each, which divide evenly among the nodes of the level above. A token sees the earlier tokens
+of its own node, all of its ancestors, and what lies in `past` (a cache), nothing else. This file
+decides what is seen; it knows nothing of prompts. `attend` is the one interface: it computes in
+chunks everywhere, or by a fused kernel (fused_attention.py) where the model has one that takes it.
+Letters as in transformer.py, and in chunks: n groups of queries that share keys, m queries of a
+group, s their keys.
+"""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from popi_jax.models import fused_attention
-from popi_jax.sharding import UNSPLIT, Rules, platform
+from popi_jax.models.layout import UNSPLIT, Rules
+from popi_jax.models.packing import Levels
 
-IMPLEMENTATIONS = ("auto", "chunked", "splash", "cudnn")
-BEST = {"tpu": "splash", "gpu": "cudnn"}  # platform -> what "auto" is there; elsewhere "chunked"
-KERNEL_SLOTS = 512  # of a row, from which on a kernel pays
+KERNEL_SLOTS = 512  # of a row, from which on a fused kernel pays
 QUERY_CHUNK = 128  # queries of a row, at most, whose scores exist at a time ...
 MOST_CHUNKS = 16  # ... unless that made more chunks of a level than this
 
 
-class Level(NamedTuple):
-    """Equal branches of a tree: how many in a row, and slots of each."""
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies are lowered for texts longer than those of the first training.
 
-    nodes: int
-    length: int
+    "linear" divides all of them by `factor`. "llama3" divides those of waves longer than
+    original_len / low_freq_factor tokens, keeps those shorter than original_len / high_freq_factor,
+    and blends in between (Llama 3.1; the same as `_compute_llama3_parameters` of transformers)."""
+
+    kind: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f'rope scaling "{self.kind}": must be linear or llama3')
 
 
-Levels = tuple[Level, ...]
+def frequencies(half: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per token of each of the `half` planes of a head: float32 [half], computed in
+    float64."""
+    f = theta ** (-np.arange(half) / half)
+    if scaling is None:
+        return f.astype(np.float32)
+    if scaling.kind == "linear":
+        return (f / scaling.factor).astype(np.float32)
+    waves = scaling.original_len * f / (2 * math.pi)  # periods within the original length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    return (kept * f + (1 - kept) * f / scaling.factor).astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], freqs: Float[Array, " half"]
+) -> Float[Array, "B T heads H"]:
+    """Turns plane i, made of coordinates i and i + half, by positions x freqs[i]."""
+    half = x.shape[-1] // 2
+    angles = positions[..., None, None].astype(jnp.float32) * freqs[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 class KeysValues(NamedTuple):
@@ -51,100 +87,95 @@ class KeysValues(NamedTuple):
     positions: Int[Array, "batch nodes slots"]
 
 
-class _Keys(NamedTuple):
-    """Keys and values of nodes, as a chunk of queries sees them."""
-
-    k: Float[Array, "B K n s H"]
-    v: Float[Array, "B K n s H"]
-    valid: Bool[Array, "B n s"]
-    positions: Int[Array, "B n s"]
-
-    def of(self, node: int, count: int, nodes: int, end: int | None = None) -> "_Keys":
-        """The first `end` slots of what the branches [node, node + count) of `nodes` see."""
-        each = nodes // self.k.shape[2]  # branches that see one of these nodes
-        at = slice(node // each, -(-(node + count) // each))
-        return _Keys(
-            self.k[:, :, at, :end],
-            self.v[:, :, at, :end],
-            self.valid[:, at, :end],
-            self.positions[:, at, :end],
-        )
+def take_branches(
+    keys: KeysValues, first: int, count: int, nodes: int, end: int | None = None
+) -> KeysValues:
+    """The first `end` slots of what the branches [first, first + count) of `nodes` see."""
+    each = nodes // keys.k.shape[2]  # branches that see one of these nodes
+    at = slice(first // each, -(-(first + count) // each))
+    return KeysValues(*(x[:, :, at, :end] for x in keys[:2]), *(x[:, at, :end] for x in keys[2:]))
 
 
-def num_slots(levels: Levels) -> int:
-    return sum(level.nodes * level.length for level in levels)
+class Kernel(NamedTuple):
+    """A fused kernel, which computes whole rows without a past and without a window."""
+
+    takes: Callable[[Array, float | None], bool]  # (queries, softcap) -> whether it computes them
+    run: Callable[..., Array]  # (q, k, v, valid, levels=, softcap=, rules=), queries come scaled
+
+
+class Attention(NamedTuple):
+    """What of a model decides how its attention is computed."""
+
+    score_dim: int | None = None  # scores are divided by its square root; None: head_dim
+    softcap: float | None = None  # c: scores become c tanh(scores / c)
+    kernel: Kernel | None = None  # None: in chunks, always
+    rules: Rules = UNSPLIT
+
+
+class NewTokens(NamedTuple):
+    """The new tokens of a layer, T = the slots of their levels. Padding is not valid: nothing sees
+    it, and its own result means nothing, but is finite."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    valid: Bool[Array, "B T"]
+    positions: Int[Array, "B T"]
+
+
+IN_CHUNKS = Attention()
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    valid: Bool[Array, "B T"],
-    positions: Int[Array, "B T"],
+    new: NewTokens,
     past: tuple[KeysValues, ...] = (),
     *,
     levels: Levels,
     window: Int[Array, ""] | None = None,
-    score_dim: int | None = None,
-    softcap: float | None = None,
-    implementation: str = "auto",
-    rules: Rules = UNSPLIT,
+    how: Attention = IN_CHUNKS,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention of the new tokens, T = num_slots(levels), over their tree and the past.
+    """Softmax attention of the new tokens over their tree and the past.
 
-    valid: False for padding, which nothing sees; its own result means nothing, but is finite.
-    window: positions back that are seen, the token's own included; None for all. Scores are divided
-    by sqrt(score_dim), None for head_dim, and bounded to +-softcap. The backward pass computes
-    scores again. implementation: one of IMPLEMENTATIONS; where the kernel asked for does not
-    compute this, or would gain nothing, the chunks do."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f'implementation = "{implementation}": must be one of {", ".join(IMPLEMENTATIONS)}'
-        )
-    q = q * (score_dim or q.shape[-1]) ** -0.5
-    tree = tuple(level for level in levels if level.nodes * level.length)
-    on = platform()
-    name = BEST.get(on, "chunked") if implementation == "auto" else implementation
-    if name != "chunked" and not past and window is None and num_slots(levels) >= KERNEL_SLOTS:
-        if name == "splash":
-            return fused_attention.splash(
-                q, k, v, valid, levels=tree, softcap=softcap, rules=rules, interpret=on != "tpu"
-            )
-        if on == "gpu" and softcap is None and fused_attention.cudnn_takes(q):
-            return fused_attention.cudnn(q, k, v, valid, levels=tree, rules=rules)
-    return _in_chunks(q, k, v, valid, positions, past, levels, window, softcap)
+    window: positions back that are seen, the token's own included; None for all. The backward pass
+    computes scores again. Where the kernel does not compute this, or would gain nothing, the
+    chunks do.
+    """
+    new = new._replace(q=new.q * (how.score_dim or new.q.shape[-1]) ** -0.5)
+    slots = sum(level.nodes * level.length for level in levels)
+    whole_rows = not past and window is None and slots >= KERNEL_SLOTS
+    if how.kernel is not None and whole_rows and how.kernel.takes(new.q, how.softcap):
+        tree = tuple(level for level in levels if level.nodes * level.length)
+        run = partial(how.kernel.run, levels=tree, softcap=how.softcap, rules=how.rules)
+        return run(new.q, new.k, new.v, new.valid)
+    return _attend_in_chunks(new, past, levels, window, how.softcap)
 
 
-def _in_chunks(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    valid: Bool[Array, "B T"],
-    positions: Int[Array, "B T"],
+def _attend_in_chunks(
+    new: NewTokens,
     past: tuple[KeysValues, ...],
     levels: Levels,
     window: Int[Array, ""] | None,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
+    q, k, v, valid, positions = new
     batch, slots, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(batch, slots, kv_heads, heads // kv_heads, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    above = [_Keys(*of_past) for of_past in past]
+    above = list(past)
     outputs, start = [], 0
     for nodes, length in levels:
         end = start + nodes * length
         if end == start:
             continue
-        own = _Keys(
+        own = KeysValues(
             k[:, :, start:end].reshape(batch, kv_heads, nodes, length, head_dim),
             v[:, :, start:end].reshape(batch, kv_heads, nodes, length, head_dim),
             valid[:, start:end].reshape(batch, nodes, length),
             positions[:, start:end].reshape(batch, nodes, length),
         )
-        queries = (
-            q[:, start:end].reshape(batch, nodes, length, *q.shape[2:]).transpose(0, 3, 1, 4, 2, 5)
-        )
+        queries = q[:, start:end].reshape(batch, nodes, length, *q.shape[2:])
+        queries = queries.transpose(0, 3, 1, 4, 2, 5)
         y = _attend_level(queries, own, above, window, softcap)
         outputs.append(y.transpose(0, 2, 4, 1, 3, 5).reshape(batch, end - start, heads, head_dim))
         above.append(own)
@@ -154,17 +185,16 @@ def _in_chunks(
 
 def _attend_level(
     q: Float[Array, "B K nodes G length H"],
-    own: _Keys,
-    above: list[_Keys],
+    own: KeysValues,
+    above: list[KeysValues],
     window: Int[Array, ""] | None,
     softcap: float | None,
 ) -> Float[Array, "B K nodes G length H"]:
     """In chunks of some whole nodes or, where a node is longer than a chunk, of a part of one."""
     nodes, length = q.shape[2], q.shape[4]
     most = max(QUERY_CHUNK, -(-nodes * length // MOST_CHUNKS))
-    shared = [
-        nodes // keys.k.shape[2] for keys in above
-    ]  # a chunk lies in one node above or holds whole ones
+    # a chunk lies in one node above or holds whole ones
+    shared = [nodes // keys.k.shape[2] for keys in above]
     fitting = [
         count
         for count in range(1, nodes + 1)
@@ -176,7 +206,7 @@ def _attend_level(
     step = -(-length // -(-length // most))
 
     @partial(jax.checkpoint, static_argnums=3)
-    def chunk(q: Array, q_positions: Array, seen: list[_Keys], first: int) -> Array:
+    def chunk(q: Array, q_positions: Array, seen: list[KeysValues], first: int) -> Array:
         return _attend_chunk(q, q_positions, seen, first, window, softcap)
 
     rows = []
@@ -184,14 +214,11 @@ def _attend_level(
         parts = []
         for first in range(0, length, step):
             last = min(first + step, length)
-            seen = [
-                *(keys.of(node, count, nodes) for keys in above),
-                own.of(node, count, nodes, last),
-            ]
+            seen = [take_branches(keys, node, count, nodes) for keys in above]
+            seen.append(take_branches(own, node, count, nodes, last))
             queries = q[:, :, node : node + count, :, first:last]
-            parts.append(
-                chunk(queries, own.positions[:, node : node + count, first:last], seen, first)
-            )
+            positions = own.positions[:, node : node + count, first:last]
+            parts.append(chunk(queries, positions, seen, first))
         rows.append(jnp.concatenate(parts, axis=4) if len(parts) > 1 else parts[0])
     return jnp.concatenate(rows, axis=2) if len(rows) > 1 else rows[0]
 
@@ -199,7 +226,7 @@ def _attend_level(
 def _attend_chunk(
     q: Float[Array, "B K nodes G t H"],
     q_positions: Int[Array, "B nodes t"],
-    seen: list[_Keys],
+    seen: list[KeysValues],
     first: int,
     window: Int[Array, ""] | None,
     softcap: float | None,

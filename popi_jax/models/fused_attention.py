@@ -1,12 +1,12 @@
 """Attention over a tree by fused kernels: splash (a TPU kernel in Pallas) and the flash attention
-of cuDNN.
+of cuDNN. `choose_kernel` says which of them a model has.
 
 Both compute what attention.py computes in chunks, for a whole row at once, without a past and
-without a window, see `attend` there. Both keep no scores. Of a token that is padding the result
-means nothing, but is finite. A row is laid out anew for them: each node gets room for some more
-padding, so that nodes begin where blocks of the kernel do. Which blocks of scores hold any pair
-that sees another is known before the program runs, the others are skipped; padding, which only the
-run knows, is told by segments."""
+without a window, see `attend` there. Neither keeps scores. A row is laid out anew for them: each
+node gets room for some more padding, so that nodes begin where blocks of the kernel do. Which
+blocks of scores hold any pair that sees another is known before the program runs, the others are
+skipped; padding, which only the run knows, is told by segments.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -22,18 +22,34 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
-from popi_jax.sharding import Axes, Rules, shards
+from popi_jax.models.attention import Kernel
+from popi_jax.models.layout import Axes, Rules, count_shards, on_one_device
+from popi_jax.models.packing import Levels
 
-Tree = tuple[tuple[int, int], ...]  # (nodes, slots of each) of every level, as attention.Levels
-
-BLOCKS = (
-    128,
-    256,
-    512,
-)  # queries and keys of a block: multiples of what the kernel asks for, that fit its memory
+IMPLEMENTATIONS = ("auto", "chunked", "splash", "cudnn")
+BEST = {"tpu": "splash", "gpu": "cudnn"}  # platform -> what "auto" is there; elsewhere "chunked"
+# queries and keys of a block: multiples of what the kernel asks for, that fit its memory
+BLOCKS = (128, 256, 512)
 # scores whose products take as long as starting one step of the grid, about 0.35 us: between those
 # of v5e and v6e
 STEP = 320 * 320
+
+
+def choose_kernel(name: str, platform: str) -> Kernel | None:
+    """The kernel that config.model.attention asks for on a platform; None: chunks."""
+    if name not in IMPLEMENTATIONS:
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f'attention = "{name}": must be one of {allowed}')
+    match BEST.get(platform) if name == "auto" else name:
+        case "splash":
+            return Kernel(takes_all, splash if platform == "tpu" else splash_interpreted)
+        case "cudnn" if platform == "gpu":
+            return Kernel(cudnn_takes, cudnn)
+    return None
+
+
+def takes_all(q: Array, softcap: float | None) -> bool:
+    return True
 
 
 def splash(
@@ -42,13 +58,12 @@ def splash(
     v: Float[Array, "B T K H"],
     valid: Bool[Array, "B T"],
     *,
-    levels: Tree,
+    levels: Levels,
     softcap: float | None,
     rules: Rules,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Queries come scaled. `interpret`: the kernel as plain operations, for processors that are no
-    TPU."""
+    """`interpret`: the kernel as plain operations, for processors that are no TPU."""
     layout = lay_out(levels)
 
     def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
@@ -77,22 +92,36 @@ def splash(
     return _by_device(of_device, k.shape, rules)(q, k, v, valid)
 
 
+def splash_interpreted(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    valid: Bool[Array, "B T"],
+    *,
+    levels: Levels,
+    softcap: float | None,
+    rules: Rules,
+) -> Float[Array, "B T N H"]:
+    return splash(q, k, v, valid, levels=levels, softcap=softcap, rules=rules, interpret=True)
+
+
 def cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     valid: Bool[Array, "B T"],
     *,
-    levels: Tree,
+    levels: Levels,
+    softcap: float | None,
     rules: Rules,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Queries come scaled. One call per level: the queries of a node with the keys of its
-    ancestors, copied for each node, and its own. Not run on a GPU yet; "xla" is the same on any
-    processor."""
-    even = tuple(
-        -(-length // 2) * 2 for _, length in levels
-    )  # the kernel has no gradient of odd lengths
+    """One call per level: the queries of a node with the keys of its ancestors, copied for each
+    node, and its own. Not run on a GPU yet; "xla" is the same on any processor."""
+    if softcap is not None:
+        raise ValueError("cuDNN has no softcap")
+    # the kernel has no gradient of odd lengths
+    even = tuple(-(-length // 2) * 2 for _, length in levels)
 
     def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
         batch = q.shape[0]
@@ -128,9 +157,11 @@ def cudnn(
     return _by_device(of_device, k.shape, rules)(q, k, v, valid)
 
 
-def cudnn_takes(q: Float[Array, "B T N H"]) -> bool:
+def cudnn_takes(q: Float[Array, "B T N H"], softcap: float | None) -> bool:
     """Whether cuDNN has a kernel for queries of this type and size of heads on every GPU that it
     supports."""
+    if softcap is not None:
+        return False
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
@@ -142,12 +173,11 @@ def _by_device(
 
     shape: of the keys. An axis that does not divide over its devices is whole on each of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return fn
 
     def fitting(size: int, axes: Axes) -> Axes:
-        return axes if size % shards(axes) == 0 else ()
+        return axes if size % count_shards(axes) == 0 else ()
 
     rows, heads = fitting(shape[0], rules.batch), fitting(shape[2], rules.attention_heads)
     each = jax.sharding.PartitionSpec(rows, None, heads, None)
@@ -155,7 +185,7 @@ def _by_device(
     return jax.shard_map(fn, in_specs=(each, each, each, whole), out_specs=each, check_vma=False)
 
 
-def _spread(x: Array, levels: Tree, strides: tuple[int, ...]) -> list[Array]:
+def _spread(x: Array, levels: Levels, strides: tuple[int, ...]) -> list[Array]:
     """[B T ...] to [B nodes stride ...] of each level, padded with zeros."""
     parts, start = [], 0
     for (nodes, length), stride in zip(levels, strides, strict=True):
@@ -171,7 +201,7 @@ class Layout(NamedTuple):
     """Where a tree lies in a row of the kernel. The room before the next level belongs to the last
     node."""
 
-    levels: Tree
+    levels: Levels
     starts: tuple[int, ...]  # of each level
     strides: tuple[int, ...]  # slots from one node of a level to the next
     slots: int
@@ -202,7 +232,7 @@ class Layout(NamedTuple):
 
 
 @cache
-def lay_out(levels: Tree) -> Layout:
+def lay_out(levels: Levels) -> Layout:
     """The layout and block in which the kernels take least time, for what a block and a step of
     their grids cost."""
 

@@ -69,19 +69,6 @@ def init_lora_boxed(
     return lora
 
 
-def join(base: Params, lora: Params, *, scale: float) -> Params:
-    """The parameters of base with adapters, as every function of this package takes them; scale is
-    alpha / rank.
-
-    Differentiable in `lora`. The base is not copied: the reference model is `base` alone.
-    """
-
-    def scaled(path: tuple[Any, ...], x: Array) -> Array:
-        return x * scale if path[-1].key == "b" else x
-
-    return {"params": base, "lora": jax.tree_util.tree_map_with_path(scaled, lora)}
-
-
 def merge(base: Params, lora: Params, *, scale: float) -> Params:
     """The base with the adapters added to its kernels, in the dtypes of the base; sums are float32.
     For export."""

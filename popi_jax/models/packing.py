@@ -1,10 +1,11 @@
-"""Rows without padding: what is computed token by token goes over the tokens alone, one after the
-other.
+"""Trees of texts as rows of tokens, with padding or without.
 
-A tree of texts has *slots*, as many for each text as the longest may need. Attention works on them;
-all else, most of the arithmetic, works on *places*, a fixed number for all rows of a shard that its
-tokens fill from the start: there one long text pads no other. How many places there are is a guess
-(`Budget`); what does not fit is computed in its slots, so the guess decides about the speed alone.
+A tree is a context, turns that continue it and answers to each turn. It is laid out as one row
+[context | turns | answers] of *slots*, as many for each text as the longest may need. Attention
+works on slots; all else, most of the arithmetic, may work on *places*, a fixed number for all rows
+of a shard that its tokens fill from the start: there one long text pads no other. How many places
+there are is a guess (`Budgets`); what does not fit is computed in its slots, so the guess decides
+about the speed alone.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,66 @@ from popi_jax.arrays import Tokens
 WORTHWHILE = 0.95  # places per slot, at most, for which it pays to compute them apart
 
 
+class Level(NamedTuple):
+    """Equal branches of a tree: how many in a row, and slots of each."""
+
+    nodes: int
+    length: int
+
+
+Levels = tuple[Level, ...]
+
+
+class Tree(NamedTuple):
+    """Answers to turns that continue one context."""
+
+    context: Tokens  # [batch seq]
+    turns: Tokens  # [batch turns seq]
+    answers: Tokens  # [batch turns answers seq]
+
+
+class Rows(NamedTuple):
+    """A tree in slots."""
+
+    ids: Int[Array, "batch slots"]
+    positions: Int[Array, "batch slots"]
+    valid: Bool[Array, "batch slots"]
+    levels: Levels
+
+
 class Budget(NamedTuple):
-    """How many tokens the rows of one shard hold, as a rule, and how many of them belong to
-    answers."""
+    """How many tokens the rows of one shard hold, as a rule, and how many are of answers."""
 
     tokens: int
     answers: int
     shards: int = 1  # equal parts of the rows
 
 
-class Dense(NamedTuple):
+class Budgets(NamedTuple):
+    """Tokens that the users of one shard have, as a rule, in a microbatch of an update."""
+
+    shards: int  # parts of the users while training
+    rollout_shards: int  # and while sampling
+    rollout_signals: int  # of users of such a part: signals, and what asks for a summary
+    signals: int  # the same of users of a part while training
+    contexts: int  # the generator's, each with a summary of full length
+    summaries: int  # one of each user
+    pairs: int  # prompts, and both replies to each
+    answers: int  # the replies alone
+
+    def for_sampling(self) -> Budget:
+        return Budget(self.rollout_signals, 0, self.rollout_shards)
+
+    def for_pairs(self, group: int) -> Budget:
+        """Of all pairs behind `group` summaries of each user."""
+        return Budget(group * (self.contexts + self.pairs), group * self.answers, self.shards)
+
+    def for_summaries(self, group: int) -> Budget:
+        """Of `group` summaries behind the signals of each user."""
+        return Budget(self.signals + group * self.summaries, group * self.summaries, self.shards)
+
+
+class Places(NamedTuple):
     """Where the tokens of each shard lie: slots of all its rows against places."""
 
     slot_of: Int[Array, "shards places"]  # 0 at places without a token
@@ -37,51 +88,87 @@ class Dense(NamedTuple):
     valid: Bool[Array, "shards slots"]
 
 
-def within(
-    budget: Budget | None,
-    context: Tokens,
-    turns: Tokens,
-    answers: Tokens | None,
-    compute: Callable[[Budget | None], Any],
+def prefix_tree(context: Tokens, turn: Tokens) -> Tree:
+    """One turn behind each context, without answers. Shapes: [batch seq], [batch seq]."""
+    batch = context.ids.shape[0]
+    nothing = Tokens(jnp.zeros((batch, 1, 0, 0), jnp.int32), jnp.zeros((batch, 1, 0), jnp.int32))
+    return Tree(context, Tokens(turn.ids[:, None], turn.lengths[:, None]), nothing)
+
+
+def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
+    """True at the tokens that count."""
+    index = jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1)
+    return index < tokens.lengths[..., None]
+
+
+def pack(tree: Tree) -> Rows:
+    """Lays a tree out in slots, at the positions that each text would have behind its own past."""
+    context, turns, answers = tree
+    batch, context_len = context.ids.shape
+    _, num_turns, turn_len = turns.ids.shape
+    num_answers, answer_len = answers.ids.shape[2:]
+    turn_start = jnp.broadcast_to(context.lengths[:, None], turns.lengths.shape)
+    answer_start = jnp.broadcast_to((turn_start + turns.lengths)[..., None], answers.lengths.shape)
+
+    def flat(*parts: Array) -> Array:
+        return jnp.concatenate([part.reshape(batch, -1) for part in parts], axis=1)
+
+    positions = flat(
+        jnp.broadcast_to(jnp.arange(context_len)[None, :], (batch, context_len)),
+        turn_start[..., None] + jnp.arange(turn_len)[None, None, :],
+        answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
+    )
+    return Rows(
+        flat(context.ids, turns.ids, answers.ids),
+        positions,
+        flat(*map(length_mask, tree)),
+        (
+            Level(1, context_len),
+            Level(num_turns, turn_len),
+            Level(num_turns * num_answers, answer_len),
+        ),
+    )
+
+
+def run_packed_if_it_fits(
+    budget: Budget | None, tree: Tree, compute: Callable[[Budget | None], Any]
 ) -> Any:
-    """compute(budget) if the texts fit the budget, else compute(None), which must give the same:
-    decided by their lengths, inside the program, for all shards alike.
+    """compute(budget) if the tree fits the budget, else compute(None), which must give the same:
+    decided by the lengths, inside the program, for all shards alike.
 
     Not to be differentiated: both branches would keep what the backward pass of either needs.
-    Without a budget, or with one that spares next to nothing, there is compute(None) alone."""
-    parts = [context, turns] if answers is None else [context, turns, answers]
-    if (
-        budget is None
-        or budget.tokens > WORTHWHILE * sum(part.ids.size for part in parts) / budget.shards
-    ):
+    Without a budget, or with one that spares next to nothing, there is compute(None) alone.
+    """
+    if budget is None:
+        return compute(None)
+    slots = sum(part.ids.size for part in tree) / budget.shards
+    if budget.tokens > WORTHWHILE * slots:
         return compute(None)
 
     def count(part: Tokens) -> Int[Array, " shards"]:
+        if not part.lengths.size:
+            return jnp.zeros((budget.shards,), jnp.int32)
         return jnp.sum(part.lengths.reshape(budget.shards, -1), axis=1)
 
-    fits = sum(map(count, parts)) <= budget.tokens
-    if answers is not None:
-        fits &= count(answers) <= budget.answers
+    fits = sum(map(count, tree)) <= budget.tokens
+    fits &= count(tree.answers) <= budget.answers
     return jax.lax.cond(jnp.all(fits), lambda: compute(budget), lambda: compute(None))
 
 
-def dense(valid: Bool[Array, "batch slots"], places: int, shards: int) -> Dense:
+def assign_places(valid: Bool[Array, "batch slots"], num_places: int, shards: int) -> Places:
     """Gives the tokens of each shard their places, in the order of rows and slots. They must fit:
     what does not is lost."""
     valid = valid.reshape(shards, -1)
     count = jnp.cumsum(valid, axis=1)
-    place_of = jnp.clip(count - 1, 0, places - 1)
+    place_of = jnp.clip(count - 1, 0, num_places - 1)
     slots = jnp.arange(valid.shape[1])
 
-    def slots_of(valid: Array, place_of: Array) -> Array:
-        return (
-            jnp.zeros((places,), jnp.int32)
-            .at[jnp.where(valid, place_of, places)]
-            .set(slots, mode="drop")
-        )
+    def find_slots(valid: Array, place_of: Array) -> Array:
+        places = jnp.where(valid, place_of, num_places)
+        return jnp.zeros((num_places,), jnp.int32).at[places].set(slots, mode="drop")
 
-    used = jnp.arange(places)[None, :] < count[:, -1:]
-    return Dense(jax.vmap(slots_of)(valid, place_of), place_of, used, valid)
+    used = jnp.arange(num_places)[None, :] < count[:, -1:]
+    return Places(jax.vmap(find_slots)(valid, place_of), place_of, used, valid)
 
 
 def take(x: Array, index: Int[Array, "shards n"]) -> Array:
@@ -91,32 +178,32 @@ def take(x: Array, index: Int[Array, "shards n"]) -> Array:
 
 @jax.custom_vjp
 def to_places(
-    x: Float[Array, "shards slots *dims"], at: Dense
+    x: Float[Array, "shards slots *dims"], places: Places
 ) -> Float[Array, "shards places *dims"]:
     """What lies in the slots of tokens, at their places; anything at places without a token.
 
-    A token has one slot and one place, so the gradient is the way back: nothing has to be added up.
+    A token has one slot and one place, so the gradient is the way back: nothing is added up.
     """
-    return take(x, at.slot_of)
+    return take(x, places.slot_of)
 
 
 @jax.custom_vjp
 def to_slots(
-    x: Float[Array, "shards places *dims"], at: Dense
+    x: Float[Array, "shards places *dims"], places: Places
 ) -> Float[Array, "shards slots *dims"]:
     """The inverse of `to_places`; anything in slots without a token."""
-    return take(x, at.place_of)
+    return take(x, places.place_of)
 
 
-def _only(mask: Bool[Array, "shards n"], x: Array) -> Array:
+def _keep(mask: Bool[Array, "shards n"], x: Array) -> Array:
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 to_places.defvjp(
-    lambda x, at: (take(x, at.slot_of), at),
-    lambda at, g: (_only(at.valid, take(g, at.place_of)), None),
+    lambda x, places: (take(x, places.slot_of), places),
+    lambda places, g: (_keep(places.valid, take(g, places.place_of)), None),
 )
 to_slots.defvjp(
-    lambda x, at: (take(x, at.place_of), at),
-    lambda at, g: (_only(at.used, take(g, at.slot_of)), None),
+    lambda x, places: (take(x, places.place_of), places),
+    lambda places, g: (_keep(places.used, take(g, places.slot_of)), None),
 )

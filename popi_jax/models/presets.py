@@ -6,7 +6,7 @@ shape from its local folder; these rows are for planning and for tests without w
 
 from typing import Any
 
-from popi_jax.models.rope import RopeScaling
+from popi_jax.models.attention import RopeScaling
 from popi_jax.models.transformer import TransformerConfig
 
 _LLAMA_31 = RopeScaling("llama3", 8.0)

@@ -7,7 +7,6 @@ at once exchange tokens, which are fewer bytes than the vocabulary: each compute
 tokens of all."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,18 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from popi_jax.sharding import Axes, Rules, shards
+from popi_jax.models.layout import Axes, Rules, count_shards, on_one_device
 
 
-def _alone() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
-def _layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
+def _find_layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
     """Mesh axes of (rows, width of the table or head, devices that share a vocabulary but no
     rows)."""
-    if rows % shards(rules.batch):  # every device computes all rows
+    if rows % count_shards(rules.batch):  # every device computes all rows
         return (), (), ()
     return (
         rules.batch,
@@ -35,15 +29,15 @@ def _layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
     )
 
 
-def lookup(
+def look_up(
     table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"], rules: Rules, dtype: str
 ) -> Float[Array, "rows n embed"]:
     """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in
     float32."""
-    if _alone():
-        return _rows(table, ids).astype(dtype)
-    rows, embed, shared = _layout(ids.shape[0], rules)
-    pad = -ids.shape[1] % shards(rules.seq)
+    if on_one_device():
+        return _take_rows(table, ids).astype(dtype)
+    rows, embed, shared = _find_layout(ids.shape[0], rules)
+    pad = -ids.shape[1] % count_shards(rules.seq)
 
     @jax.named_scope("embedding")
     def here(table: Array, ids: Array) -> Array:
@@ -54,10 +48,10 @@ def lookup(
         others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
         table = jax.lax.pcast(table, others, to="varying")
         if not rules.vocab:
-            return _rows(table, ids)
+            return _take_rows(table, ids)
         own = ids - jax.lax.axis_index(rules.vocab) * table.shape[0]
         inside = (own >= 0) & (own < table.shape[0])
-        x = jnp.where(inside[..., None], _rows(table, jnp.clip(own, 0, table.shape[0] - 1)), 0)
+        x = jnp.where(inside[..., None], _take_rows(table, jnp.clip(own, 0, table.shape[0] - 1)), 0)
         if shared:
             x = jax.lax.psum_scatter(x, shared, scatter_dimension=0, tiled=True)
         alone = tuple(axis for axis in rules.vocab if axis not in shared)
@@ -69,26 +63,26 @@ def lookup(
 
 
 @jax.custom_vjp
-def _rows(
+def _take_rows(
     table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"]
 ) -> Float[Array, "rows n embed"]:
     return table[ids]
 
 
-def _rows_backward(kept: tuple[Array, Array], grads: Array) -> tuple[Array, None]:
+def _sum_rows(kept: tuple[Array, Array], grads: Array) -> tuple[Array, None]:
     table, ids = kept
     # zeros that differ along the mesh axes that the table differs along, as jax.shard_map asks
     start = jnp.zeros(table.shape, jnp.float32) + 0.0 * table[:1, :1].astype(jnp.float32)
     return start.at[ids].add(grads.astype(jnp.float32)).astype(table.dtype), None
 
 
-_rows.defvjp(lambda table, ids: (table[ids], (table, ids)), _rows_backward)
+_take_rows.defvjp(lambda table, ids: (table[ids], (table, ids)), _sum_rows)
 
 
-def with_head(
-    score: Callable[[Array, tuple[Array, ...], Array, Axes], Any],
+def score_by_device(
+    score: Callable[[Array, Array, Array, Axes], Any],
     head: Float[Array, "embed vocab"],
-    states: tuple[Float[Array, "rows n embed"], ...],
+    states: Float[Array, "rows n embed"],
     ids: Int[Array, "rows n"],
     rules: Rules,
 ) -> Any:
@@ -98,24 +92,21 @@ def with_head(
     The head is gathered along its width once, before the chunks that `score` goes through, and its
     gradient is summed over the devices once, behind them. `vocab_axes` are the mesh axes that split
     the vocabulary."""
-    if _alone():
+    if on_one_device():
         return score(head, states, ids, ())
-    rows, embed, shared = _layout(ids.shape[0], rules)
+    rows, embed, shared = _find_layout(ids.shape[0], rules)
     count = ids.shape[1]
-    pad = -count % shards(rules.seq)
-    states = tuple(jnp.pad(x, ((0, 0), (0, pad), (0, 0))) for x in states)
+    pad = -count % count_shards(rules.seq)
+    states = jnp.pad(states, ((0, 0), (0, pad), (0, 0)))
 
     @jax.named_scope("head")
-    def here(head: Array, states: tuple[Array, ...], ids: Array) -> Any:
+    def here(head: Array, states: Array, ids: Array) -> Any:
         if embed:
             head = jax.lax.all_gather(head, embed, axis=0, tiled=True)
-        of_all = (
-            partial(jax.lax.all_gather, axis_name=shared, axis=0, tiled=True)
-            if shared
-            else lambda x: x
-        )
         own = ids.shape[0]
-        states, ids = jax.tree.map(of_all, (states, ids))
+        if shared:
+            states = jax.lax.all_gather(states, shared, axis=0, tiled=True)
+            ids = jax.lax.all_gather(ids, shared, axis=0, tiled=True)
         # of different tokens on each device, so that its gradients are added up behind the chunks
         others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
         found = score(jax.lax.pcast(head, others, to="varying"), states, ids, rules.vocab)

@@ -1,13 +1,11 @@
-"""The decoder: pre-norm, rotary positions, grouped-query attention, gated MLP, scanned over layers.
+"""The decoder: pre-norm, rotary positions, grouped-query attention, gated MLP; layers are a scan.
 
-Pure behind `Transformer(cfg).apply(variables(params), ...)`; callers say by `Levels` and caches
+Pure behind `Transformer(cfg).apply(variables(params), ...)`. Callers say by `Levels` and caches
 what a token sees, so this file knows nothing of prompts or samples, nor of model families:
-`TransformerConfig` switches behaviours. Einsum letters: B batch, T queries, S keys, D embed, N
-heads, K kv_heads, G heads per kv_head, H head_dim, F mlp, V vocab.
-
-A layer takes a tuple of *streams*: the hidden states of the model and, where the caller asks for
-its twin, those of the base without the adapters, of the same tokens. Each weight is read once for
-both, so it is gathered and cast once."""
+`TransformerConfig` switches behaviours. The only file that imports flax.
+Einsum letters: B batch, T queries, S keys, D embed, N heads, K kv_heads, G heads per kv_head, H
+head_dim, F mlp, V vocab.
+"""
 
 import dataclasses
 import math
@@ -19,13 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from popi_jax.models.attention import KeysValues, Level, Levels, attend
-from popi_jax.models.packing import Dense, take, to_places, to_slots
-from popi_jax.models.rope import RopeScaling, frequencies, rope
-from popi_jax.models.sharded_vocab import lookup
-from popi_jax.sharding import UNSPLIT, Rules, constrain, logical_names, relaid
+from popi_jax.models import attention, packing
+from popi_jax.models.attention import Kernel, KeysValues, RopeScaling
+from popi_jax.models.layout import UNSPLIT, Rules, constrain, move
+from popi_jax.models.packing import Level, Levels, Places
+from popi_jax.models.sharded_vocab import look_up
 
-Streams = tuple[Float[Array, "*rows D"], ...]
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -50,7 +47,7 @@ class TransformerConfig:
     tied_embeddings: bool = True
     dtype: str = "float32"  # of compute; parameters are float32
     remat: str = "none"  # a key of REMAT_POLICIES
-    attention: str = "auto"  # what computes it, one of attention.IMPLEMENTATIONS
+    kernel: Kernel | None = None  # a fused kernel for attention; None: in chunks
     activation: str = "silu"  # of the gate, a key of ACTIVATIONS
     qkv_bias: bool = False  # biases on queries, keys and values
     qk_norm: bool = False  # RMS norm of each head of queries and keys before the rotary positions
@@ -78,38 +75,34 @@ class TransformerConfig:
             raise ValueError("local_layers: needs one entry per layer and a sliding_window")
 
 
-class Now(NamedTuple):
+class Sight(NamedTuple):
     """What all layers are told of the new tokens and of what lies before them."""
 
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
-    past: tuple[
-        tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...
-    ]  # (valid, positions) of each cache
+    past: tuple[tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...]  # (valid, positions) of each
     freqs: Float[Array, " half"]
     local_freqs: Float[Array, " half"]
-    at: Dense | None  # where the tokens lie outside of attention; None: in their slots
+    places: Places | None  # where the tokens lie outside of attention; None: in their slots
 
 
 def kernel_init(fan_in_axes: int) -> nn.initializers.Initializer:
-    """Normal with standard deviation 1/sqrt(fan in); the fan in is the product of the first
-    `fan_in_axes` axes."""
+    """Normal with standard deviation 1/sqrt(fan in), the product of the first axes."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        fan_in = 1
-        for size in shape[:fan_in_axes]:
-            fan_in *= size
+        fan_in = math.prod(shape[:fan_in_axes])
         return jax.random.normal(key, shape, dtype) / jnp.sqrt(jnp.asarray(fan_in, dtype))
 
     return init
 
 
 class Linear(nn.Module):
-    """A kernel that contracts the last `contract` axes of its input, and for the first stream an
-    adapter where `lora` holds one.
+    """A kernel that contracts the last `contract` axes of its input, plus an adapter where the
+    collection `lora` holds one.
 
-    An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds (x a)
-    b. The factor alpha / rank is already in `b` (see lora.py)."""
+    An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds
+    (x a) b. The factor alpha / rank is already in `b` (see `join_adapters`).
+    """
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -118,40 +111,27 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, ...]) -> tuple[Array, ...]:
-        init = nn.with_logical_partitioning(kernel_init(self.contract), self.names)
-        kernel = in_use(self.param("kernel", init, self.shape, jnp.float32), self.names, self.cfg)
-        fan_in, outputs = math.prod(self.shape[: self.contract]), self.shape[self.contract :]
-        # one plain matrix product: on CPUs several times faster than a contraction of many axes,
-        # elsewhere the same
-        kernel = kernel.reshape(fan_in, -1)
-        adapter, bias = None, None
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        cfg, names, contract = self.cfg, self.names, self.contract
+        init = nn.with_logical_partitioning(kernel_init(contract), names)
+        kernel = gather_for_use(self.param("kernel", init, self.shape, jnp.float32), names, cfg)
+        fan_in, outputs = math.prod(self.shape[:contract]), self.shape[contract:]
+        # one plain matrix product: on CPUs several times faster than a contraction of many axes
+        rows = x.reshape(-1, fan_in)
+        y = rows @ kernel.reshape(fan_in, -1)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            a = in_use(a, (*self.names[: self.contract], "rank"), self.cfg)
-            b = in_use(b, ("rank", *self.names[self.contract :]), self.cfg)
-            adapter = a.reshape(fan_in, -1), b.reshape(b.shape[0], -1)
+            a = gather_for_use(a, (*names[:contract], "rank"), cfg).reshape(fan_in, -1)
+            b = gather_for_use(b, ("rank", *names[contract:]), cfg)
+            y = y + (rows @ a) @ b.reshape(b.shape[0], -1)
+        lead = x.shape[: x.ndim - contract]
+        y = y.reshape(*lead, *outputs)
         if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.contract :])
-            bias = in_use(
-                self.param("bias", zeros, outputs, jnp.float32),
-                self.names[self.contract :],
-                self.cfg,
-            )
-
-        def product(x: Array, adapter: tuple[Array, Array] | None) -> Array:
-            rows = x.reshape(-1, fan_in)
-            y = rows @ kernel
-            if adapter is not None:
-                y = y + (rows @ adapter[0]) @ adapter[1]
-            y = y.reshape(*x.shape[: x.ndim - self.contract], *outputs)
-            return (
-                y
-                if bias is None
-                else y + bias.reshape((1,) * (x.ndim - self.contract) + bias.shape)
-            )
-
-        return product(streams[0], adapter), *(product(x, None) for x in streams[1:])
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, names[contract:])
+            bias = self.param("bias", zeros, outputs, jnp.float32)
+            bias = gather_for_use(bias, names[contract:], cfg)
+            y = y + bias.reshape((1,) * len(lead) + bias.shape)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -163,22 +143,14 @@ class RMSNorm(nn.Module):
     names: tuple[str, ...] = ("embed_unsharded",)
 
     @nn.compact
-    def __call__(self, streams: Streams) -> Streams:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        dim = streams[0].shape[-1]
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(start, self.names), (dim,), jnp.float32
-        )
-
-        def normed(x: Array) -> Array:
-            by = (1.0 + scale if self.plus_one else scale).reshape(
-                (1,) * (x.ndim - 1) + scale.shape
-            )
-            y = x.astype(jnp.float32)
-            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * by
-            return y.astype(x.dtype)
-
-        return tuple(map(normed, streams))
+        init = nn.with_logical_partitioning(start, self.names)
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        by = (1.0 + scale if self.plus_one else scale).reshape((1,) * (x.ndim - 1) + scale.shape)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * by
+        return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -188,78 +160,55 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        streams: Streams,
+        x: Float[Array, "*rows D"],
         past: tuple[tuple[Array, Array], ...],
         is_local: Bool[Array, ""],
-        now: Now,
-    ) -> tuple[Streams, tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
-        """What attention adds to each stream, and the keys and values of the first."""
-        c = self.cfg
-        window, freqs = None, now.freqs
+        sight: Sight,
+    ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
+        """What attention adds, and the keys and values of the new tokens."""
+        c, places = self.cfg, sight.places
+        window, freqs = None, sight.freqs
         if any(
             c.local_layers
         ):  # a local layer sees a window of positions, wherever their slots lie
             window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
-            freqs = jnp.where(is_local, now.local_freqs, now.freqs)
+            freqs = jnp.where(is_local, sight.local_freqs, sight.freqs)
 
-        def project(heads: int, axis: str, name: str) -> tuple[Float[Array, "*rows heads H"], ...]:
+        def project(heads: int, axis: str, name: str) -> Float[Array, "B T heads H"]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
-            return Linear(shape, names, 1, c, c.qkv_bias, name=name)(streams)
+            y = Linear(shape, names, 1, c, c.qkv_bias, name=name)(x)
+            if c.qk_norm and name != "v":
+                y = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name=f"{name}_norm")(y)
+            if places is not None:
+                y = packing.to_slots(y, places).reshape(*sight.valid.shape, *y.shape[2:])
+            return constrain(y, ("batch", None, "attention_heads", "head_dim"), c.rules)
 
-        q = project(c.num_heads, "heads", "q")
-        k = project(c.num_kv_heads, "kv_heads", "k")
+        q = attention.rope(project(c.num_heads, "heads", "q"), sight.positions, freqs)
+        k = attention.rope(project(c.num_kv_heads, "kv_heads", "k"), sight.positions, freqs)
         v = project(c.num_kv_heads, "kv_heads", "v")
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, c.norm_plus_one, ("head_dim",), name="k_norm")(k)
-
-        def attended(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            if now.at is not None:
-                q, k, v = (
-                    to_slots(x, now.at).reshape(*now.valid.shape, *x.shape[2:]) for x in (q, k, v)
-                )
-            q, k, v = (
-                constrain(x, ("batch", None, "attention_heads", "head_dim"), c.rules)
-                for x in (q, k, v)
-            )
-            q, k = rope(q, now.positions, freqs), rope(k, now.positions, freqs)
-            y = attend(
-                q,
-                k,
-                v,
-                now.valid,
-                now.positions,
-                tuple(KeysValues(*kv, *at) for kv, at in zip(past, now.past, strict=True)),
-                levels=self.levels,
-                window=window,
-                score_dim=c.score_dim,
-                softcap=c.attn_logit_softcap,
-                implementation=c.attention,
-                rules=c.rules,
-            )
-            if now.at is not None:
-                y = to_places(y.reshape(*now.at.valid.shape, *y.shape[2:]), now.at)
-            return y, (k, v)
-
-        results = [attended(*qkv) for qkv in zip(q, k, v, strict=True)]
+        y = attention.attend(
+            attention.NewTokens(q, k, v, sight.valid, sight.positions),
+            tuple(KeysValues(*kv, *at) for kv, at in zip(past, sight.past, strict=True)),
+            levels=self.levels,
+            window=window,
+            how=attention.Attention(c.score_dim, c.attn_logit_softcap, c.kernel, c.rules),
+        )
+        if places is not None:
+            y = packing.to_places(y.reshape(*places.valid.shape, *y.shape[2:]), places)
         shape, names = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        return Linear(shape, names, 2, c, name="o")(tuple(y for y, _ in results)), results[0][1]
+        return Linear(shape, names, 2, c, name="o")(y), (k, v)
 
 
 class Mlp(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, streams: Streams) -> Streams:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         c = self.cfg
-        gates = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="gate")(streams)
-        ups = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="up")(streams)
-
-        def hidden(gate: Array, up: Array) -> Array:
-            return constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"), c.rules)
-
-        down = Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c, name="down")
-        return down(tuple(map(hidden, gates, ups)))
+        gate = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="gate")(x)
+        up = Linear((c.embed_dim, c.mlp_dim), ("embed", "mlp"), 1, c, name="up")(x)
+        hidden = constrain(ACTIVATIONS[c.activation](gate) * up, ("batch", "seq", "mlp"), c.rules)
+        return Linear((c.mlp_dim, c.embed_dim), ("mlp", "embed"), 1, c, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -270,23 +219,22 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        streams: Streams,
+        x: Float[Array, "*rows D"],
         past: tuple[tuple[Array, Array], ...],
         is_local: Bool[Array, ""],
-        now: Now,
-    ) -> tuple[Streams, tuple[Array, Array] | None]:
+        sight: Sight,
+    ) -> tuple[Float[Array, "*rows D"], tuple[Array, Array] | None]:
         c = self.cfg
 
-        def norm(streams: Streams, name: str) -> Streams:
-            return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(streams)
+        def norm(x: Array, name: str) -> Array:
+            return RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x)
 
-        x = tuple(constrain(x, ("batch", "seq", "embed_unsharded"), c.rules) for x in streams)
-        y, new = Attention(c, self.levels, name="attention")(
-            norm(x, "attention_norm"), past, is_local, now
-        )
-        x = tuple(map(jnp.add, x, norm(y, "attention_post_norm") if c.post_norms else y))
+        x = constrain(x, ("batch", "seq", "embed_unsharded"), c.rules)
+        attend = Attention(c, self.levels, name="attention")
+        y, new = attend(norm(x, "attention_norm"), past, is_local, sight)
+        x = x + (norm(y, "attention_post_norm") if c.post_norms else y)
         y = Mlp(c, name="mlp")(norm(x, "mlp_norm"))
-        x = tuple(map(jnp.add, x, norm(y, "mlp_post_norm") if c.post_norms else y))
+        x = x + (norm(y, "mlp_post_norm") if c.post_norms else y)
         return x, new if self.keep else None
 
 
@@ -303,30 +251,20 @@ class Transformer(nn.Module):
         *,
         levels: Levels,
         keep: bool = False,
-        at: Dense | None = None,
-        twin: bool = False,
+        places: Places | None = None,
     ) -> tuple[
-        Float[Array, "*rows D"] | Streams,
-        tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None,
+        Float[Array, "*rows D"], tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]] | None
     ]:
         """Final hidden states, before the LM head, and with `keep` the new tokens' keys and values
         of all layers.
 
         The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False
-        for padding. The hidden states are [B T D] or, with `at`, those of its places, [shards
-        places D].
-
-        With `twin` they are a pair, the second of the base without the adapters. Its stream never
-        meets the other's, so where the adapters alone are differentiated it has no backward pass.
+        for padding. The hidden states are [B T D] or, with `places`, theirs: [shards places D].
         """
         c = self.cfg
-        if at is not None:
-            ids = take(ids.reshape(at.valid.shape), at.slot_of)
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(c.embed_dim**-0.5), ("vocab", "vocab_embed")
-        )
-        embedding = Embedding(c, init, name="embed")()
-        x = lookup(embedding, ids, c.rules, c.dtype)
+        if places is not None:
+            ids = packing.take(ids.reshape(places.valid.shape), places.slot_of)
+        x = look_up(Embedding(c, name="embed")(), ids, c.rules, c.dtype)
         if c.embed_scale:
             x = x * jnp.asarray(c.embed_dim**0.5, c.dtype)
         block = Block
@@ -341,34 +279,30 @@ class Transformer(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, levels, keep, name="layers")
-        half = c.head_dim // 2
-        freqs = jnp.asarray(frequencies(half, c.rope_theta, c.rope_scaling))
-        local = (
-            freqs
-            if c.local_rope_theta is None
-            else jnp.asarray(frequencies(half, c.local_rope_theta, None))
-        )
-        now = Now(
-            positions, valid, tuple((kv.valid, kv.positions) for kv in past), freqs, local, at
-        )
+        half, local = c.head_dim // 2, c.local_rope_theta
+        freqs = jnp.asarray(attention.frequencies(half, c.rope_theta, c.rope_scaling))
+        local_freqs = freqs
+        if local is not None:
+            local_freqs = jnp.asarray(attention.frequencies(half, local, None))
+        seen = tuple((kv.valid, kv.positions) for kv in past)
+        sight = Sight(positions, valid, seen, freqs, local_freqs, places)
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
-        streams = (x, jax.lax.stop_gradient(x)) if twin else (x,)
-        streams, new = layers(streams, tuple((kv.k, kv.v) for kv in past), is_local, now)
-        streams = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(streams)
-        if not c.tied_embeddings:  # declared here so that it belongs to the tree; `head` reads it
+        x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, sight)
+        x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)
+        if not c.tied_embeddings:  # declared here so that it belongs to the tree; get_head reads it
             Head(c, name="lm_head")()
-        return streams if twin else streams[0], new
+        return x, new
 
 
 class Embedding(nn.Module):
     cfg: TransformerConfig
-    init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        return self.param(
-            "embedding", self.init, (self.cfg.vocab_size, self.cfg.embed_dim), jnp.float32
-        )
+        c = self.cfg
+        normal = nn.initializers.normal(c.embed_dim**-0.5)
+        init = nn.with_logical_partitioning(normal, ("vocab", "vocab_embed"))
+        return self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
 
 
 class Head(nn.Module):
@@ -380,13 +314,24 @@ class Head(nn.Module):
         return self.param("kernel", init, (self.cfg.embed_dim, self.cfg.vocab_size), jnp.float32)
 
 
+def join_adapters(base: dict, lora: dict, *, scale: float) -> dict:
+    """The parameters of base with adapters, as every function here takes them; scale is alpha/rank.
+
+    Differentiable in `lora`. The base is not copied: the reference model is `base` alone.
+    """
+
+    def scaled(path: tuple[Any, ...], x: Array) -> Array:
+        return x * scale if path[-1].key == "b" else x
+
+    return {"params": base, "lora": jax.tree_util.tree_map_with_path(scaled, lora)}
+
+
 def variables(params: dict) -> dict:
-    """What `Transformer.apply` takes, of a plain parameter tree or of base weights joined with
-    adapters (lora.py)."""
+    """What `Transformer.apply` takes, of plain parameters or of base weights with adapters."""
     return params if "lora" in params else {"params": params}
 
 
-def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
+def gather_for_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
     """A parameter as it is multiplied with: in the compute type, and gathered along `embed`, in
     this order, so that half the bytes move. Its gradient is added up where the parameter lies: no
     device holds all of it."""
@@ -400,38 +345,32 @@ def in_use(x: Array, names: tuple[str, ...], cfg: TransformerConfig) -> Array:
     return gathered(x.astype(cfg.dtype))
 
 
-def for_rollout(params: dict, cfg: TransformerConfig) -> dict:
+def lay_out_for_rollout(params: dict, cfg: TransformerConfig) -> dict:
     """The weights as a loop over tokens reads them: matrices in the compute type, laid out by
-    `cfg.rollout_rules`.
+    `cfg.rollout_rules`. Cast and moved once, so that no step of the loop gathers weights."""
+    boxed = jax.eval_shape(partial(init_boxed, cfg=cfg), jax.eval_shape(jax.random.key, 0))
+    names = logical_names(boxed)
 
-    Cast and moved once, before the loop, so that no step of it gathers weights.
-    """
-    names = logical_names(
-        jax.eval_shape(partial(init_boxed, cfg=cfg), jax.eval_shape(jax.random.key, 0))
-    )
-
-    def laid_out(path: tuple[Any, ...], x: Array) -> Array:
-        if path[-1].key == "scale":
-            return x
+    def lay_out(path: tuple[Any, ...], x: Array) -> Array:
         keys = [part.key for part in path if part.key not in ("params", "lora")]
-        adapter = keys[-1] if keys[-1] in ("a", "b") else None
+        if keys[-1] == "scale":
+            return x
+        adapter = keys[-1] in ("a", "b")
         at = names
         for key in [*keys[:-1], "kernel"] if adapter else keys:
             at = at[key]
-        if adapter:  # of a kernel [layers, inputs, outputs]: a is [layers, inputs, rank], b is [layers, rank, outputs]
-            at = (
-                (*at[: x.ndim - 1], "rank")
-                if adapter == "a"
-                else (at[0], "rank", *at[len(at) - x.ndim + 2 :])
-            )
-        return relaid(
-            constrain(x.astype(cfg.dtype), at, cfg.rules), at, cfg.rules, cfg.rollout_rules
-        )
+        if (
+            adapter
+        ):  # of [layers, inputs, outputs]: a [layers, inputs, rank], b [layers, rank, outputs]
+            is_a = keys[-1] == "a"
+            at = (*at[: x.ndim - 1], "rank") if is_a else (at[0], "rank", *at[2 - x.ndim :])
+        x = constrain(x.astype(cfg.dtype), at, cfg.rules)
+        return move(x, at, cfg.rules, cfg.rollout_rules)
 
-    return jax.tree_util.tree_map_with_path(laid_out, params)
+    return jax.tree_util.tree_map_with_path(lay_out, params)
 
 
-def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
+def get_head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
     """The LM head, in the compute type: the transposed embedding when tied."""
     tree = variables(params)["params"]
     kernel = tree["embed"]["embedding"].T if cfg.tied_embeddings else tree["lm_head"]["kernel"]
@@ -441,9 +380,8 @@ def head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
 def init_boxed(key: Array, cfg: TransformerConfig) -> dict:
     """Random parameters that still carry their logical axis names; `unbox` drops them."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, one, one, jnp.ones((1, 1), bool), levels=(Level(1, 1),))[
-        "params"
-    ]
+    init = partial(Transformer(cfg).init, levels=(Level(1, 1),))
+    return init(key, one, one, jnp.ones((1, 1), bool))["params"]
 
 
 def unbox(boxed: dict) -> dict:
@@ -453,3 +391,9 @@ def unbox(boxed: dict) -> dict:
 def box(x: Array, names: tuple[str, ...]) -> Any:
     """An array that carries the logical names of its axes, as those of `init_boxed`."""
     return nn.LogicallyPartitioned(x, names)
+
+
+def logical_names(boxed: dict) -> dict:
+    """The logical axis names, a tuple for each parameter, of a tree that still carries them."""
+    is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=is_spec)

@@ -1,224 +1,312 @@
-"""Log-probs of answers to turns that continue one context, every shared prefix computed once.
+"""Log-probs of what a model answers, every shared prefix computed once, and their gradients.
 
 The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the
 earlier tokens of its own node and all of its ancestors, at the positions that a separate sequence
-would have, so the result equals that of scoring each (context, turn, answer) alone."""
+would have, so the result equals that of scoring each (context, turn, answer) alone.
 
+`Scorer` alone knows of microbatches and budgets: the steps see log-probs of whole batches, and give
+it losses whose parts add up. Microbatch j of n holds the users j, n + j, 2n + j, ... so that each
+device keeps the users that it has.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from popi_jax.arrays import Params, Tokens
+from popi_jax.arrays import Mean, Metrics, PairLogps, Params, Rollouts, Tokens, UserBatch
 from popi_jax.losses.logprobs import token_logps, token_logps_and_entropy
-from popi_jax.models.attention import Level, Levels
-from popi_jax.models.packing import Budget, dense, take, to_slots
-from popi_jax.models.sharded_vocab import with_head
-from popi_jax.models.transformer import Transformer, TransformerConfig, head, variables
-from popi_jax.sharding import Axes
-
-
-class Packed(NamedTuple):
-    ids: Int[Array, "batch slots"]
-    positions: Int[Array, "batch slots"]
-    valid: Bool[Array, "batch slots"]
-    levels: Levels
+from popi_jax.models import packing
+from popi_jax.models.packing import Budget, Budgets, Tree
+from popi_jax.models.sharded_vocab import score_by_device
+from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, variables
 
 
 class AnswerLogps(NamedTuple):
-    """Log-probs (nats) of every answer token, the mask of those that count, and the entropies where
-    asked for."""
+    """Log-probs (nats) of every answer token, the mask of those that count, and the entropies of
+    the distributions that they are from, where asked for."""
 
-    logps: Float[Array, "batch turns answers seq"]
-    mask: Bool[Array, "batch turns answers seq"]
-    entropies: Float[Array, "batch turns answers seq"] | None = (
-        None  # of the distribution that each token is from
-    )
+    logps: Float[Array, "*rows seq"]
+    mask: Bool[Array, "*rows seq"]
+    entropies: Float[Array, "*rows seq"] | None = None
 
-    def sums(self) -> Float[Array, "batch turns answers"]:
+    def sums(self) -> Float[Array, "*rows"]:
         return jnp.sum(jnp.where(self.mask, self.logps, 0.0), axis=-1)
 
 
-def length_mask(tokens: Tokens) -> Bool[Array, "*rows seq"]:
-    return (
-        jax.lax.broadcasted_iota(jnp.int32, tokens.ids.shape, tokens.ids.ndim - 1)
-        < tokens.lengths[..., None]
-    )
-
-
-def pack(context: Tokens, turns: Tokens, answers: Tokens | None = None) -> Packed:
-    """Lays a tree out as [context | turns | answers].
-
-    Shapes: [batch seq], [batch turns seq], [batch turns answers seq].
-    """
-    batch, context_len = context.ids.shape
-    _, num_turns, turn_len = turns.ids.shape
-    if answers is None:
-        answers = Tokens(
-            jnp.zeros((batch, num_turns, 0, 0), jnp.int32),
-            jnp.zeros((batch, num_turns, 0), jnp.int32),
-        )
-    num_answers, answer_len = answers.ids.shape[2:]
-    turn_start = context.lengths[:, None] + jnp.zeros_like(turns.lengths)
-    answer_start = (context.lengths[:, None] + turns.lengths)[..., None] + jnp.zeros_like(
-        answers.lengths
-    )
-
-    def flat(*parts: Array) -> Array:
-        return jnp.concatenate([part.reshape(batch, -1) for part in parts], axis=1)
-
-    ids = flat(context.ids, turns.ids, answers.ids)
-    positions = flat(
-        jnp.broadcast_to(jnp.arange(context_len)[None, :], (batch, context_len)),
-        turn_start[..., None] + jnp.arange(turn_len)[None, None, :],
-        answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
-    )
-    valid = flat(length_mask(context), length_mask(turns), length_mask(answers))
-    levels = (
-        Level(1, context_len),
-        Level(num_turns, turn_len),
-        Level(num_turns * num_answers, answer_len),
-    )
-    return Packed(ids, positions, valid, levels)
-
-
-def answer_logps(
+def score_answers(
     params: Params,
-    context: Tokens,
-    turns: Tokens,
-    answers: Tokens,
+    tree: Tree,
     *,
     model: TransformerConfig,
     temperature: float = 1.0,
     entropies: bool = False,
     budget: Budget | None = None,
 ) -> AnswerLogps:
-    """Log-probs of each answer given its context and turn, and with `entropies` those too.
+    """Log-probs of each answer given its context and turn: [batch turns answers seq].
 
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has
-    at least one token. With a budget, which the tree must fit (`dense.within`), padding runs
-    neither through the layers nor the head."""
-    settings: Any = {
-        "model": model,
-        "temperature": temperature,
-        "entropies": entropies,
-        "budget": budget,
-    }
-    return _scored(params, context, turns, answers, **settings, twin=False)[0]
-
-
-def answer_logps_of_both(
-    params: Params,
-    context: Tokens,
-    turns: Tokens,
-    answers: Tokens,
-    *,
-    model: TransformerConfig,
-    temperature: float = 1.0,
-    entropies: bool = False,
-    budget: Budget | None = None,
-) -> tuple[AnswerLogps, AnswerLogps]:
-    """`answer_logps` of a base with adapters and, without gradient and entropies, of the base
-    alone: one pass over the layers for both. `params` as lora.join makes them."""
-    settings: Any = {
-        "model": model,
-        "temperature": temperature,
-        "entropies": entropies,
-        "budget": budget,
-    }
-    scores, of_base = _scored(params, context, turns, answers, **settings, twin=True)
-    return scores, jax.lax.stop_gradient(of_base)
-
-
-def _scored(
-    params: Params,
-    context: Tokens,
-    turns: Tokens,
-    answers: Tokens,
-    *,
-    model: TransformerConfig,
-    temperature: float,
-    entropies: bool,
-    budget: Budget | None,
-    twin: bool,
-) -> list[AnswerLogps]:
-    """Of the model, and with `twin` of its base."""
+    at least one token. With a budget, which the tree must fit, padding runs neither through the
+    layers nor the head.
+    """
     # the last token of an answer is predicted, never read
-    answer_len = answers.ids.shape[-1]
-    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, answer_len - 1))
-    packed, mask = pack(context, turns, read), length_mask(answers)
-    at = None if budget is None else dense(packed.valid, budget.tokens, budget.shards)
-    apply: Any = Transformer(model).apply
-    hidden, _ = apply(variables(params), *packed[:3], levels=packed.levels, at=at, twin=twin)
-    streams = hidden if twin else (hidden,)
-    if at is None or budget is None:
-        states = tuple(
-            _predictors(x, context, turns, answers).reshape(mask.shape[0], -1, x.shape[-1])
-            for x in streams
-        )
+    answers, most = tree.answers, tree.answers.ids.shape[-1] - 1
+    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, most))
+    rows, mask = packing.pack(tree._replace(answers=read)), packing.length_mask(answers)
+    apply = partial(Transformer(model).apply, variables(params))
+    if budget is None:
+        hidden, _ = apply(*rows[:3], levels=rows.levels)
+        states = _take_predictors(hidden, tree).reshape(mask.shape[0], -1, hidden.shape[-1])
         ids, scored = answers.ids.reshape(mask.shape[0], -1), None
     else:
-        scored = dense(mask.reshape(mask.shape[0], -1), budget.answers, budget.shards)
-        slots = _predictor_slots(context, turns, answers, packed, budget.shards).reshape(
-            scored.valid.shape
-        )
-        places = take(at.place_of, take(slots, scored.slot_of))
-        states = tuple(take(x, places) for x in streams)
-        ids = take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-    settings: Any = {"temperature": temperature, "softcap": model.final_logit_softcap}
-
-    def score(
-        head: Array, states: tuple[Array, ...], ids: Array, vocab_axes: Axes
-    ) -> list[tuple[Array, ...]]:
-        more: Any = {**settings, "vocab_axes": vocab_axes}
-        found = [(token_logps(x, head, ids, **more),) for x in states[1:]]
-        if entropies:
-            return [token_logps_and_entropy(states[0], head, ids, **more), *found]
-        return [(token_logps(states[0], head, ids, **more),), *found]
-
-    found = with_head(score, head(params, model), states, ids, model.rules)
+        places = packing.assign_places(rows.valid, budget.tokens, budget.shards)
+        hidden, _ = apply(*rows[:3], levels=rows.levels, places=places)
+        flat_mask = mask.reshape(mask.shape[0], -1)
+        scored = packing.assign_places(flat_mask, budget.answers, budget.shards)
+        slots = _find_predictors(tree, rows.ids.shape[1], budget.shards)
+        slots = packing.take(slots.reshape(scored.valid.shape), scored.slot_of)
+        states = packing.take(hidden, packing.take(places.place_of, slots))
+        ids = packing.take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
+    score = partial(
+        _score_states, temperature=temperature, entropies=entropies, cap=model.final_logit_softcap
+    )
+    found = score_by_device(score, get_head(params, model), states, ids, model.rules)
 
     def to_answers(x: Array) -> Array:
-        return (x if scored is None else to_slots(x, scored)).reshape(mask.shape)
+        return (x if scored is None else packing.to_slots(x, scored)).reshape(mask.shape)
 
-    return [AnswerLogps(to_answers(x[0]), mask, *map(to_answers, x[1:])) for x in found]
+    return AnswerLogps(to_answers(found[0]), mask, *map(to_answers, found[1:]))
 
 
-def _predictors(
-    hidden: Float[Array, "batch slots embed"], context: Tokens, turns: Tokens, answers: Tokens
+def _score_states(
+    head: Array,
+    states: Array,
+    ids: Array,
+    vocab_axes: tuple[str, ...],
+    *,
+    temperature: float,
+    entropies: bool,
+    cap: float | None,
+) -> tuple[Array, ...]:
+    score = token_logps_and_entropy if entropies else token_logps
+    found = score(states, head, ids, temperature=temperature, softcap=cap, vocab_axes=vocab_axes)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _take_predictors(
+    hidden: Float[Array, "batch slots embed"], tree: Tree
 ) -> Float[Array, "batch turns answers seq embed"]:
-    """The states that predict each answer token: of its turn's last token, then of the answer token
-    before."""
-    batch, context_len = context.ids.shape
-    _, num_turns, turn_len = turns.ids.shape
-    num_answers, answer_len = answers.ids.shape[2:]
-    dim = hidden.shape[-1]
-    of_turns = hidden[:, context_len : context_len + num_turns * turn_len].reshape(
-        batch, num_turns, turn_len, dim
-    )
-    last = jnp.maximum(turns.lengths - 1, 0)
-    first = jnp.take_along_axis(of_turns, last[..., None, None], axis=2)[
-        :, :, None
-    ]  # [batch turns 1 1 embed]
-    of_answers = hidden[:, context_len + num_turns * turn_len :].reshape(
-        batch, num_turns, num_answers, answer_len - 1, dim
-    )
-    return jnp.concatenate(
-        [jnp.broadcast_to(first, (*of_answers.shape[:3], 1, dim)), of_answers], axis=3
-    )
+    """The states that predict each answer token: that of its turn's last token, then those of the
+    answer's tokens before it."""
+    batch, context_len = tree.context.ids.shape
+    _, num_turns, turn_len = tree.turns.ids.shape
+    num_answers, answer_len = tree.answers.ids.shape[2:]
+    dim, end = hidden.shape[-1], context_len + num_turns * turn_len
+    turns = hidden[:, context_len:end].reshape(batch, num_turns, turn_len, dim)
+    last = jnp.maximum(tree.turns.lengths - 1, 0)
+    first = jnp.take_along_axis(turns, last[..., None, None], axis=2)[:, :, None]
+    answers = hidden[:, end:].reshape(batch, num_turns, num_answers, answer_len - 1, dim)
+    first = jnp.broadcast_to(first, (*answers.shape[:3], 1, dim))
+    return jnp.concatenate([first, answers], axis=3)
 
 
-def _predictor_slots(
-    context: Tokens, turns: Tokens, answers: Tokens, packed: Packed, shards: int
+def _find_predictors(
+    tree: Tree, num_slots: int, shards: int
 ) -> Int[Array, "batch turns answers seq"]:
     """The slots of these states, counted through all rows of a shard."""
-    context_len, (_, num_turns, turn_len) = context.ids.shape[1], turns.ids.shape
+    context_len, (_, num_turns, turn_len) = tree.context.ids.shape[1], tree.turns.ids.shape
+    shape = tree.answers.ids.shape
     row, turn, answer, token = (
-        jax.lax.broadcasted_iota(jnp.int32, answers.ids.shape, axis) for axis in range(4)
+        jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(4)
     )
-    last = context_len + turn * turn_len + jnp.maximum(turns.lengths - 1, 0)[..., None, None]
-    nodes = turn * answers.ids.shape[2] + answer
-    before = context_len + num_turns * turn_len + nodes * (answers.ids.shape[3] - 1) + token - 1
-    batch, slots = packed.ids.shape
-    return jnp.where(token == 0, last, before) + row % (batch // shards) * slots
+    last = jnp.maximum(tree.turns.lengths - 1, 0)[..., None, None]
+    last = context_len + turn * turn_len + last
+    nodes = turn * shape[2] + answer
+    before = context_len + num_turns * turn_len + nodes * (shape[3] - 1) + token - 1
+    return jnp.where(token == 0, last, before) + row % (shape[0] // shards) * num_slots
+
+
+def make_pair_tree(contexts: Tokens, users: UserBatch) -> Tree:
+    """Prompts behind each of a user's contexts [users group seq], both replies to each prompt."""
+    num_users, group, _ = contexts.ids.shape
+
+    def repeat(tokens: Tokens) -> Tokens:  # what belongs to a user, for each of the contexts
+        return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tokens)
+
+    flat = jax.tree.map(lambda x: x.reshape(num_users * group, *x.shape[2:]), contexts)
+    answers = jax.tree.map(lambda *x: jnp.stack(x, axis=2), users.chosen, users.rejected)
+    return Tree(flat, repeat(users.turns), repeat(answers))
+
+
+def make_summary_tree(users: UserBatch, rollouts: Rollouts, summary_turn: tuple[int, ...]) -> Tree:
+    """All G summaries of a user behind one copy of the signals."""
+    turns = repeat_ids(summary_turn, (users.index.shape[0], 1))
+    return Tree(users.context, turns, jax.tree.map(lambda x: x[:, None], rollouts.summaries))
+
+
+def repeat_ids(ids: tuple[int, ...], rows: tuple[int, ...]) -> Tokens:
+    """The same tokens in every row: [*rows seq]."""
+    tokens = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (*rows, len(ids)))
+    return Tokens(tokens, jnp.full(rows, len(ids), jnp.int32))
+
+
+def split_microbatches(batch: PyTree, num: int) -> PyTree:
+    """[users ...] -> [num users/num ...]; num divides users."""
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def join_microbatches(parts: PyTree) -> PyTree:
+    """Inverse of `split_microbatches`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
+def map_microbatches(function: Callable[[Any], PyTree], batch: PyTree, num: int) -> PyTree:
+    """function(batch), which has a row for each user, from one microbatch after the other."""
+    if num == 1:
+        return function(batch)
+    return join_microbatches(jax.lax.map(function, split_microbatches(batch, num)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores pairs behind summaries, and summaries behind signals, of whole batches of users.
+
+    A loss that is given to a gradient is loss_fn(scores, *part) -> (loss, (metrics, rows)). `part`
+    holds the rows of one microbatch of all batches that the call names. The loss is a sum over
+    users, divided by a weight of the whole batch, so that losses, gradients and metrics of the
+    microbatches add up: means of means never occur. `rows` have a row for each user.
+    """
+
+    model: TransformerConfig
+    summary_turn: tuple[int, ...] = ()  # what asks for a summary, behind the signals
+    microbatches: int = 1
+    budgets: Budgets | None = None  # None: all is computed with its padding
+
+    def score_pairs(self, params: Params, contexts: Tokens, users: UserBatch) -> PairLogps:
+        """Log-probs of each user's chosen and rejected replies behind each of the user's contexts
+        [users group seq]: [users group pairs]."""
+
+        def score(part: Any) -> PairLogps:
+            run = lambda budget: self._score_pairs(params, tree, part, budget)  # noqa: E731
+            tree, budget = self._plan_pairs(part)
+            return packing.run_packed_if_it_fits(budget, tree, run)
+
+        return map_microbatches(score, (contexts, users), self.microbatches)
+
+    def score_summaries(
+        self, params: Params, users: UserBatch, rollouts: Rollouts, *, temperature: float
+    ) -> Float[Array, "users group seq"]:
+        """Log-probs of the tokens of sampled summaries, at the temperature of the sampling."""
+
+        def score(part: Any) -> Array:
+            run = lambda budget: self._score_summaries(params, tree, budget, temperature).logps  # noqa: E731
+            tree, budget = self._plan_summaries(part)
+            return packing.run_packed_if_it_fits(budget, tree, run)
+
+        return map_microbatches(score, (users, rollouts), self.microbatches)
+
+    def differentiate_pairs(
+        self,
+        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
+        params: Params,
+        whole: Callable[[Params], Params],
+        batch: tuple[PyTree, ...],
+    ) -> tuple[Params, Metrics, PyTree]:
+        """(gradient of the loss by `params`, metrics, rows). whole(params) is the model; `batch`
+        begins with (contexts, users); the loss sees the `PairLogps`."""
+
+        def score(params: Params, tree: Tree, part: Any, budget: Budget | None) -> PairLogps:
+            return self._score_pairs(whole(params), tree, part, budget)
+
+        return self._sum_gradients(loss_fn, score, self._plan_pairs, params, batch)
+
+    def differentiate_summaries(
+        self,
+        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
+        params: Params,
+        whole: Callable[[Params], Params],
+        batch: tuple[PyTree, ...],
+        *,
+        temperature: float,
+        entropies: bool,
+    ) -> tuple[Params, Metrics, PyTree]:
+        """The same of sampled summaries: `batch` begins with (users, rollouts); the loss sees the
+        `AnswerLogps` [users group seq]."""
+
+        def score(params: Params, tree: Tree, _: Any, budget: Budget | None) -> AnswerLogps:
+            return self._score_summaries(whole(params), tree, budget, temperature, entropies)
+
+        return self._sum_gradients(loss_fn, score, self._plan_summaries, params, batch)
+
+    def _plan_pairs(self, part: Any) -> tuple[Tree, Budget | None]:
+        contexts, users = part[:2]
+        budgets, group = self.budgets, contexts.lengths.shape[1]
+        return make_pair_tree(contexts, users), budgets and budgets.for_pairs(group)
+
+    def _score_pairs(
+        self, params: Params, tree: Tree, part: Any, budget: Budget | None
+    ) -> PairLogps:
+        sums = score_answers(params, tree, model=self.model, budget=budget).sums()
+        sums = sums.reshape(*part[0].lengths.shape, -1, 2)
+        return PairLogps(sums[..., 0], sums[..., 1])
+
+    def _plan_summaries(self, part: Any) -> tuple[Tree, Budget | None]:
+        users, rollouts = part[:2]
+        budgets, group = self.budgets, rollouts.finished.shape[1]
+        tree = make_summary_tree(users, rollouts, self.summary_turn)
+        return tree, budgets and budgets.for_summaries(group)
+
+    def _score_summaries(
+        self,
+        params: Params,
+        tree: Tree,
+        budget: Budget | None,
+        temperature: float,
+        entropies: bool = False,
+    ) -> AnswerLogps:
+        score = partial(score_answers, model=self.model, budget=budget)
+        found = score(params, tree, temperature=temperature, entropies=entropies)
+        return AnswerLogps(*jax.tree.map(lambda x: x[:, 0], tuple(found)))
+
+    def _sum_gradients(
+        self,
+        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
+        score: Callable[[Params, Tree, Any, Budget | None], Any],
+        plan: Callable[[Any], tuple[Tree, Budget | None]],
+        params: Params,
+        batch: tuple[PyTree, ...],
+    ) -> tuple[Params, Metrics, PyTree]:
+        """Sums over the microbatches; those that fit their budget are computed without padding."""
+
+        def differentiate(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
+            def run(budget: Budget | None) -> tuple[Params, tuple[Metrics, PyTree]]:
+                loss = lambda params: loss_fn(score(params, tree, part, budget), *part)  # noqa: E731
+                grads, (metrics, rows) = jax.grad(loss, has_aux=True)(params)
+                unpadded = Mean(jnp.float32(budget is not None), jnp.float32(1.0))
+                return grads, (metrics | {"unpadded": unpadded}, rows)
+
+            tree, budget = plan(part)
+            return packing.run_packed_if_it_fits(budget, tree, run)
+
+        if self.microbatches == 1:
+            grads, (metrics, rows) = differentiate(params, batch)
+            return grads, metrics, rows
+
+        def add(total: Any, part: Any) -> tuple[Any, PyTree]:
+            grads, (metrics, rows) = differentiate(params, part)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), rows
+
+        parts = split_microbatches(batch, self.microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, (metrics, _) = jax.eval_shape(differentiate, params, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+        (grads, metrics), rows = jax.lax.scan(add, zeros, parts)
+        return grads, metrics, join_microbatches(rows)

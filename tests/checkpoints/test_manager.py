@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from popi_jax.checkpoints import manager
 from popi_jax.errors import UserError
-from popi_jax.training.state import Frozen, RoleState, TrainState
+from popi_jax.training.setup import Frozen, RoleState, TrainState
 
 CONFIG = {
     "name": "a",

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from popi_jax.checkpoints import hf_config, hf_io, hf_names
 from popi_jax.errors import UserError
-from popi_jax.models.rope import RopeScaling
+from popi_jax.models.attention import RopeScaling
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 from popi_jax.sharding import make_mesh, param_shardings
 from tests.oracles.plain import RULES

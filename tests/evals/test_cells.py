@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from popi_jax.popi.roles import pair_logps
 
 from popi_jax.arrays import Tokens
 from popi_jax.data import batches, prompts
 from popi_jax.evals import cells
 from popi_jax.evals.cells import Evaluation, Models
-from popi_jax.popi.roles import pair_logps
 from tests.tiny_run import Run, shared_run
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from popi_jax.models import attention
-from popi_jax.models.attention import Level
-from popi_jax.models.rope import frequencies, rope
+from popi_jax.models.attention import frequencies, rope
+from popi_jax.models.packing import Level
 
 B, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 6
 
@@ -65,7 +65,7 @@ def test_equals_the_equation_in_any_chunks(
     monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
     monkeypatch.setattr(attention, "MOST_CHUNKS", 100)
     levels = tuple(Level(*level) for level in shape)
-    slots = attention.num_slots(levels)
+    slots = sum(level.nodes * level.length for level in levels)
     rng = np.random.default_rng(chunk)
     q = rng.normal(size=(B, slots, HEADS, HEAD_DIM)).astype(np.float32)
     k, v = (rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in range(2))
@@ -77,7 +77,8 @@ def test_equals_the_equation_in_any_chunks(
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = attention.attend(q, k, v, jnp.asarray(valid), positions, levels=levels)
+            new = attention.NewTokens(q, k, v, jnp.asarray(valid), positions)
+            y = attention.attend(new, levels=levels)
             return jnp.sum(jnp.sin(y)), y
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -102,14 +103,14 @@ def test_a_cache_is_as_good_as_a_level(nodes: int) -> None:
     """What lies in the past, seen by all or by one branch each, counts as if it were computed with
     the rest."""
     levels = Level(1, 5), Level(nodes, 3), Level(4, 2)
-    slots, behind = attention.num_slots(levels), 5 + nodes * 3
+    slots, behind = sum(level.nodes * level.length for level in levels), 5 + nodes * 3
     rng = np.random.default_rng(nodes)
     q = jnp.asarray(rng.normal(size=(B, slots, HEADS, HEAD_DIM)), jnp.float32)
     k, v = (
         jnp.asarray(rng.normal(size=(B, slots, KV_HEADS, HEAD_DIM)), jnp.float32) for _ in range(2)
     )
     valid, positions = jnp.asarray(rng.random((B, slots)) < 0.8), jnp.zeros((B, slots), jnp.int32)
-    whole = attention.attend(q, k, v, valid, positions, levels=levels)
+    whole = attention.attend(attention.NewTokens(q, k, v, valid, positions), levels=levels)
 
     def kept(start: int, nodes: int, length: int) -> attention.KeysValues:
         def rows(x: jax.Array) -> jax.Array:
@@ -120,17 +121,20 @@ def test_a_cache_is_as_good_as_a_level(nodes: int) -> None:
         )
 
     past = kept(0, 1, 5), kept(5, nodes, 3)
-    new = (x[:, behind:] for x in (q, k, v, valid, positions))
+    new = attention.NewTokens(*(x[:, behind:] for x in (q, k, v, valid, positions)))
     np.testing.assert_allclose(
-        attention.attend(*new, past, levels=levels[2:]), whole[:, behind:], atol=1e-6
+        attention.attend(new, past, levels=levels[2:]), whole[:, behind:], atol=1e-6
     )
 
 
 def test_a_row_that_sees_nothing_is_finite() -> None:
     x, none, at = jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 2), bool), jnp.zeros((1, 2), jnp.int32)
-    grad = jax.grad(lambda q: jnp.sum(attention.attend(q, x, x, none, at, levels=(Level(1, 2),))))(
-        x
-    )
+    levels = (Level(1, 2),)
+
+    def total(q: jax.Array) -> jax.Array:
+        return jnp.sum(attention.attend(attention.NewTokens(q, x, x, none, at), levels=levels))
+
+    grad = jax.grad(total)(x)
     assert np.isfinite(grad).all()
 
 

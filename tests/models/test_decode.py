@@ -10,10 +10,9 @@ import pytest
 
 from popi_jax.arrays import Rollouts, Tokens
 from popi_jax.models import decode
-from popi_jax.models.decode import sample_keys
-from popi_jax.models.packing import Budget
-from popi_jax.models.sampling import Sampling
-from popi_jax.popi.scorer import answer_logps
+from popi_jax.models.decode import Sampling, sample_keys
+from popi_jax.models.packing import Budget, Tree
+from popi_jax.popi.scorer import score_answers
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
@@ -117,9 +116,8 @@ def test_reported_logps_equal_those_of_scoring(params: dict) -> None:
     drawn = draw(params, 0.6)
     turns = jax.tree.map(lambda x: x[:, None], TURN)
     answers = jax.tree.map(lambda x: x[:, None], drawn.summaries)
-    scores = jax.jit(partial(answer_logps, model=MODEL, temperature=0.6))(
-        params, CONTEXT, turns, answers
-    )
+    score = jax.jit(partial(score_answers, model=MODEL, temperature=0.6))
+    scores = score(params, Tree(CONTEXT, turns, answers))
     mask = np.asarray(scores.mask)[:, 0]
     np.testing.assert_allclose(
         np.asarray(drawn.logps)[mask], np.asarray(scores.logps)[:, 0][mask], atol=1e-4

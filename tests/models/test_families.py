@@ -14,9 +14,8 @@ import pytest
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints import hf_config, hf_io, hf_names
 from popi_jax.losses.logprobs import token_logits
-from popi_jax.models.attention import Level
+from popi_jax.models.attention import Level, RopeScaling, frequencies
 from popi_jax.models.decode import Sampling, sample, sample_keys
-from popi_jax.models.rope import RopeScaling, frequencies
 from popi_jax.models.transformer import (
     Transformer,
     TransformerConfig,

@@ -16,9 +16,10 @@ import pytest
 from popi_jax.arrays import Tokens
 from popi_jax.flops import flops
 from popi_jax.models import attention, fused_attention
-from popi_jax.models.attention import Level, num_slots
+from popi_jax.models.attention import Attention, NewTokens
+from popi_jax.models.packing import Level, Tree
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
-from popi_jax.popi.scorer import answer_logps
+from popi_jax.popi.scorer import score_answers
 from popi_jax.sharding import make_mesh
 from tests.oracles.plain import RULES
 
@@ -32,11 +33,15 @@ SPLASH = partial(fused_attention.splash, rules=RULES, interpret=True)
 
 
 def cudnn(*args: jax.Array, levels: tuple, softcap: float | None) -> jax.Array:
-    assert softcap is None
-    return fused_attention.cudnn(*args, levels=levels, rules=RULES, implementation="xla")
+    settings = {"softcap": softcap, "rules": RULES, "implementation": "xla"}
+    return fused_attention.cudnn(*args, levels=levels, **settings)
 
 
-def of_padded_nodes(rng: np.random.Generator, levels: tuple[Level, ...], batch: int) -> np.ndarray:
+def num_slots(levels: tuple[Level, ...]) -> int:
+    return sum(level.nodes * level.length for level in levels)
+
+
+def pad_nodes(rng: np.random.Generator, levels: tuple[Level, ...], batch: int) -> np.ndarray:
     """bool[batch slots]: each node is filled up to a length of its own, of at least one token."""
     parts = [
         (np.arange(length) < rng.integers(1, length + 1, (batch, nodes, 1))).reshape(batch, -1)
@@ -59,7 +64,7 @@ def inputs(
         random(heads),
         random(kv_heads),
         random(kv_heads),
-        jnp.asarray(of_padded_nodes(rng, levels, batch)),
+        jnp.asarray(pad_nodes(rng, levels, batch)),
     )
 
 
@@ -80,8 +85,8 @@ def both(
 
 def chunked(*args: jax.Array, levels: tuple[Level, ...], softcap: float | None) -> jax.Array:
     positions = jnp.zeros(args[0].shape[:2], jnp.int32)
-    settings = {"score_dim": 1, "implementation": "chunked", "rules": RULES}
-    return attention.attend(*args, positions, levels=levels, softcap=softcap, **settings)
+    how = Attention(score_dim=1, softcap=softcap, rules=RULES)
+    return attention.attend(NewTokens(*args, positions), levels=levels, how=how)
 
 
 def assert_same(found: tuple, wanted: tuple) -> None:
@@ -136,24 +141,26 @@ def test_a_model_scores_with_splash_as_in_chunks(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "KERNEL_SLOTS", 1)
     sizes = {"vocab_size": 64, "num_layers": 2, "embed_dim": 16, "mlp_dim": 24}
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attn_logit_softcap": 5.0}
-    model = TransformerConfig(**sizes, **heads, remat="full", attention="splash")
+    model = TransformerConfig(
+        **sizes, **heads, remat="full", kernel=fused_attention.choose_kernel("splash", "cpu")
+    )
     rng = np.random.default_rng(0)
 
     def tokens(*shape: int) -> Tokens:
         ids, lengths = rng.integers(0, 64, shape), rng.integers(1, shape[-1] + 1, shape[:-1])
         return Tokens(jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
-    tree = tokens(4, 12), tokens(4, 2, 5), tokens(4, 2, 2, 9)
+    tree = Tree(tokens(4, 12), tokens(4, 2, 5), tokens(4, 2, 2, 9))
     params = unbox(init_boxed(jax.random.key(0), model))
 
     def gradient(model: TransformerConfig) -> tuple[jax.Array, dict]:
         return jax.jit(
-            jax.value_and_grad(lambda p: jnp.sum(answer_logps(p, *tree, model=model).sums()))
+            jax.value_and_grad(lambda p: jnp.sum(score_answers(p, tree, model=model).sums()))
         )(params)
 
     with jax.set_mesh(make_mesh(2, 2, 2)):
         found = gradient(model)
-    assert_same(found, gradient(dataclasses.replace(model, attention="chunked")))
+    assert_same(found, gradient(dataclasses.replace(model, kernel=None)))
 
 
 @pytest.mark.parametrize("levels", [*TREES.values(), (Level(1, 700), Level(3, 129), Level(6, 400))])
@@ -173,24 +180,23 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(name: str) -> Callable[..., jax.Array]:
         return lambda q, *_, **__: chosen.append(name) or q
 
-    for name in ("splash", "cudnn"):
-        monkeypatch.setattr(fused_attention, name, called(name))
-    monkeypatch.setattr(attention, "_in_chunks", called("chunked"))
+    for name in ("splash", "splash_interpreted", "cudnn"):
+        monkeypatch.setattr(fused_attention, name, called(name.removesuffix("_interpreted")))
+    chunks = called("chunked")
+    monkeypatch.setattr(attention, "_attend_in_chunks", lambda new, *_: chunks(new.q))
 
     def choice(
-        on: str, implementation: str = "auto", slots: int = 512, dtype: str = "bfloat16", **settings
+        on: str,
+        name: str = "auto",
+        slots: int = 512,
+        dtype: str = "bfloat16",
+        softcap: float | None = None,
+        **seen,
     ) -> str:
-        monkeypatch.setattr(attention, "platform", lambda: on)
         x, valid = jnp.zeros((1, slots, 1, 8), dtype), jnp.ones((1, slots), bool)
-        at = jnp.zeros((1, slots), jnp.int32)
-        attention.attend(
-            x,
-            x,
-            x,
-            valid,
-            at,
-            **{"levels": (Level(1, slots),), "implementation": implementation, **settings},
-        )
+        new = NewTokens(x, x, x, valid, jnp.zeros((1, slots), jnp.int32))
+        how = Attention(softcap=softcap, kernel=fused_attention.choose_kernel(name, on))
+        attention.attend(new, levels=(Level(1, slots),), how=how, **seen)
         return chosen.pop()
 
     assert [choice(on) for on in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "chunked"]

@@ -1,6 +1,8 @@
 """Slots and places: every token keeps its own, gradients go the way back, and what does not fit is
 computed padded."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popi_jax.arrays import Tokens
-from popi_jax.models.packing import Budget, dense, take, to_places, to_slots, within
+from popi_jax.models.packing import (
+    Budget,
+    Tree,
+    assign_places,
+    prefix_tree,
+    run_packed_if_it_fits,
+    take,
+    to_places,
+    to_slots,
+)
 from tests.training import small
 
 BATCH, SLOTS = 4, 7
@@ -21,7 +32,7 @@ def test_tokens_keep_their_order_and_come_back(seed: int, spare: int) -> None:
     rng = np.random.default_rng(seed)
     valid = rng.random((BATCH, SLOTS)) < 0.6
     count = int(valid.sum())
-    at = dense(jnp.asarray(valid), count + spare, 1)
+    at = assign_places(jnp.asarray(valid), count + spare, 1)
     x = rng.normal(size=(1, BATCH * SLOTS, 2)).astype(np.float32)
     placed = to_places(jnp.asarray(x), at)
     np.testing.assert_array_equal(placed[0, :count], x[0][valid.ravel()])
@@ -34,7 +45,7 @@ def test_gradients_are_those_of_the_tokens_alone() -> None:
     rng = np.random.default_rng(0)
     valid = rng.random((BATCH, SLOTS)) < 0.6
     count, places = int(valid.sum()), int(valid.sum()) + 3
-    at = dense(jnp.asarray(valid), places, 1)
+    at = assign_places(jnp.asarray(valid), places, 1)
     slots, weights = rng.normal(size=(1, BATCH * SLOTS, 2)), rng.normal(size=(1, places, 2))
     _, pull = jax.vjp(lambda x: to_places(x, at), jnp.asarray(slots, jnp.float32))
     (found,) = pull(jnp.asarray(weights, jnp.float32))
@@ -55,6 +66,10 @@ def test_what_is_taken_twice_has_the_sum_of_both_gradients() -> None:
     np.testing.assert_array_equal(grads, [[1.0, 0.0, 6.0]])
 
 
+def fits(budget: Budget | None, tree: Tree) -> jax.Array:
+    return run_packed_if_it_fits(budget, tree, lambda given: jnp.array(given is not None))
+
+
 def tokens(*lengths: int, room: int) -> Tokens:
     return Tokens(jnp.zeros((len(lengths), room), jnp.int32), jnp.array(lengths))
 
@@ -66,37 +81,23 @@ def tokens(*lengths: int, room: int) -> Tokens:
 def test_a_tree_is_computed_without_padding_when_it_fits(
     tokens_left: int, answers_left: int, expected: bool
 ) -> None:
-    tree = tokens(4, 2, room=9), tokens(2, 2, room=4), tokens(3, 1, room=5)
+    tree = Tree(tokens(4, 2, room=9), tokens(2, 2, room=4), tokens(3, 1, room=5))
     budget = Budget(14 + tokens_left, 4 + answers_left)
-    assert (
-        bool(jax.jit(lambda: within(budget, *tree, lambda given: jnp.array(given is not None)))())
-        is expected
-    )
+    assert bool(jax.jit(partial(fits, budget))(tree)) is expected
 
 
 def test_a_budget_that_spares_nothing_makes_no_second_branch() -> None:
-    tree = tokens(4, 2, room=5), tokens(2, 2, room=2), tokens(3, 1, room=3)
-    for budget in (None, Budget(20, 6)):
-        text = str(
-            jax.make_jaxpr(
-                lambda b=budget: within(b, *tree, lambda given: jnp.array(given is not None))
-            )()
-        )
-        assert "cond" not in text
-    assert "cond" in str(
-        jax.make_jaxpr(lambda: within(Budget(18, 6), *tree, lambda _: jnp.array(0)))()
-    )
+    tree = Tree(tokens(4, 2, room=5), tokens(2, 2, room=2), tokens(3, 1, room=3))
+    for budget, branches in ((None, False), (Budget(20, 6), False), (Budget(18, 6), True)):
+        text = str(jax.make_jaxpr(partial(fits, budget))(tree))
+        assert ("cond" in text) is branches
 
 
 def test_one_shard_that_does_not_fit_decides_for_all() -> None:
     """Each shard has two rows and places of its own."""
     with jax.set_mesh(small.make_mesh(2, 2, 1)):
-        fits = tokens(5, 1, 3, 3, 2, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
-        one_too_many = tokens(5, 1, 3, 3, 3, 4, 6, 0, room=9), tokens(*[1] * 8, room=4), None
-        program = jax.jit(
-            lambda *tree: within(
-                Budget(8, 0, 4), *tree, None, lambda given: jnp.array(given is not None)
-            )
-        )
-        assert bool(program(*fits[:2]))
-        assert not bool(program(*one_too_many[:2]))
+        turns = tokens(*[1] * 8, room=4)
+        just, too_many = (tokens(5, 1, 3, 3, n, 4, 6, 0, room=9) for n in (2, 3))
+        program = jax.jit(lambda *texts: fits(Budget(8, 0, 4), prefix_tree(*texts)))
+        assert bool(program(just, turns))
+        assert not bool(program(too_many, turns))

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
-from popi_jax.models.decode import sample, sample_keys
-from popi_jax.models.sampling import Sampling, cut, draw, stops
+from popi_jax.models.decode import (
+    Sampling,
+    cut_logits,
+    draw_tokens,
+    find_stops,
+    sample,
+    sample_keys,
+)
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
@@ -20,7 +26,7 @@ LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None, None, :]
 
 def kept(**cuts: object) -> list[int]:
     sampling = Sampling(**({"temperature": 1.0, "max_len": 1, "end_id": 0} | cuts))
-    return np.flatnonzero(np.isfinite(np.asarray(cut(LOGITS, sampling))[0, 0])).tolist()
+    return np.flatnonzero(np.isfinite(np.asarray(cut_logits(LOGITS, sampling))[0, 0])).tolist()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,7 @@ def test_cuts(cuts: dict, expected: list[int]) -> None:
 def test_cuts_change_the_draw_and_not_the_log_probs(temperature: float) -> None:
     sampling = Sampling(temperature, 1, 0, banned=(0,), top_k=2)
     keys = jax.random.split(jax.random.key(0), (1, 500))
-    tokens, logps = draw(jnp.broadcast_to(LOGITS, (1, 500, 5)), keys, sampling)
+    tokens, logps = draw_tokens(jnp.broadcast_to(LOGITS, (1, 500, 5)), keys, sampling)
     assert set(np.asarray(tokens).ravel().tolist()) == ({1} if temperature == 0.0 else {1, 2})
     whole = oracle.log_softmax(np.log(P) / (temperature or 1.0))
     np.testing.assert_allclose(logps, whole[np.asarray(tokens)], atol=1e-5)
@@ -57,7 +63,9 @@ def test_cuts_change_the_draw_and_not_the_log_probs(temperature: float) -> None:
 
 def test_the_draws_within_a_cut_keep_their_proportions() -> None:
     keys = jax.random.split(jax.random.key(1), (1, 4000))
-    tokens, _ = draw(jnp.broadcast_to(LOGITS, (1, 4000, 5)), keys, Sampling(1.0, 1, 0, top_p=0.71))
+    tokens, _ = draw_tokens(
+        jnp.broadcast_to(LOGITS, (1, 4000, 5)), keys, Sampling(1.0, 1, 0, top_p=0.71)
+    )
     found = np.bincount(np.asarray(tokens).ravel(), minlength=5) / 4000
     np.testing.assert_allclose(found, np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85, atol=0.03)
 
@@ -65,7 +73,7 @@ def test_the_draws_within_a_cut_keep_their_proportions() -> None:
 def test_stops_by_hand() -> None:
     ids = jnp.array([[[1, 2, 3, 9], [2, 3, 1, 2], [3, 3, 3, 3]]])
     sampling = Sampling(1.0, 4, 0, stop=((2, 3), (3, 3, 3), (1, 2, 3, 9, 9)))
-    found = [np.asarray(stops(ids, jnp.int32(t), sampling))[0].tolist() for t in range(4)]
+    found = [np.asarray(find_stops(ids, jnp.int32(t), sampling))[0].tolist() for t in range(4)]
     assert found == [[False] * 3, [False, True, False], [True, False, True], [False, False, True]]
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 
 from popi_jax.arrays import Tokens
-from popi_jax.models.packing import Budget
-from popi_jax.models.rope import RopeScaling
+from popi_jax.models.attention import RopeScaling
+from popi_jax.models.packing import Budget, Tree
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.scorer import answer_logps
+from popi_jax.popi.scorer import score_answers
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 
@@ -61,7 +61,8 @@ def shared(
     """((loss, sums), gradient), computed with padding and without."""
 
     def loss(params: dict, budget: Budget | None) -> tuple[jax.Array, jax.Array]:
-        sums = answer_logps(params, context, turns, answers, model=model, budget=budget).sums()
+        tree = Tree(context, turns, answers)
+        sums = score_answers(params, tree, model=model, budget=budget).sums()
         margins = BETA * (sums[..., 0] - sums[..., 1])
         return jnp.mean(jax.nn.softplus(-margins)), sums
 

@@ -14,9 +14,9 @@ import numpy as np
 from configs import scales
 from popi_jax.arrays import Tokens
 from popi_jax.config_check import parse_rules
-from popi_jax.models.attention import Level
-from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
-from popi_jax.sharding import Rules
+from popi_jax.models.layout import Rules
+from popi_jax.models.packing import Level
+from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
 RULES, ROLLOUT_RULES = (
@@ -114,7 +114,7 @@ def _program(
         hidden, _ = Transformer(model).apply(
             {"params": params}, ids, positions, valid, levels=(Level(1, LENGTH),)
         )
-        scores = hidden[:, :-1] @ head(params, model)
+        scores = hidden[:, :-1] @ get_head(params, model)
         if model.final_logit_softcap is not None:
             scores = model.final_logit_softcap * jnp.tanh(scores / model.final_logit_softcap)
         logps = jax.nn.log_softmax(scores / temperature)

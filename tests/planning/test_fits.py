@@ -18,7 +18,7 @@ from popi_jax.errors import UserError
 from popi_jax.planning import fits, plan, report, roofline, suggest, target
 from popi_jax.sharding import place_batch
 from popi_jax.training.loop import open_batches
-from popi_jax.training.state import abstract_state
+from popi_jax.training.setup import abstract_state
 from tests import tiny_run
 from tests.oracles.plain import RULES
 

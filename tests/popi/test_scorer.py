@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
+from popi_jax.models import packing
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi import scorer
 from tests.oracles import losses as oracle
@@ -18,7 +19,7 @@ BATCH, TURNS, ANSWERS = 2, 3, 2
 CONTEXT_LEN, TURN_LEN, ANSWER_LEN = 8, 5, 4
 
 
-class Tree:
+class RandomTree:
     """A random tree whose padding holds random ids."""
 
     def __init__(self, seed: int) -> None:
@@ -44,7 +45,8 @@ def grad_program(model: TransformerConfig):
     (log-probs, mask)."""
 
     def total(params, context, turns, answers, weights):
-        scores = scorer.answer_logps(params, context, turns, answers, model=model)
+        tree = packing.Tree(context, turns, answers)
+        scores = scorer.score_answers(params, tree, model=model)
         return jnp.sum(jnp.where(scores.mask, scores.logps, 0.0) * weights), scores
 
     return jax.jit(jax.grad(total, has_aux=True))
@@ -59,7 +61,7 @@ def params() -> dict:
 def packed():
     program = grad_program(MODEL)
 
-    def run(params: dict, tree: Tree):
+    def run(params: dict, tree: RandomTree):
         return program(params, tree.context, tree.turns, tree.answers, jnp.asarray(tree.weights))
 
     return run
@@ -74,7 +76,7 @@ def assert_close(a: dict, b: dict, atol: float = 2e-4) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_each_answer_alone(seed: int, params: dict, packed) -> None:
-    tree = Tree(seed)
+    tree = RandomTree(seed)
     grads, scores = packed(params, tree)
     places, sequences = tree.alone()
     weights = [
@@ -90,7 +92,7 @@ def test_equals_each_answer_alone(seed: int, params: dict, packed) -> None:
 
 
 def test_equals_float64(params: dict, packed) -> None:
-    tree = Tree(7)
+    tree = RandomTree(7)
     _, scores = packed(params, tree)
     for place, s in zip(*tree.alone(), strict=True):
         logps = oracle.log_softmax(plain.logits(params, MODEL, s.prefix + s.answer))
@@ -102,12 +104,12 @@ def test_equals_float64(params: dict, packed) -> None:
 
 
 def test_padding_ids_do_not_matter(params: dict, packed) -> None:
-    tree = Tree(1)
+    tree = RandomTree(1)
     grads, scores = packed(params, tree)
     for name in ("context", "turns", "answers"):
         tokens = getattr(tree, name)
         ids = np.where(
-            scorer.length_mask(tokens), tokens.ids, tree.rng.integers(0, 64, tokens.ids.shape)
+            packing.length_mask(tokens), tokens.ids, tree.rng.integers(0, 64, tokens.ids.shape)
         )
         setattr(tree, name, Tokens(jnp.asarray(ids), tokens.lengths))
     grads_again, again = packed(params, tree)
@@ -119,7 +121,7 @@ def test_padding_ids_do_not_matter(params: dict, packed) -> None:
 def test_a_token_depends_on_its_own_past_alone(params: dict, packed) -> None:
     """Every slot of row 0 has its own id, so a row of the embedding's gradient is the gradient by
     that slot's input."""
-    tree = Tree(2)
+    tree = RandomTree(2)
     sizes = [CONTEXT_LEN, TURNS * TURN_LEN, TURNS * ANSWERS * ANSWER_LEN]
     ids = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     for name, own, full in zip(
@@ -147,7 +149,7 @@ def test_recomputing_and_chunks_of_queries_change_nothing(
     """Chunks of whole nodes, of one node and of parts of one here, and one a level in what it is
     compared with."""
     monkeypatch.setattr("popi_jax.models.attention.QUERY_CHUNK", 6)
-    tree = Tree(3)
+    tree = RandomTree(3)
     model = TransformerConfig(**{**vars(MODEL), "remat": remat})
     arguments = (params, tree.context, tree.turns, tree.answers, jnp.asarray(tree.weights))
     grads, scores = grad_program(model)(*arguments)
@@ -157,9 +159,9 @@ def test_recomputing_and_chunks_of_queries_change_nothing(
 
 
 def test_the_temperature_divides_the_logits(params: dict) -> None:
-    tree = Tree(4)
-    score = jax.jit(partial(scorer.answer_logps, model=MODEL, temperature=0.5))
-    scores = score(params, tree.context, tree.turns, tree.answers)
+    tree = RandomTree(4)
+    score = jax.jit(partial(scorer.score_answers, model=MODEL, temperature=0.5))
+    scores = score(params, packing.Tree(tree.context, tree.turns, tree.answers))
     places, sequences = tree.alone()
     logps, _ = plain.logps_and_pullback(params, sequences, temperature=0.5)
     for place, expected in zip(places, logps, strict=True):

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from popi_jax.arrays import Rollouts, Tokens, UserBatch
-from popi_jax.losses.preference import PairLogps
-from popi_jax.popi.roles import splice
-from popi_jax.popi.steps import generator_step, inference_step, warmup_step
-from popi_jax.training import optim
-from popi_jax.training.state import RoleState, Transforms
+from popi_jax.arrays import PairLogps, RoleState, Rollouts, Tokens, UserBatch
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.inference_step import inference_step
+from popi_jax.popi.plan import RolePlan
+from popi_jax.popi.rollout import splice
+from popi_jax.popi.warmup_step import warmup_step
+from popi_jax.training import optim, setup
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
@@ -67,7 +68,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     )
     rollouts = random_rollouts(2, 1)
     contexts = splice(small.GLUE.generator_prefix, rollouts.summaries, rollouts.finished)
-    step = jax.jit(partial(generator_step, model=MODEL, tx=SGD, cfg=CFG))
+    step = jax.jit(partial(generator_step, plan=small.make_plan(CFG, SGD)))
     after, metrics, margins = step(role(params), params, reference, contexts, users)
 
     places = [(u, k) for u, k in np.ndindex(8, 2) if users.pair_mask[u, k]]
@@ -104,7 +105,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
 
 @pytest.fixture(scope="module")
 def inference_program():
-    return jax.jit(partial(inference_step, model=MODEL, tx=SGD, glue=small.GLUE, cfg=CFG))
+    return jax.jit(partial(inference_step, plan=small.make_plan(CFG, SGD)))
 
 
 @pytest.mark.parametrize("same_reference", [True, False])
@@ -182,13 +183,12 @@ def test_what_follows_the_end_of_a_summary_is_not_trained(inference_program) -> 
 
 
 def test_warmup_lowers_the_loss_of_a_batch() -> None:
-    adamw = optim.optimizer(CFG.optimizer, 3e-3, 0, 20)
-    parts = small.make_parts(CFG, Transforms(adamw, adamw))
+    role = RolePlan(optim.optimizer(CFG.optimizer, 3e-3, 0, 20))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        state, _ = small.make_state(parts, mesh)
+        state, _ = small.make_state(CFG, setup.Roles(role, role), mesh)
         layouts = jax.tree.map(lambda x: x.sharding, state)
-        update = partial(warmup_step, model=MODEL, transforms=parts.transforms)
+        update = partial(warmup_step, model=MODEL, role=role)
         step = jax.jit(update, donate_argnums=0, out_shardings=(layouts, None))
         batch = jax.tree.map(jnp.asarray, small.warmup_batch(0))
         seen = []

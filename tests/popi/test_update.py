@@ -1,6 +1,7 @@
 """One jitted update through all phases: what it trains, how often it compiles, and that devices do
 not matter."""
 
+import dataclasses
 import logging
 import re
 from functools import partial
@@ -12,23 +13,25 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from popi_jax.arrays import TrainState
 from popi_jax.config_check import parse_phases
-from popi_jax.popi.roles import empty_summary, pair_logps, rollout
-from popi_jax.popi.update import Parts, popi_update, role_turns
+from popi_jax.popi.plan import Kind, Reference, UpdatePlan
+from popi_jax.popi.scorer import repeat_ids
+from popi_jax.popi.update import popi_update
 from popi_jax.sharding import place_batch
-from popi_jax.training.state import TrainState
+from popi_jax.training.setup import plan_kinds
 from tests.oracles import losses as oracle
 from tests.oracles import plain
-from tests.oracles.plain import MODEL, RULES
+from tests.oracles.plain import RULES
 from tests.training import small
 
 CFG = small.make_config()
-TURNS = role_turns(small.phases())
+KINDS = plan_kinds(small.phases())
 
 
-def make_program(parts: Parts, state: TrainState):
+def make_program(plan: UpdatePlan, state: TrainState):
     layouts = jax.tree.map(lambda x: x.sharding, state)
-    update = partial(popi_update, parts=parts, phases=small.phases())
+    update = partial(popi_update, plan=plan)
     return jax.jit(update, donate_argnums=0, out_shardings=(layouts, None))
 
 
@@ -54,28 +57,28 @@ def on_one_device():
         yield mesh
 
 
-def test_turns_of_the_phases() -> None:
-    both, inference, generator = (True, True), (True, False), (False, True)
+def test_kinds_of_the_phases() -> None:
+    both, inference, generator = Kind(True, True), Kind(True, False), Kind(False, True)
     expected = (
         [inference] * 2 + [generator] * 2 + [inference, inference, generator] * 2 + [both] * 2
     )
-    assert [tuple(row) for row in TURNS.tolist()] == expected
+    assert list(KINDS) == expected
     # an alternation may end inside a cycle, and the next phase begins with a new one
-    cut = role_turns(parse_phases(("alternate 1:2 2", "alternate 1:2 2")))
-    assert [tuple(row) for row in cut.tolist()] == [inference, generator] * 2
+    cut = plan_kinds(parse_phases(("alternate 1:2 2", "alternate 1:2 2")))
+    assert list(cut) == [inference, generator] * 2
 
 
 def test_a_whole_schedule_is_one_compilation(
     on_one_device: Mesh, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And in each update the idle role is untouched, and counts for nothing in the metrics."""
-    parts = small.make_parts(CFG)
-    state, frozen = small.make_state(parts, on_one_device)
-    program = make_program(parts, state)
+    plan = small.make_plan(CFG)
+    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
+    program = make_program(plan, state)
     reference = small.copied(frozen)
     before = small.copied(state)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for step, (inference, generator) in enumerate(TURNS):
+        for step, (inference, generator) in enumerate(KINDS):
             donated = state
             batch = place_batch(small.user_batch(step), on_one_device, RULES)
             with jax.transfer_guard("disallow"):
@@ -83,8 +86,8 @@ def test_a_whole_schedule_is_one_compilation(
             assert all(x.is_deleted() for x in jax.tree.leaves(donated.inference.params))
             assert all(x.is_deleted() for x in jax.tree.leaves(donated.generator.opt_state))
             after = small.copied(state)
-            for name, turn in (("inference", inference), ("generator", generator)):
-                if turn:
+            for name, trained in (("inference", inference), ("generator", generator)):
+                if trained:
                     assert differs(getattr(before, name).params, getattr(after, name).params)
                 else:
                     assert_same(getattr(before, name), getattr(after, name))
@@ -92,8 +95,8 @@ def test_a_whole_schedule_is_one_compilation(
                     k: float(m.weight) for k, m in metrics.items() if k.startswith(f"{name}/")
                 }
                 assert len(weights) >= 4
-                assert all((weight > 0) == bool(turn) for weight in weights.values()), weights
-                assert values(metrics)[f"turn/{name}"] == float(turn)
+                assert all((weight > 0) == bool(trained) for weight in weights.values()), weights
+                assert values(metrics)[f"turn/{name}"] == float(trained)
             assert all(np.isfinite(list(values(metrics).values())))
             assert int(after.step) == step + 1
             np.testing.assert_array_equal(after.key, before.key)
@@ -103,31 +106,41 @@ def test_a_whole_schedule_is_one_compilation(
         m for r in caplog.records if (m := r.getMessage()).startswith("Finished XLA compilation")
     ]
     assert sum("popi_update" in message for message in finished) == 1
-    assert (int(before.inference.step), int(before.generator.step)) == tuple(TURNS.sum(axis=0))
+    assert (int(before.inference.step), int(before.generator.step)) == tuple(
+        map(sum, zip(*KINDS, strict=True))
+    )
     assert_same(reference, small.copied(frozen))
 
 
 def joint_start(state: TrainState) -> TrainState:
     """The state moved to the first update that trains both."""
-    return state._replace(step=jax.device_put(jnp.int32(len(TURNS) - 2), state.step.sharding))
+    return state._replace(step=jax.device_put(jnp.int32(len(KINDS) - 2), state.step.sharding))
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_joint_update_is_both_turns_at_once(stored: bool, on_one_device: Mesh) -> None:
     """Though it takes the first margins from the generator's gradient; and stored log-probs of the
     reference change nothing."""
-    parts = small.make_parts(CFG)
-    state, frozen = small.make_state(parts, on_one_device)
+    whole = small.make_plan(CFG)
+    state, frozen = small.make_state(CFG, small.roles_of(whole), on_one_device)
     users = jax.tree.map(jnp.asarray, small.user_batch(0))
 
     def program(phase: str):
-        return jax.jit(partial(popi_update, parts=parts, phases=parse_phases((phase,))))
+        plan = small.make_plan(CFG, phases=(phase,))
+        if stored and phase == "joint 2":
+            generator = dataclasses.replace(plan.generator, reference=Reference.STORED)
+            plan = dataclasses.replace(plan, generator=generator)
+        # the optimizers of the whole schedule, so that one state serves all
+        inference = dataclasses.replace(plan.inference, role=whole.inference.role)
+        generator = dataclasses.replace(plan.generator, role=whole.generator.role)
+        plan = dataclasses.replace(plan, inference=inference, generator=generator)
+        return jax.jit(partial(popi_update, plan=plan))
 
     alone = [program(phase)(state, frozen, users)[0] for phase in ("inference 2", "generator 2")]
     if stored:
-        nothing = jax.tree.map(lambda x: x[:, None], empty_summary(small.GLUE.generator_prefix, 8))
-        logps = jax.jit(partial(pair_logps, model=parts.model))(frozen.generator, nothing, users)
-        frozen = frozen._replace(generator={}, pairs=jax.tree.map(jnp.ravel, logps))
+        nothing = repeat_ids(small.GLUE.generator_prefix, (8, 1))
+        logps = jax.jit(whole.scorer.score_pairs)(frozen.generator, nothing, users)
+        frozen = frozen._replace(generator={}, stored=jax.tree.map(jnp.ravel, logps))
     joint, _ = program("joint 2")(state, frozen, users)
     for found, expected in (
         (joint.inference, alone[0].inference),
@@ -149,9 +162,9 @@ def two_updates(shape: tuple[int, int, int], *, unpadded: bool = False) -> Run:
         budgets = small.fitting(
             [small.user_batch(0), small.user_batch(1)], shape[0] * shape[1], CFG
         )
-        parts = small.make_parts(CFG, budgets=budgets if unpadded else None)
-        state, frozen = small.make_state(parts, mesh)
-        program = make_program(parts, state)
+        plan = small.make_plan(CFG, budgets=budgets if unpadded else None)
+        state, frozen = small.make_state(CFG, small.roles_of(plan), mesh)
+        program = make_program(plan, state)
         state = joint_start(state)
         seen = []
         for step in range(2):
@@ -226,12 +239,10 @@ def test_golden_update(one_device: Run) -> None:
 def test_metrics_are_those_of_plain_sequences_and_the_models_before_the_update(
     one_device: Run, on_one_device: Mesh
 ) -> None:
-    parts, users = small.make_parts(CFG), small.user_batch(0)
-    state, frozen = small.make_state(parts, on_one_device)
+    plan, users = small.make_plan(CFG), small.user_batch(0)
+    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
     state = joint_start(state)
-    draw = jax.jit(
-        partial(rollout, model=MODEL, glue=small.GLUE, sampling=parts.sampling, group_size=3)
-    )
+    draw = jax.jit(partial(plan.sampler.sample, group_size=3))
     rollouts = draw(
         state.inference.params,
         jax.tree.map(jnp.asarray, users),
@@ -284,10 +295,10 @@ def test_metrics_are_those_of_plain_sequences_and_the_models_before_the_update(
 
 
 def test_the_compiled_update_never_leaves_the_device(on_one_device: Mesh) -> None:
-    parts = small.make_parts(CFG)
-    state, frozen = small.make_state(parts, on_one_device)
+    plan = small.make_plan(CFG)
+    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
     batch = place_batch(small.user_batch(0), on_one_device, RULES)
-    text = make_program(parts, state).lower(state, frozen, batch).compile().as_text()
+    text = make_program(plan, state).lower(state, frozen, batch).compile().as_text()
     assert "while(" in text and "conditional(" in text
     assert not re.findall(r"infeed|outfeed|\w*callback\w*|\bsend\b|\brecv\b|MoveToHost", text)
     aliases = text[: text.index("\n")].split("input_output_alias=")[1].split("}, entry")[0]

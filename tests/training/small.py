@@ -8,30 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from configs.base import base
 from popi_jax import sharding
-from popi_jax.arrays import Demonstrations, Tokens, UserBatch, WarmupBatch
+from popi_jax.arrays import Demonstrations, Frozen, Tokens, TrainState, UserBatch, WarmupBatch
 from popi_jax.config import Config
 from popi_jax.config_check import from_config_dict, parse_phases
-from popi_jax.models.sampling import Sampling
-from popi_jax.popi.roles import Budgets, Glue
-from popi_jax.popi.update import Parts
-from popi_jax.training import optim
-from popi_jax.training.state import (
-    Frozen,
-    TrainState,
-    Transforms,
-    abstract_state,
-    init_state,
-    shardings_of,
-)
+from popi_jax.models.decode import Sampling
+from popi_jax.models.packing import Budgets
+from popi_jax.models.transformer import TransformerConfig
+from popi_jax.popi.plan import UpdatePlan
+from popi_jax.popi.rollout import PromptTokens
+from popi_jax.training import setup
 from tests.oracles.plain import MODEL
 
 END = 10
 PHASES = ("inference 2", "generator 2", "alternate 2:1 6", "joint 2")
-GLUE = Glue(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
+GLUE = PromptTokens(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
 
 
 def make_config() -> Config:
@@ -52,12 +47,31 @@ def make_config() -> Config:
     return from_config_dict(c)
 
 
-def make_parts(
-    cfg: Config, transforms: Transforms | None = None, budgets: Budgets | None = None
-) -> Parts:
+def make_plan(
+    cfg: Config,
+    tx: optax.GradientTransformation | None = None,
+    budgets: Budgets | None = None,
+    *,
+    model: TransformerConfig = MODEL,
+    phases: tuple[str, ...] | None = None,
+) -> UpdatePlan:
+    """The plan of `cfg`, with another optimizer for both roles, or other phases."""
+    if phases:
+        cfg = replace(cfg, "schedule", phases=phases)
     sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
-    made = Transforms(optim.inference_transform(cfg, 8), optim.generator_transform(cfg, 6))
-    return Parts(MODEL, transforms or made, GLUE, sampling, cfg, first_step=0, budgets=budgets)
+    # so many users that no log-probs are stored
+    plan = setup.plan_update(cfg, model, GLUE, sampling, num_users=10**9, budgets=budgets)
+    if tx is None:
+        return plan
+    inference, generator = (
+        dataclasses.replace(part, role=dataclasses.replace(part.role, tx=tx))
+        for part in (plan.inference, plan.generator)
+    )
+    return dataclasses.replace(plan, inference=inference, generator=generator)
+
+
+def roles_of(plan: UpdatePlan) -> setup.Roles:
+    return setup.Roles(plan.inference.role, plan.generator.role)
 
 
 def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:
@@ -130,14 +144,14 @@ def make_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1) -> Mesh:
     return sharding.make_mesh(data, fsdp, tensor, sequence, devices)
 
 
-def make_state(parts: Parts, mesh: Mesh) -> tuple[TrainState, Frozen]:
+def make_state(
+    cfg: Config, roles: setup.Roles, mesh: Mesh, model: TransformerConfig = MODEL
+) -> tuple[TrainState, Frozen]:
     """A state and reference policies that differ from it, on the mesh (which must be set)."""
-    shardings = shardings_of(abstract_state(parts.model, parts.transforms, mesh, cfg=parts.cfg))
-    init = jax.jit(
-        partial(init_state, model=parts.model, transforms=parts.transforms, cfg=parts.cfg),
-        out_shardings=shardings,
-    )
-    state, other = init(jnp.int32(0)), init(jnp.int32(1))
+    layout = setup.shardings_of(setup.abstract_state(model, roles, mesh, cfg))
+    init = partial(setup.init_state, model=model, roles=roles, config=cfg)
+    program = jax.jit(init, out_shardings=layout)
+    state, other = program(jnp.int32(0)), program(jnp.int32(1))
     return state, jax.tree.map(jnp.copy, Frozen(other.inference.params, other.generator.params))
 
 

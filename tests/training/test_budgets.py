@@ -1,11 +1,11 @@
 """Budgets by hand, for users whose texts are all of one length."""
 
 import pytest
+from popi_jax.popi.roles import Budgets, pair_budget, summary_budget
+from popi_jax.training.budgets import main_budgets, warmup_budgets
 
 from popi_jax.data.measure import Fill, Spread, TaskFill
 from popi_jax.models.packing import Budget
-from popi_jax.popi.roles import Budgets, pair_budget, summary_budget
-from popi_jax.training.budgets import main_budgets, warmup_budgets
 from tests.training import small
 
 FILL = Fill(

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from popi_jax.popi.roles import pair_logps
+from popi_jax.popi.steps import generator_step, inference_step
 
 from popi_jax.arrays import Mean, Rollouts, Tokens
 from popi_jax.config import Config
 from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE, PairLogps
 from popi_jax.models.lora import join
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.popi.roles import pair_logps
-from popi_jax.popi.steps import generator_step, inference_step
 from popi_jax.popi.update import popi_update
 from popi_jax.training import microbatches, optim
-from popi_jax.training.state import (
+from popi_jax.training.setup import (
     Frozen,
     RoleState,
     TrainState,

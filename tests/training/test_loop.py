@@ -23,7 +23,7 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.run import Built
 from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
-from popi_jax.training.state import TrainState
+from popi_jax.training.setup import TrainState
 from tests import tiny_run
 from tests.oracles.plain import MODEL
 from tests.training import small

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from popi_jax.popi.roles import rollout
 
 from configs import scales
 from popi_jax.config_check import parse_phases, parse_rules
-from popi_jax.models.transformer import for_rollout
+from popi_jax.models.transformer import lay_out_for_rollout
 from popi_jax.planning.program import Traffic, read
-from popi_jax.popi.roles import rollout
 from popi_jax.popi.update import popi_update
 from popi_jax.sharding import Rules, place_batch
 from tests.oracles.plain import RULES
@@ -56,7 +56,7 @@ def joint_update(case: Case) -> Run:
         draw = partial(
             rollout, model=parts.model, glue=small.GLUE, sampling=parts.sampling, group_size=3
         )
-        drawn = jax.jit(lambda params: draw(for_rollout(params, parts.model), batch, key))(
+        drawn = jax.jit(lambda params: draw(lay_out_for_rollout(params, parts.model), batch, key))(
             state.inference.params
         )
         layouts = jax.tree.map(lambda x: x.sharding, state)

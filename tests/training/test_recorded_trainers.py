@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from popi_jax.popi.roles import pair_logps
+from popi_jax.popi.steps import generator_step
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.checkpoints import hf_config, hf_io, hf_names
 from popi_jax.losses.grpo import PolicyObjective, policy_loss, policy_sums
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.roles import pair_logps
 from popi_jax.popi.scorer import answer_logps
-from popi_jax.popi.steps import generator_step
-from popi_jax.training.state import RoleState
+from popi_jax.training.setup import RoleState
 from tests.oracles import recorded
 from tests.training import small
 

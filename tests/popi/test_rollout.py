@@ -12,7 +12,9 @@ import pytest
 from popi_jax.arrays import Rollouts, Tokens, UserBatch
 from popi_jax.data import prompts
 from popi_jax.data import tokenizer as tokenizer_lib
-from popi_jax.popi import roles
+from popi_jax.models.packing import length_mask
+from popi_jax.popi import rollout
+from popi_jax.popi.scorer import Scorer, repeat_ids
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
 
@@ -40,7 +42,7 @@ def test_the_splice_is_the_conversation_of_the_template(
     written = [prompts.encode_answer(tokenizer, text) for text in SUMMARIES]
     written.append([*tokenizer.encode(SUMMARIES[0])])  # cut at the limit: no end token to leave out
     finished = jnp.array([True, True, False])
-    spliced = jax.jit(partial(roles.splice, prefix))(
+    spliced = jax.jit(partial(rollout.splice, prefix))(
         padded(written, length, tokenizer.eos_id), finished
     )
     turn = prompts.render_generator_turn(tokenizer, [{"role": "user", "content": PROMPT}])
@@ -66,8 +68,8 @@ def test_an_empty_summary_is_the_prefix_alone(tokenizer: tokenizer_lib.Tokenizer
     nothing = Tokens(
         jnp.full((2, 4), tokenizer.eos_id), jnp.ones(2, jnp.int32)
     )  # the end token at once
-    spliced = roles.splice(prefix, nothing, jnp.array([True, True]))
-    empty = roles.empty_summary(prefix, 2)
+    spliced = rollout.splice(prefix, nothing, jnp.array([True, True]))
+    empty = repeat_ids(prefix, (2,))
     assert (
         [plain.row(spliced, i) for i in range(2)]
         == [plain.row(empty, i) for i in range(2)]
@@ -90,7 +92,7 @@ class Users:
             pair_number=jnp.arange(num_users * pairs).reshape(num_users, pairs),
         )
         self.summaries = self.tokens((num_users, group), 4)
-        self.glue = roles.Glue((1, 2, 3), (4, 5))
+        self.glue = rollout.PromptTokens((1, 2, 3), (4, 5))
 
     def tokens(self, rows: tuple[int, ...], length: int) -> Tokens:
         lengths = self.rng.integers(1, length + 1, rows)
@@ -100,8 +102,8 @@ class Users:
 def test_pairs_are_scored_behind_prefix_summary_and_prompt() -> None:
     users, params = Users(), plain.random_params(0)
     unfinished = jnp.zeros(users.summaries.lengths.shape, bool)
-    contexts = roles.splice(users.glue.generator_prefix, users.summaries, unfinished)
-    found = jax.jit(partial(roles.pair_logps, model=MODEL))(params, contexts, users.batch)
+    contexts = rollout.splice(users.glue.generator_prefix, users.summaries, unfinished)
+    found = jax.jit(Scorer(MODEL).score_pairs)(params, contexts, users.batch)
     places = list(np.ndindex(*found.chosen.shape))
     sequences = []
     for u, g, k in places:
@@ -117,9 +119,9 @@ def test_pairs_are_scored_behind_prefix_summary_and_prompt() -> None:
 def test_summaries_are_scored_behind_the_signals() -> None:
     users, params = Users(), plain.random_params(0)
     rollouts = Rollouts(users.summaries, jnp.ones((4, 2), bool), jnp.zeros((4, 2, 4)))
-    score = jax.jit(partial(roles.summary_logps, model=MODEL, glue=users.glue, temperature=1.3))
-    scores = score(params, users.batch, rollouts)
-    found, mask = scores.logps, scores.mask
+    scorer = Scorer(MODEL, users.glue.summary_turn)
+    score = jax.jit(partial(scorer.score_summaries, temperature=1.3))
+    found, mask = score(params, users.batch, rollouts), length_mask(rollouts.summaries)
     places = list(np.ndindex(4, 2))
     sequences = [
         plain.Scored([*plain.row(users.batch.context, u), 4, 5], plain.row(users.summaries, u, g))
@@ -133,10 +135,8 @@ def test_summaries_are_scored_behind_the_signals() -> None:
 
 def test_without_a_summary_the_prompts_follow_the_prefix() -> None:
     users, params = Users(), plain.random_params(0)
-    context = jax.tree.map(
-        lambda x: x[:, None], roles.empty_summary(users.glue.generator_prefix, 4)
-    )
-    found = jax.jit(partial(roles.pair_logps, model=MODEL))(params, context, users.batch)
+    context = repeat_ids(users.glue.generator_prefix, (4, 1))
+    found = jax.jit(Scorer(MODEL).score_pairs)(params, context, users.batch)
     assert found.chosen.shape == (4, 1, 2)
     sequences = [
         plain.Scored(

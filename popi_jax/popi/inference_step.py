@@ -1,0 +1,123 @@
+"""A policy-gradient step of the inference model on sampled summaries."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from popi_jax.arrays import Mean, Metrics, Params, RoleState, Rollouts, UserBatch
+from popi_jax.losses import grpo
+from popi_jax.losses.masked import metric
+from popi_jax.losses.reward import summary_rewards
+from popi_jax.models.packing import length_mask
+from popi_jax.popi.plan import InferencePlan, UpdatePlan
+from popi_jax.popi.scorer import AnswerLogps
+
+
+def inference_step(
+    state: RoleState,
+    frozen: Params,
+    margins: Float[Array, "users group pairs"],
+    margins_without_summary: Float[Array, "users pairs"] | None,
+    rollouts: Rollouts,
+    users: UserBatch,
+    *,
+    plan: UpdatePlan,
+) -> tuple[RoleState, Metrics]:
+    """Policy gradient on sampled summaries: `steps_per_rollout` steps.
+
+    `margins` are the judge's on the users' held-out pairs behind each summary; those without a
+    summary are needed where the reward has a baseline. `frozen` is the reference.
+    """
+    i, scorer = plan.inference, plan.scorer
+    temperature = plan.sampler.sampling.temperature
+    reference = scorer.score_summaries(frozen, users, rollouts, temperature=temperature)
+    mask = length_mask(rollouts.summaries)
+    counted = grpo.finished_mask(mask, rollouts.finished) if i.skip_unfinished else mask
+    rewards = summary_rewards(
+        margins,
+        users.pair_mask,
+        rollouts.summaries.lengths,
+        margins_without_summary,
+        grpo.summed_kl(rollouts.logps, reference, mask) if i.reward_kl_coef else None,
+        length_penalty=i.length_penalty,
+        kind=i.reward,
+        kl_coef=i.reward_kl_coef,
+    )
+    scale, baseline = i.advantage_scale, i.advantage_baseline
+    advantages = grpo.group_advantages(rewards, scale=scale, baseline=baseline)
+    loss_fn = partial(
+        summary_loss,
+        weights=grpo.policy_weights(counted, objective=i.objective),
+        share=1 / scorer.microbatches,
+        plan=i,
+    )
+    whole = partial(i.role.join_policy, frozen=frozen)
+    wants_entropies = i.objective.entropy_coef > 0 or i.high_entropy_share < 1
+
+    def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
+        grads, metrics, _ = scorer.differentiate_summaries(
+            loss_fn,
+            state.params,
+            whole,
+            (users, rollouts, reference, advantages, counted),
+            temperature=temperature,
+            entropies=wants_entropies,
+        )
+        state, norm = i.role.apply_gradients(state, grads)
+        return state, metrics | {"grad_norm": metric(norm)}
+
+    if i.steps_per_rollout == 1:
+        state, metrics = update(state, None)
+    else:
+        state, each = jax.lax.scan(update, state, length=i.steps_per_rollout)
+        metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+    pair_mask = jnp.broadcast_to(users.pair_mask[:, None, :], margins.shape)
+    metrics |= {
+        "reward": metric(rewards),
+        "reward_std": metric(jnp.std(rewards, axis=-1, ddof=1)),
+        "accuracy": metric((margins > 0) + 0.5 * (margins == 0), pair_mask),
+        "summary_len": metric(rollouts.summaries.lengths.astype(jnp.float32)),
+        "finished": metric(rollouts.finished.astype(jnp.float32)),
+    }
+    return state, {f"inference/{name}": mean for name, mean in metrics.items()}
+
+
+def summary_loss(
+    scores: AnswerLogps,
+    users: UserBatch,
+    rollouts: Rollouts,
+    reference: Float[Array, "users group seq"],
+    advantages: Float[Array, "users group"],
+    counted: Bool[Array, "users group seq"],
+    *,
+    weights: grpo.PolicyWeights,
+    share: float,
+    plan: InferencePlan,
+) -> tuple[Float[Array, ""], tuple[Metrics, tuple]]:
+    """The policy's loss on a microbatch, which is a `share` of the batch; `weights` are those of
+    the whole batch."""
+    o, logps, entropies = plan.objective, scores.logps, scores.entropies
+    # one step per rollout: the policy that sampled is the present one
+    old = rollouts.logps if plan.steps_per_rollout > 1 else jax.lax.stop_gradient(logps)
+    active = None
+    if plan.high_entropy_share < 1:  # of the whole batch: config refuses microbatches with it
+        active = grpo.high_entropy_mask(
+            jax.lax.stop_gradient(entropies), counted, share=plan.high_entropy_share
+        )
+    sums = grpo.policy_sums(
+        logps, old, reference, advantages, counted, entropies, active, objective=o
+    )
+    loss = grpo.policy_loss(sums, None if active is not None else weights, objective=o)
+    kl = jnp.sum(jnp.where(scores.mask, grpo.kl_estimates(logps, reference), 0.0), axis=-1)
+    metrics = {
+        "loss": Mean(loss, jnp.float32(share)),
+        "kl": metric(kl),
+        "entropy": metric(-logps if entropies is None else entropies, scores.mask),
+    }
+    if plan.steps_per_rollout > 1:
+        ratios = jnp.exp(jnp.where(counted, logps - old, 0.0))
+        outside = (ratios < 1 - o.clip_low) | (ratios > 1 + o.clip_high)
+        metrics["clip_fraction"] = metric(outside.astype(jnp.float32), counted)
+    return loss, (jax.lax.stop_gradient(metrics), ())
