@@ -66,7 +66,7 @@ def of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
 
 def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     from popi_jax import cli
-    from popi_jax.config_check import to_json
+    from popi_jax.config import to_json
     from popi_jax.data import batches
     from popi_jax.run import build
     from popi_jax.training.loop import open_fill

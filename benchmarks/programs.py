@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.workloads import Geometry, Workload
-from configs.base import base
+from configs.base import compose
 from popi_jax.arrays import Rollouts, Tokens, UserBatch
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, parse_phases
+from popi_jax.config import Config, from_config_dict, parse_phases
 from popi_jax.losses.preference import PairLogps
 from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
@@ -45,7 +44,7 @@ def transformer(
 
 
 def config(work: Workload, phase: str) -> Config:
-    c = base()
+    c = compose("scale=laptop")
     c.name = "bench"
     c.warmup.steps = 0
     c.batch.users, c.batch.pairs = work.users, max(work.pairs, 1)

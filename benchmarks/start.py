@@ -22,7 +22,7 @@ def main(asked: float, flags: list[str]) -> dict[str, Any]:
     import jax
 
     from popi_jax import run as builds
-    from popi_jax.config_check import to_json
+    from popi_jax.config import to_json
     from popi_jax.programs import LOADING, STORING
     from popi_jax.training import loop
 

@@ -1,6 +1,7 @@
 """Your own users and preference pairs: one JSON record per line, in the format of docs/data.md.
 
 Command: python -m popi_jax.train --config=configs/jsonl.py --config.data.path=my_users.jsonl
+Hardware, time and result depend on the data; none are measured.
 """
 
 from ml_collections import ConfigDict

@@ -1,24 +1,25 @@
-"""MODELS: name -> fields of configs/base.py that describe both models, the inference model and the
-generator."""
+"""MODELS: name -> fields that describe both models, the inference model and the generator.
 
-_PRETRAINED: dict[str, object] = {
-    "model.checkpoint": "checkpoints/base",
-    "model.dtype": "bfloat16",
-    "model.remat": "full",
-    "model.summary_instruction": "\n\nSummarise in a few short phrases what this user prefers in replies.",
-    "model.answer_instruction": "What is known of the user:",
-    "data.pair_layout": "paired",
-    "data.context_len": 2048,
-    "data.turn_len": 256,
-    "data.answer_len": 512,
-    "data.summary_len": 128,
-    "batch.pairs": 4,
-    "warmup.steps": 0,
-    "generator.beta": 0.1,
-    "generator.learning_rate": 1e-6,
-    "generator.lr_warmup_steps": 50,
-    "inference.learning_rate": 1e-6,
-    "inference.lr_warmup_steps": 50,
+The defaults of popi_jax/config.py are those of a released model."""
+
+# 0.28 million random parameters, which learn from a warm-up to read and write
+_TINY: dict[str, object] = {
+    "model.checkpoint": "",
+    "model.dtype": "float32",
+    "model.remat": "none",
+    "model.summary_instruction": "summary ?",
+    "model.answer_instruction": "",
+    "data.pair_layout": "grouped",
+    "data.context_len": 1024,
+    "data.turn_len": 128,
+    "data.answer_len": 128,
+    "data.summary_len": 18,
+    "batch.pairs": 8,
+    "warmup.steps": 300,
+    "generator.learning_rate": 1e-4,
+    "generator.lr_warmup_steps": 5,
+    "inference.learning_rate": 5e-4,
+    "inference.lr_warmup_steps": 10,
 }
 
 _FOLDERS = {
@@ -31,10 +32,10 @@ _FOLDERS = {
 }
 
 MODELS: dict[str, dict[str, object]] = {
-    # 0.28 million parameters, the defaults of base.py
-    "tiny": {},
+    "tiny": _TINY,
     # 1.1 million parameters, four times tiny
     "small": {
+        **_TINY,
         "model.num_layers": 4,
         "model.embed_dim": 128,
         "model.num_heads": 8,
@@ -42,17 +43,12 @@ MODELS: dict[str, dict[str, object]] = {
         "model.mlp_dim": 352,
         "warmup.learning_rate": 2e-3,
     },
-    # weights and tokenizer of a Hugging Face folder, fully fine-tuned; the shape of the model is
-    # read from the folder
-    "pretrained": _PRETRAINED,
+    # weights and tokenizer of a Hugging Face folder, fully fine-tuned: the defaults
+    "pretrained": {},
     # released models by name: the folder is where `make train` expects it, `make fit` needs none
-    **{
-        name: {**_PRETRAINED, "model.checkpoint": f"checkpoints/{folder}"}
-        for name, folder in _FOLDERS.items()
-    },
-    # the same with low-rank adapters on one base that both roles share: a small part of the memory
+    **{name: {"model.checkpoint": f"checkpoints/{folder}"} for name, folder in _FOLDERS.items()},
+    # low-rank adapters on one base that both roles share: a small part of the memory
     "lora": {
-        **_PRETRAINED,
         "generator.lora.rank": 16,
         "generator.lora.alpha": 32.0,
         "generator.learning_rate": 2e-5,

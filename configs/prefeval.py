@@ -1,7 +1,9 @@
-"""PrefEval: stated preferences and questions whose answers respect or violate them (arXiv
-2502.09597).
+"""PrefEval: preferences and questions whose answers respect or violate them (arXiv 2502.09597).
 
 Command: python -m popi_jax.train --config=configs/prefeval.py
+Hardware and time: 2 CPU cores, 7.5 minutes, with model=tiny.
+Result: with random weights, scores show that all parts work together and nothing more, at commit
+b8e2849.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if c.model.checkpoint:
         c.data.context_len = max(c.data.context_len, 1536)
         c.data.summary_len = max(c.data.summary_len, 48)
-    else:  # random weights learn to write, not to personalise, from 800 rows: short texts, few steps
+    else:  # from 800 rows random weights learn to write, not to personalise
         c.data.context_len = 384
         c.data.turn_len = 48
         c.data.answer_len = 48

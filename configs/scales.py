@@ -11,30 +11,8 @@ import math
 import os
 import re
 
-# How arrays are laid out: "axis mesh-axis ..." says which mesh axes split a logical axis; what is
-# not named is whole. Weights are split by all axes but `data`, and gathered layer by layer where
-# they are used; users by `data` and `fsdp`.
-RULES = (
-    "batch data fsdp",
-    "seq sequence",
-    "vocab tensor",
-    "vocab_embed fsdp",
-    "embed fsdp",
-    "heads tensor",
-    "kv_heads tensor",
-    "mlp tensor",
-    "attention_heads tensor sequence",
-)
-# While summaries are sampled: matrices are split by their heads or hidden units alone, so that no
-# step gathers them.
-ROLLOUT_RULES = (
-    "batch data fsdp",
-    "vocab tensor",
-    "heads tensor",
-    "kv_heads tensor",
-    "mlp tensor",
-    "attention_heads tensor",
-)
+from popi_jax.config import RULES
+
 # Fully sharded data parallel: devices along `tensor` hold users and parts of weights of their own
 # while training, and share the weights while sampling (ROLLOUT_RULES). No activation crosses
 # devices; weights are gathered once per layer.
@@ -63,7 +41,7 @@ _TORUS = {
 _TOPOLOGY = re.compile(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})")
 
 
-def _slices(topology: str, count: int = 1) -> dict[str, object]:
+def _make_row(topology: str, count: int = 1) -> dict[str, object]:
     """Returns the row of `count` TPU slices of a topology: replicas of both models across them,
     parts within each.
 
@@ -75,7 +53,6 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
     parts = 2 if chips >= 512 else 1  # users of a device, one after the other
     users = count * (chips if apart else parts * chips // tensor)
     return {
-        "mesh.num_devices": 0,
         "mesh.topology": topology,
         "mesh.data": count,
         "mesh.fsdp": chips // tensor,
@@ -92,13 +69,12 @@ def _slices(topology: str, count: int = 1) -> dict[str, object]:
 
 
 SCALES: dict[str, dict[str, object]] = {
-    # one process on a CPU, the defaults of base.py
-    "laptop": {},
+    # one process on a CPU
+    "laptop": {"mesh.num_devices": 1},
     # all GPUs of one machine or job; the batch of a laptop, so that results compare
-    "gpu": {"mesh.num_devices": 0},
+    "gpu": {},
     # all devices of a TPU slice that has no row of its own, up to 32
     "tpu": {
-        "mesh.num_devices": 0,
         "model.dtype": "bfloat16",
         "batch.users": 32,
         "warmup.generator_users": 32,
@@ -106,17 +82,17 @@ SCALES: dict[str, dict[str, object]] = {
         "warmup.reading_users": 32,
         "evaluation.batch_users": 32,
     },
-    **{f"v5e-{number}": _slices(f"v5e:{topology}") for number, topology in _FLAT.items()},
-    **{f"v6e-{number}": _slices(f"v6e:{topology}") for number, topology in _FLAT.items()},
-    **{f"v5p-{number}": _slices(f"v5p:{topology}") for number, topology in _TORUS.items()},
+    **{f"v5e-{number}": _make_row(f"v5e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v6e-{number}": _make_row(f"v6e:{topology}") for number, topology in _FLAT.items()},
+    **{f"v5p-{number}": _make_row(f"v5p:{topology}") for number, topology in _TORUS.items()},
 }
 
 
-def row(name: str) -> dict[str, object] | None:
+def find_row(name: str) -> dict[str, object] | None:
     """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any
     other name."""
     if found := _TOPOLOGY.fullmatch(name):
-        return _slices(f"{found[2]}:{found[3]}", int(found[1] or 1))
+        return _make_row(f"{found[2]}:{found[3]}", int(found[1] or 1))
     return SCALES.get(name)
 
 

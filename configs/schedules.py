@@ -2,7 +2,7 @@
 is said here."""
 
 SCHEDULES: dict[str, dict[str, object]] = {
-    # the defaults of base.py
+    # the defaults of popi_jax/config.py
     "default": {},
     # a trial: the curves move, the result means nothing
     "short": {

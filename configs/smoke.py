@@ -1,7 +1,8 @@
-"""Every stage once on a small PRISM-format sample, in a minute or two on a CPU. Scores mean
-nothing.
+"""Every stage once on a small sample in the format of PRISM.
 
 Command: python -m popi_jax.train --config=configs/smoke.py
+Hardware and time: a CPU, a minute or two.
+Result: scores mean nothing.
 """
 
 from ml_collections import ConfigDict

@@ -13,19 +13,20 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, to_json
+from popi_jax import config_rules
+from popi_jax.config import Config, from_config_dict, to_json
 from popi_jax.errors import UserError, did_you_mean, disk_is_full
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 DEFAULT = "prism"
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 flags.DEFINE_string(
     "config",
@@ -33,14 +34,6 @@ flags.DEFINE_string(
     "configuration: a name or a file, then options, e.g. prism:model=small,schedule=short",
 )
 flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and exit")
-
-
-class Field(NamedTuple):
-    """A field of configs/base.py."""
-
-    name: str  # e.g. "inference.group_size"
-    default: str  # as Python source
-    comment: str
 
 
 def run(main: Callable[[Config], None], *, description: str, example: str = "") -> None:
@@ -51,7 +44,7 @@ def run(main: Callable[[Config], None], *, description: str, example: str = "") 
     argv = sys.argv
     try:
         if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", arg) for arg in argv[1:]):
-            print(help_text(argv[0], description, example))
+            print(format_help(argv[0], description, example))
         else:
             config = parse(argv)
             _log_plainly()
@@ -85,7 +78,7 @@ def parse(argv: Sequence[str]) -> Config:
     try:
         unexpected = flags.FLAGS([argv[0], f"--config={spec}", *rest])[1:]
     except flags.UnrecognizedFlagError as e:
-        fields = [f"config.{field.name}" for field in base_fields()]
+        fields = [f"config.{field.name}" for field in config_rules.list_settings(Config)]
         hint = did_you_mean(e.flagname, [*flags.FLAGS, *fields]) or " --help lists all."
         raise UserError(f"--{e.flagname}: there is no such flag.{hint}") from None
     except flags.Error as e:
@@ -106,19 +99,15 @@ def load_config(spec: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
         UserError: one line.
     """
     c = _load_file(spec)
-    c.lock()
-    leaves = dict(_leaves(c.to_dict(), ""))
-    overrides = [_checked_override(text, leaves) for text in overrides]
-    values = flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict("config", c, flag_values=values, sys_argv=["", *overrides])
-        values(["", *overrides])
-    except flags.Error as e:
-        raise UserError(_bad_value(str(e), overrides, leaves)) from None
-    return from_config_dict(values.config)
+    values = config_rules.flatten(c.to_dict())
+    for text in overrides:
+        name, _, value = text.removeprefix("--config.").partition("=")
+        _check_name(name, values)
+        c.update_from_flattened_dict({name: _parse_value(name, value, values[name])})
+    return from_config_dict(c)
 
 
-def scales_of(chip: str) -> list[str]:
+def list_scales(chip: str) -> list[str]:
     """Returns the rows of configs/scales.py for slices of a chip, e.g. v5e, the smallest first."""
     scales = runpy.run_path(str(CONFIGS / "scales.py"))["SCALES"]
     return [
@@ -126,65 +115,39 @@ def scales_of(chip: str) -> list[str]:
     ]
 
 
-def base_fields() -> list[Field]:
-    """Returns the fields of configs/base.py in order, read from its source."""
-    source = (CONFIGS / "base.py").read_text(encoding="utf-8")
-    lines = source.splitlines()
-    function = next(
-        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "base"
-    )
-    sections: dict[str, str] = {}  # variable -> prefix of its fields
-    fields = []
-    for node in function.body:
-        if not isinstance(node, ast.Assign):
-            continue
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        prefix, attribute = "", ""
-        for target in node.targets:
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-                prefix, attribute = sections[target.value.id], target.attr
-        if names:
-            sections |= dict.fromkeys(names, f"{prefix}{attribute}." if attribute else "")
-        else:
-            comment = _comment(lines, node.lineno - 1, node.end_col_offset or 0)
-            fields.append(Field(prefix + attribute, ast.unparse(node.value), comment))
-    return fields
-
-
-def help_text(program: str, description: str, example: str = "") -> str:
+def format_help(program: str, description: str, example: str = "") -> str:
     """Returns what `--help` prints: purpose, flags, and all fields with their defaults."""
     command = f"python -m popi_jax.{pathlib.Path(program).stem}"
-    own = [
-        flag
-        for flag in flags.FLAGS.get_key_flags_for_module(program)
-        if flag.name not in ("config", "print_config")
+    given = [
+        flags.FLAGS["config"],
+        *flags.FLAGS.get_key_flags_for_module(program),
+        flags.FLAGS["print_config"],
     ]
-    shown = [flags.FLAGS["config"], *own, flags.FLAGS["print_config"]]
-    fields = [(f"  {field.name} = {field.default}", field.comment) for field in base_fields()]
-    return "\n".join(
-        [
-            f"usage: {command} [--config=NAME[:OPTIONS]] [--config.FIELD=VALUE ...] [flags]",
-            "",
-            description.strip(),
-            "",
-            f"example: {example or f'{command} --config=prism:schedule=short --config.seed=1'}",
-            "",
-            "flags:",
-            *_columns(
-                [
-                    (f"  --{flag.name}={'' if flag.value is None else flag.value}", flag.help)
-                    for flag in shown
-                ],
-                36,
-            ),
-            "",
-            f"configurations: {', '.join(_config_names())} (configs/NAME.py), or a file of your own.",
-            "options: model, scale, schedule: the rows of configs/models.py, configs/scales.py, configs/schedules.py.",
-            "",
-            "fields of configs/base.py with their defaults; --print_config shows the values of a configuration:",
-            *_columns(fields, 48),
-        ]
-    )
+    shown = {flag.name: flag for flag in given}.values()
+    values = [f"  --{flag.name}={'' if flag.value is None else flag.value}" for flag in shown]
+    lines = [f"{left:<36}  {flag.help}" for left, flag in zip(values, shown, strict=True)]
+    fields = []
+    for field in config_rules.list_settings(Config):
+        words = " | ".join(word for allowed in field.allowed for word in allowed.words)
+        text = "; ".join(filter(None, (field.meaning, words)))
+        fields.append(f"{f'  {field.name} = {field.default!r}':<48}  {text}")
+    return f"""\
+usage: {command} [--config=NAME[:OPTIONS]] [--config.FIELD=VALUE ...] [flags]
+
+{description.strip()}
+
+example: {example or f"{command} --config=prism:schedule=short --config.seed=1"}
+
+flags:
+{chr(10).join(lines)}
+
+configurations: {", ".join(_list_configs())} (configs/NAME.py), or a file of your own.
+options: model, scale, schedule: the rows of configs/models.py, configs/scales.py and
+configs/schedules.py. They and the configuration overwrite some defaults below, which are those of
+a released model: model=tiny, if no other is named, has its own learning rates and lengths.
+
+fields with their defaults (popi_jax/config.py); --print_config shows the values of a configuration:
+{chr(10).join(fields)}"""
 
 
 def _log_plainly() -> None:
@@ -202,7 +165,7 @@ def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """Splits the arguments into the value of --config, the overrides "--config.name=value", and the
     rest."""
     spec, overrides, rest = DEFAULT, [], []
-    booleans = {field.name for field in base_fields() if field.default in ("True", "False")}
+    booleans = {field.name for field in config_rules.list_settings(Config) if field.kind is bool}
     queue = list(args)
     while queue:
         arg = queue.pop(0)
@@ -225,119 +188,89 @@ def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
 
 
 def _load_file(spec: str) -> ConfigDict:
-    """Runs `get_config(arg)` of the file that `spec` names."""
+    """Runs `get_config(arg)` of the file that `spec` names; what it returns gets locked."""
     name, _, arg = spec.partition(":")
     path = pathlib.Path(name) if name.endswith(".py") or "/" in name else CONFIGS / f"{name}.py"
     if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
         path = ROOT / path
+    known = f"configurations are {', '.join(_list_configs())}"
     if not path.is_file():
-        names = _config_names()
-        hint = did_you_mean(path.stem, names)
-        raise UserError(
-            f"--config={spec}: there is no file {name}; configurations are {', '.join(names)}.{hint}"
-        )
+        hint = did_you_mean(path.stem, _list_configs())
+        raise UserError(f"--config={spec}: there is no file {name}; {known}.{hint}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            names = _config_names()
-            raise UserError(
-                f"--config={spec}: {path} defines no get_config(arg); configurations are {', '.join(names)}"
-            )
-        c = get_config(arg)
-    except UserError:
-        raise
+        c = get_config(arg) if get_config else None
+    except UserError as e:
+        raise UserError(f"--config={spec}: {e}") from None
     except Exception as e:
-        if type(e) is LookupError:  # of configs.base.parse_arg, already one clear line
-            raise UserError(f"--config={spec}: {e}") from None
-        raise UserError(_broken_file(path, e)) from None
+        raise UserError(_explain(path, e)) from None
+    if get_config is None:
+        raise UserError(f"--config={spec}: {path} defines no get_config(arg); {known}")
     if not isinstance(c, ConfigDict):
-        raise UserError(
-            f"--config={spec}: get_config of {path} returns {type(c).__name__}, not a ConfigDict"
-        )
+        found = type(c).__name__
+        raise UserError(f"--config={spec}: get_config of {path} returns {found}, not a ConfigDict")
     c.name = c.get("name") or path.stem
-    return c
+    return c.lock()
 
 
-def _broken_file(path: pathlib.Path, e: Exception) -> str:
+def _explain(path: pathlib.Path, e: Exception) -> str:
     """One line for an error inside a configuration file: where and what."""
-    frames = [
-        frame.lineno
-        for frame in traceback.extract_tb(e.__traceback__)
-        if frame.filename == str(path)
-    ]
+    frames = traceback.extract_tb(e.__traceback__)
+    numbers = [frame.lineno for frame in frames if frame.filename == str(path)]
     if isinstance(e, SyntaxError) and e.filename == str(path):
-        frames.append(e.lineno)
-    line = f", line {frames[-1]}" if frames else ""
+        numbers.append(e.lineno)
+    line = f", line {numbers[-1]}" if numbers else ""
     text = " ".join(str(e.args[0] if e.args else e).split())
     if match := re.search(r'Key "(\w+)" does not exist', text):
-        leaves = [field.name.rpartition(".")[2] for field in base_fields()]
-        return f'{path}{line}: there is no field "{match[1]}".{did_you_mean(match[1], leaves)}'
+        names = [field.name.rpartition(".")[2] for field in config_rules.list_settings(Config)]
+        return f'{path}{line}: there is no field "{match[1]}".{did_you_mean(match[1], names)}'
     return f"{path}{line}: {type(e).__name__}: {text}"
 
 
-def _checked_override(text: str, leaves: Mapping[str, Any]) -> str:
-    """Checks the name in "--config.name=value"; writes a bare list for a tuple as Python does."""
-    name, _, value = text.removeprefix("--config.").partition("=")
-    inside = [leaf for leaf in leaves if leaf.startswith(name + ".")]
+def _check_name(name: str, values: Mapping[str, Any]) -> None:
+    """Checks that `name` is one of the fields, not a section."""
+    inside = [field for field in values if field.startswith(f"{name}.")]
     if inside:
-        raise UserError(
-            f"--config.{name} is a section; set one of its fields, e.g. --config.{inside[0]}=..."
-        )
-    if name not in leaves:
-        same = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
-        hint = f' Did you mean "{same[0]}"?' if same else did_you_mean(name, leaves)
+        example = f"--config.{inside[0]}=..."
+        raise UserError(f"--config.{name} is a section; set one of its fields, e.g. {example}")
+    if name not in values:
+        same = [field for field in values if field.rpartition(".")[2] == name.rpartition(".")[2]]
+        hint = f' Did you mean "{same[0]}"?' if same else did_you_mean(name, values)
         raise UserError(f"--config.{name}: there is no such field.{hint or ' --help lists all.'}")
-    if isinstance(leaves[name], tuple) and not value.lstrip().startswith(("(", "[", "'", '"')):
-        value = repr(tuple(part.strip() for part in value.split(",") if part.strip()))
-    return f"--config.{name}={value}"
 
 
-def _bad_value(message: str, overrides: Sequence[str], leaves: Mapping[str, Any]) -> str:
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    for text in overrides:
-        name, _, value = text.removeprefix("--config.").partition("=")
-        if f"--config.{name}={value}" in message:
-            kind = kinds.get(type(leaves[name]), "words separated by commas")
-            return f'config.{name} = "{value}": must be {kind}, like its default {leaves[name]!r}'
-    return " ".join(message.split())
+def _parse_value(name: str, text: str, default: Any) -> Any:
+    """Reads a value of the type of `default`. A tuple is written as in Python or as words with
+    commas between."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return _BOOLEANS[text.lower()]
+        if kind is not tuple:
+            return kind(text)
+        if not text.lstrip().startswith(("(", "[", "'", '"')):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        value = ast.literal_eval(text.strip())
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    except (KeyError, ValueError, SyntaxError):
+        what = "words separated by commas" if kind is tuple else config_rules.KINDS[kind]
+        rule = f"must be {what}, like its default {default!r}"
+        raise UserError(f'config.{name} = "{text}": {rule}') from None
 
 
 def _check_workdir(workdir: str) -> None:
     if workdir.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(
-            f'config.workdir = "{workdir}": buckets need gcsfs: .venv/bin/python -m pip install gcsfs'
-        )
+        rule = "buckets need gcsfs: .venv/bin/python -m pip install gcsfs"
+        raise UserError(f'config.workdir = "{workdir}": {rule}')
     path = pathlib.Path(workdir)
     for folder in () if "://" in workdir else (path, *path.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f'config.workdir = "{workdir}": {folder} is a file, a folder is needed')
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _config_names() -> list[str]:
+def _list_configs() -> list[str]:
     files = sorted(CONFIGS.glob("*.py"))
     return [file.stem for file in files if "\ndef get_config(" in file.read_text(encoding="utf-8")]
-
-
-def _comment(lines: Sequence[str], line: int, column: int) -> str:
-    """The comment behind a statement, or else the comment lines before it."""
-    behind = lines[line][column:].partition("#")[2].strip()
-    above: list[str] = []
-    while not behind and lines[line - 1].lstrip().startswith("#"):
-        line -= 1
-        above.insert(0, lines[line].lstrip(" #"))
-    return behind or " ".join(above)
-
-
-def _columns(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
-    return [f"{left:<{width}}  {right}".rstrip() for left, right in rows]
 
 
 def _exit(status: int, message: str) -> None:

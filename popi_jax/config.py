@@ -1,216 +1,398 @@
-"""The configuration as frozen dataclasses; meaning, unit and default of each field are in
-configs/base.py.
+"""Every setting, declared once: type, default, meaning, what is allowed and what hangs on it.
 
-config_check.py makes them from a ConfigDict or JSON and refuses what does not fit.
-"""
+The defaults are those of a run with a released model. The files of configs/ lay over them the tiny
+random model, the hardware, the schedule and the data set."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+import json
+import os
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-LOGICAL_AXES = (
-    "batch",
-    "seq",
-    "vocab",
-    "vocab_embed",
-    "embed",
-    "heads",
-    "kv_heads",
-    "mlp",
-    "attention_heads",
-)  # that rules may split
+from ml_collections import ConfigDict
+
+from popi_jax import config_rules
+from popi_jax.config_rules import (
+    ABOVE_ZERO,
+    AXIS,
+    BELOW_HALF,
+    BELOW_ONE,
+    EVEN,
+    FOLDER,
+    FRACTION,
+    HAS_END,
+    LOGICAL_AXES,
+    MESH_AXES,
+    NAME,
+    PLACE,
+    ROLLOUT_RULES,
+    RULES,
+    at_least,
+    one_of,
+    setting,
+    some_of,
+)
+from popi_jax.errors import UserError, check_field, did_you_mean
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str
-    path: str
-    prepared: str
-    download: bool
-    on_bad_row: str
-    split_by: str
-    validation_fraction: float
-    test_fraction: float
-    num_shots: int
-    num_pairs: int
-    pair_mode: str
-    score_margin: int
-    pair_layout: str
-    turns: str
-    use_system_string: bool
-    sample_people: int
-    context_len: int
-    turn_len: int
-    answer_len: int
-    summary_len: int
-    workers: int
+    source: str = setting("prism", "data set", one_of("prism", "prefeval", "jsonl"), data=True)
+    path: str = setting(
+        "data/prism", "folder (of jsonl: file) of the published files", PLACE, free=True
+    )
+    prepared: str = setting(
+        "data/prepared", "folder of the copies, one per content and options", FOLDER, free=True
+    )
+    download: bool = setting(True, "fetch missing files where the source publishes them", free=True)
+    on_bad_row: str = setting("error", "skip: list it", one_of("error", "skip"), data=True)
+    split_by: str = setting("user", "topic: of prefeval only", one_of("user", "topic"), data=True)
+    validation_fraction: float = setting(0.03, "of users", BELOW_ONE, data=True)
+    test_fraction: float = setting(0.12, "of users", BELOW_ONE, data=True)
+    num_shots: int = setting(6, "most past pairs in a user's signals", at_least(0), data=True)
+    num_pairs: int = setting(8, "most held-out pairs kept of a user", at_least(1), data=True)
+    pair_mode: str = setting(
+        "best_vs_worst",
+        "which replies to one prompt make pairs (prism)",
+        one_of("best_vs_worst", "best_vs_rest", "all_pairs"),
+        data=True,
+    )
+    score_margin: int = setting(1, "least gap of scores of 100 (prism)", at_least(1), data=True)
+    pair_layout: str = setting(
+        "paired",
+        "of past pairs in the signals; grouped: rejected replies last, learned sooner",
+        one_of("paired", "grouped"),
+    )
+    turns: str = setting("first", "of a conversation (prism)", one_of("first", "all"), data=True)
+    use_system_string: bool = setting(
+        False, "signals hold the person's system string, almost an oracle (prism)", data=True
+    )
+    sample_people: int = setting(4600, "people of the PRISM-format sample", at_least(1))
+    context_len: int = setting(2048, "most tokens of an inference context (signals)", at_least(1))
+    turn_len: int = setting(256, "most tokens of a prompt with its headers", at_least(1))
+    answer_len: int = setting(512, "most tokens of a reply, end token included", HAS_END)
+    summary_len: int = setting(128, "most tokens of a summary, end token included", HAS_END)
+    # not free: the position of an iterator with workers means nothing to one without
+    workers: int = setting(0, "processes that prepare batches; 0 = threads", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    checkpoint: str
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    rope_theta: float
-    norm_eps: float
-    tied_embeddings: bool
-    dtype: str
-    remat: str
-    attention: str
-    summary_instruction: str
-    answer_instruction: str
+    """Both roles. With a checkpoint the shape is that of its files, whatever is said here."""
+
+    checkpoint: str = setting(
+        "checkpoints/base", "Hugging Face folder of weights and tokenizer; '' = random weights"
+    )
+    vocab_size: int = setting(
+        2048,
+        "most tokens of the tokenizer that is trained when there is no checkpoint",
+        at_least(300, "the tokenizer starts from 256 bytes and its control tokens"),
+    )
+    num_layers: int = setting(3, "of the shape that random weights get", at_least(1))
+    embed_dim: int = setting(64, "width between the layers", at_least(1))
+    num_heads: int = setting(4, "of queries", at_least(1))
+    num_kv_heads: int = setting(4, "of keys and values", at_least(1))
+    head_dim: int = setting(16, "width of a head", at_least(2), EVEN)
+    mlp_dim: int = setting(176, "hidden units of a layer", at_least(1))
+    rope_theta: float = setting(10000.0, "base of the rotary positions", ABOVE_ZERO)
+    norm_eps: float = setting(1e-6, "added to a mean square", ABOVE_ZERO)
+    tied_embeddings: bool = setting(True, "the embedding is the output matrix too")
+    dtype: str = setting(
+        "bfloat16", "of compute; parameters and losses are float32", one_of("float32", "bfloat16")
+    )
+    remat: str = setting(
+        "full", "what is computed again to save memory", one_of("none", "dots", "full"), free=True
+    )
+    attention: str = setting(
+        "auto",
+        "what computes it: splash on a TPU, cudnn on a GPU; auto: by the devices",
+        one_of("auto", "chunked", "splash", "cudnn"),
+        free=True,
+    )
+    summary_instruction: str = setting(
+        "\n\nSummarise in a few short phrases what this user prefers in replies.",
+        "text after the signals that asks the inference model for a summary",
+    )
+    answer_instruction: str = setting(
+        "What is known of the user:", "text before the summary in the generator's context"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConfig:
-    steps: int
-    generator_users: int
-    summary_users: int
-    readings: int
-    reading_users: int
-    reading_survey: float
-    reading_shots: int
-    guess: float
-    no_summary: float
-    drop: float
-    repeat: float
-    wrong: float
-    learning_rate: float
-    lr_warmup_steps: int
+    """Likelihood training of both roles from random weights."""
+
+    steps: int = setting(0, "0 = off; must be 0 with a checkpoint", at_least(0))
+    generator_users: int = setting(8, "users per step", at_least(1))
+    summary_users: int = setting(16, "users per step whose signals are summarised", at_least(1))
+    readings: int = setting(5, "reading exercises on the signals of each of them", at_least(0))
+    reading_users: int = setting(
+        24, "users per step of whom a few past pairs or the survey are read", at_least(1)
+    )
+    reading_survey: float = setting(0.5, "part of these readings that are of the survey", FRACTION)
+    reading_shots: int = setting(3, "most past pairs in such an exercise", at_least(1))
+    guess: float = setting(0.12, "probability that a summary guesses an open contrast", FRACTION)
+    no_summary: float = setting(0.1, "probability that the generator sees no summary", FRACTION)
+    drop: float = setting(0.25, "probability that the generator's summary lacks an item", FRACTION)
+    repeat: float = setting(0.25, "probability that it says an item twice", FRACTION)
+    wrong: float = setting(0.05, "it gets Binomial(8, wrong) random items", FRACTION)
+    learning_rate: float = setting(3e-3, "at its peak", ABOVE_ZERO)
+    lr_warmup_steps: int = setting(20, "steps to the peak", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
+    """Low-rank adapters instead of training all parameters; they need model.checkpoint."""
+
+    rank: int = setting(0, "0 = no adapters, all parameters are trained", at_least(0))
+    alpha: float = setting(16.0, "the adapters' product is multiplied by alpha / rank", ABOVE_ZERO)
+    targets: tuple[str, ...] = setting(
+        LORA_TARGETS, "kernels that have an adapter", some_of(*LORA_TARGETS)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    objective: str
-    beta: float
-    label_smoothing: float
-    length_normalised: bool
-    gamma: float
-    sft_coef: float
-    desirable_weight: float
-    undesirable_weight: float
-    reference: str
-    ema_decay: float
-    lora: LoraConfig
-    learning_rate: float
-    lr_warmup_steps: int
+    objective: str = setting(
+        "dpo",
+        "see docs/objectives.md",
+        one_of("dpo", "robust", "ipo", "hinge", "kto", "slic", "cpo", "simpo", "orpo", "rrhf"),
+    )
+    beta: float = setting(0.1, "of the preference objective, per nat", ABOVE_ZERO)
+    label_smoothing: float = setting(
+        0.0, "probability of swapped labels (dpo: cDPO; robust, cpo, simpo)", BELOW_HALF
+    )
+    length_normalised: bool = setting(
+        False, "log-probs per token (dpo, robust, hinge, kto, slic, cpo; always of the others)"
+    )
+    gamma: float = setting(0.0, "margin that simpo asks for, nats", at_least(0))
+    sft_coef: float = setting(
+        0.0, "of the chosen reply's likelihood per token; 1 in orpo, cpo and rrhf", at_least(0)
+    )
+    desirable_weight: float = setting(1.0, "of chosen replies (kto)", at_least(0))
+    undesirable_weight: float = setting(1.0, "of rejected replies (kto)", at_least(0))
+    reference: str = setting(
+        "prompt", "what it sees: x alone, or x and the summary z", one_of("prompt", "summary")
+    )
+    ema_decay: float = setting(0.0, "of averaged parameters, per update; 0 = none", BELOW_ONE)
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float = setting(1e-6, "at its peak", ABOVE_ZERO)
+    lr_warmup_steps: int = setting(50, "updates to the peak", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    group_size: int
-    temperature: float
-    reward: str
-    reward_generator: str
-    reward_baseline: bool
-    length_penalty: float
-    advantage_baseline: str
-    advantage_scale: str
-    ratio: str
-    clip_low: float
-    clip_high: float
-    clip_max: float
-    normalise: str
-    kl: str
-    kl_corrected: bool
-    kl_coef: float
-    entropy_coef: float
-    high_entropy_share: float
-    skip_unfinished: bool
-    updates_per_rollout: int
-    ema_decay: float
-    lora: LoraConfig
-    learning_rate: float
-    lr_warmup_steps: int
+    group_size: int = setting(
+        8,
+        "summaries sampled per user (G)",
+        at_least(2, "a reward is compared with those of the user's other summaries"),
+    )
+    temperature: float = setting(1.0, "of sampling and of the trained log-probs", ABOVE_ZERO)
+    reward: str = setting("log_sigmoid", "of a margin", one_of("log_sigmoid", "accuracy", "margin"))
+    reward_generator: str = setting(
+        "current",
+        "whose margins: ema is that of generator.ema_decay, frozen is the reference",
+        one_of("current", "ema", "frozen"),
+    )
+    reward_baseline: bool = setting(
+        False, "less the reward without summary (for advantages that compare users)"
+    )
+    length_penalty: float = setting(0.002, "reward lost per token of the summary", at_least(0))
+    advantage_baseline: str = setting(
+        "group",
+        "what a reward is compared with; leave_one_out is RLOO, batch is REINFORCE",
+        one_of("group", "leave_one_out", "batch"),
+    )
+    advantage_scale: str = setting(
+        "batch",
+        "what divides the centred rewards",
+        one_of("group", "batch", "batch_rewards", "whiten", "none"),
+    )
+    ratio: str = setting(
+        "token", "of probabilities; sequence: GSPO", one_of("token", "sequence", "sequence_token")
+    )
+    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ...", at_least(0))
+    clip_high: float = setting(0.2, "... and to 1 + clip_high", at_least(0))
+    clip_max: float = setting(0.0, "bound where the advantage is negative; 0 = none", at_least(0))
+    normalise: str = setting(
+        "samples", "divisor of token losses", one_of("samples", "sequences", "tokens", "max_len")
+    )
+    kl: str = setting(
+        "k3",
+        "estimator of the KL to the reference; k1 is in the reward, k2 and k3 in the loss",
+        one_of("k1", "k2", "k3"),
+    )
+    kl_corrected: bool = setting(False, "whether k3 is weighted by the ratio")
+    kl_coef: float = setting(0.02, "per nat of KL to the reference inference model", at_least(0))
+    entropy_coef: float = setting(0.0, "reward of the entropy, per nat and token", at_least(0))
+    high_entropy_share: float = setting(
+        1.0, "of tokens, of highest entropy, with a policy gradient", ABOVE_ZERO, FRACTION
+    )
+    skip_unfinished: bool = setting(False, "summaries cut at data.summary_len have no loss")
+    updates_per_rollout: int = setting(1, "gradient steps on the same summaries", at_least(1))
+    ema_decay: float = setting(0.0, "of averaged parameters, per update; 0 = none", BELOW_ONE)
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float = setting(1e-6, "at its peak", ABOVE_ZERO)
+    lr_warmup_steps: int = setting(50, "updates to the peak", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str
-    schedule: str
-    b1: float
-    b2: float
-    weight_decay: float
-    clip_norm: float
-    final_lr: float
+    name: str = setting(
+        "adamw",
+        "muon is for the matrices of the layers, with adamw for the rest",
+        one_of("adamw", "lion", "muon", "adafactor"),
+    )
+    schedule: str = setting(
+        "cosine", "of learning rates after the peak", one_of("cosine", "linear", "constant")
+    )
+    b1: float = setting(0.9, "adafactor has none", BELOW_ONE)
+    b2: float = setting(0.98, "of squared gradients", BELOW_ONE)
+    weight_decay: float = setting(0.0, "times the learning rate, per update", at_least(0))
+    clip_norm: float = setting(1.0, "of the gradient, over all its parameters", ABOVE_ZERO)
+    final_lr: float = setting(0.2, "at the end of the schedule, as a part of the peak", FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    users: int
-    pairs: int
-    summary_fill: float
-    microbatches: int
+    users: int = setting(16, "users per update, over all devices", at_least(1))
+    pairs: int = setting(4, "preference pairs per user and update (K)", at_least(1))
+    summary_fill: float = setting(
+        0.5,
+        "most of summary_len that summaries fill; for speed alone",
+        ABOVE_ZERO,
+        FRACTION,
+        free=True,
+    )
+    microbatches: int = setting(1, "parts of an update in turn, to save memory", at_least(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    phases: tuple[str, ...]
-    log_every: int
-    save_every: int
-    keep: int
+    phases: tuple[str, ...] = setting(
+        ("inference 420", "alternate 3:1 80"),
+        'in order, of N updates each: "inference N", "generator N", "joint N" (both in each '
+        'update) or "alternate n:m N" (n updates of the inference model, then m of the generator)',
+    )
+    log_every: int = setting(10, "updates", at_least(1), free=True)
+    save_every: int = setting(50, "updates", at_least(1), free=True)
+    keep: int = setting(2, "newest checkpoints kept", at_least(1), free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
-    sequence: int
-    rules: tuple[str, ...]
-    rollout_rules: tuple[str, ...]
-    topology: str
-    num_devices: int
+    """Devices along each axis, and which axes split what."""
+
+    data: int = setting(1, "devices across slices", AXIS, free=True)
+    fsdp: int = setting(-1, "devices that split users and weights; -1 = all left", AXIS, free=True)
+    tensor: int = setting(1, "devices that split heads and hidden units", AXIS, free=True)
+    sequence: int = setting(1, "devices that split the tokens of a row", AXIS, free=True)
+    rules: tuple[str, ...] = setting(
+        RULES, f"axes ({', '.join(MESH_AXES)}) that split {', '.join(LOGICAL_AXES)}", free=True
+    )
+    rollout_rules: tuple[str, ...] = setting(
+        ROLLOUT_RULES, "while summaries are sampled", free=True
+    )
+    topology: str = setting(
+        "", "TPU slice that `make fit` compiles for, like v5p:4x4x4; '' = this machine", free=True
+    )
+    num_devices: int = setting(0, "simulated on a CPU; 0 = leave them", at_least(0), free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    batch_users: int
-    max_users: int
+    batch_users: int = setting(32, "users per batch", at_least(1), free=True)
+    max_users: int = setting(0, "of the test split; 0 = all", at_least(0), free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`workdir` is resolved: never ""."""
+    """`from_config_dict` and `from_json` make it, check it and resolve `workdir`."""
 
-    name: str
-    seed: int
-    workdir: str
-    data: DataConfig
-    model: ModelConfig
-    warmup: WarmupConfig
-    generator: GeneratorConfig
-    inference: InferenceConfig
-    optimizer: OptimizerConfig
-    batch: BatchConfig
-    schedule: ScheduleConfig
-    mesh: MeshConfig
-    evaluation: EvaluationConfig
+    name: str = setting("", "of the run; '' = that of the config file", NAME, free=True)
+    seed: int = setting(0, "of initial weights, data order and sampling", at_least(0))
+    workdir: str = setting("", "where the run lives; '' = work/<name>", free=True)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    inference: InferenceConfig = InferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 Mode = Literal["inference", "generator", "joint", "alternate"]
 
 
 class Phase(NamedTuple):
-    """A stretch of updates. In "alternate", n updates of the inference model are followed by m of
-    the generator.
-
-    (num_inference, num_generator) is (1, 0) for "inference", (0, 1) for "generator", (1, 1) for
-    "joint" and (n, m) for "alternate n:m"."""
+    """A stretch of updates; (num_inference, num_generator) is (1, 0) in "inference", (0, 1) in
+    "generator", (1, 1) in "joint", and (n, m) in "alternate n:m": n updates, then m."""
 
     mode: Mode
     num_inference: int
     num_generator: int
     steps: int
+
+
+def from_config_dict(c: ConfigDict) -> Config:
+    """Returns the checked configuration.
+
+    Raises:
+        UserError: one line that names the field, what it is and what is allowed.
+    """
+    return _read_config(c.to_dict())
+
+
+def from_json(text: str | bytes) -> Config:
+    """Inverse of `to_json`. Raises UserError as `from_config_dict`, or when it is not JSON."""
+    try:
+        values = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"the saved configuration is not JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise UserError("the saved configuration is not a JSON object")
+    return _read_config(values)
+
+
+def to_json(config: Config) -> str:
+    """Returns JSON from which `from_json` makes an equal Config."""
+    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
+    """Parses the phases of a schedule, e.g. ("inference 240", "alternate 2:1 60").
+
+    Raises:
+        UserError: for anything that is not one of the four forms with whole numbers of at least 1.
+    """
+    return tuple(_parse_phase(phase, f"schedule.phases[{i}]") for i, phase in enumerate(phases))
+
+
+def _read_config(values: Mapping[str, Any]) -> Config:
+    config = config_rules.read_section(Config, values, "")
+    if not config.workdir:
+        config = dataclasses.replace(config, workdir=os.path.join("work", config.name))
+    parse_phases(config.schedule.phases)
+    config_rules.check_together(config)
+    return config
+
+
+def _parse_phase(phase: str, name: str) -> Phase:
+    modes = typing.get_args(Mode)
+    mode: Any = (phase.split() or [""])[0]
+    rule = f"must begin with one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
+    check_field(mode in (*modes, ""), name, phase, rule)
+    form = r"(?:inference|generator|joint|alternate\s+(\d+):(\d+))\s+(\d+)"
+    match = re.fullmatch(form, phase.strip())
+    rule = 'must be like "inference 240", "generator 60", "joint 60" or "alternate 2:1 60"'
+    check_field(match is not None, name, phase, rule)
+    n, m, steps = (int(number or 1) for number in typing.cast(re.Match, match).groups())
+    check_field(min(n, m, steps) >= 1, name, phase, f"{rule}, with numbers of at least 1")
+    return Phase(mode, n if mode != "generator" else 0, m if mode != "inference" else 0, steps)

@@ -3,6 +3,7 @@ its traceback."""
 
 import difflib
 import errno
+import json
 import os
 from collections.abc import Iterable
 
@@ -19,6 +20,13 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Returns ' Did you mean "x"?' for the nearest allowed word, or '' when none is near."""
     near = difflib.get_close_matches(str(value), list(allowed), n=1)
     return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def check_field(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raises UserError with the field, its value and the rule unless `ok`."""
+    if not ok:
+        shown = json.dumps(value, ensure_ascii=False, default=repr)
+        raise UserError(f"config.{name} = {shown}: {rule}")
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 from absl import flags
 
 from popi_jax import cli
-from popi_jax.config import Config
-from popi_jax.config_check import from_json
+from popi_jax.config import Config, from_json
 from popi_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", "", "folder of the exports; empty: <workdir>/export")

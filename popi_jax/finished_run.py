@@ -13,8 +13,7 @@ from absl import logging
 
 from popi_jax.arrays import Params, Rollouts, Tokens
 from popi_jax.checkpoints import manager
-from popi_jax.config import Config
-from popi_jax.config_check import to_json
+from popi_jax.config import Config, to_json
 from popi_jax.data import prompts
 from popi_jax.data.batches import make_eval_batches
 from popi_jax.data.measure import fit_lengths

@@ -105,7 +105,7 @@ def _larger(config: Config, available: float) -> str:
         if arg.startswith("--config.") and not arg.startswith("--config.mesh.")
     ]
     kind, chips = config.mesh.topology.partition(":")[0], chips_of(config.mesh.topology)
-    for scale in cli.scales_of(kind):
+    for scale in cli.list_scales(kind):
         larger = cli.load_config(f"{name}:{','.join([*kept, f'scale={scale}'])}", overrides)
         if chips_of(larger.mesh.topology) > chips:
             from popi_jax.planning.plan import make_plan

@@ -16,7 +16,7 @@ from popi_jax import distributed
 from popi_jax.checkpoints.hf_config import read_config
 from popi_jax.checkpoints.manager import check_same_run, stored_config
 from popi_jax.config import Config, DataConfig
-from popi_jax.config_check import check_mesh, parse_rules, resolve_mesh
+from popi_jax.config_rules import check_mesh, parse_rules, resolve_mesh
 from popi_jax.data import prompts, tokenizer
 from popi_jax.data.encode import Truncations
 from popi_jax.data.measure import fit_lengths

@@ -7,7 +7,7 @@ results.json, summaries.jsonl, metrics.jsonl, tensorboard/, checkpoints/."""
 import sys
 
 from popi_jax import cli
-from popi_jax.config import Config
+from popi_jax.config import Config, to_json
 
 
 def main(config: Config) -> None:
@@ -15,7 +15,6 @@ def main(config: Config) -> None:
     from absl import logging
 
     from popi_jax import distributed
-    from popi_jax.config_check import to_json
     from popi_jax.evals.render import evaluate_run
     from popi_jax.run import build
     from popi_jax.training.loop import NotFinite, Stopped, train, whole_models

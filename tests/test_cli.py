@@ -10,12 +10,14 @@ import sys
 
 import pytest
 
-from configs.base import base
+from configs.base import compose
 from configs.schedules import SCHEDULES
-from popi_jax import cli
+from popi_jax import cli, config_rules
+from popi_jax.config import Config
 from popi_jax.errors import UserError
 
-PHASES, BETA = base().schedule.phases, base().generator.beta
+BASE = compose("scale=laptop")
+PHASES, BETA = BASE.schedule.phases, BASE.generator.beta
 INFERENCE_ONLY = SCHEDULES["inference_only"]["schedule.phases"]
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = '''
@@ -38,7 +40,8 @@ def main(config):
         from absl import logging
         logging.set_verbosity(logging.INFO)
         log = 'logging.info("info of {0}"); logging.warning("warning of {0}")'
-        for name, file in (("us", os.path.join(os.path.dirname(cli.__file__), "x.py")), ("a library", "library.py")):
+        ours = os.path.join(os.path.dirname(cli.__file__), "x.py")
+        for name, file in (("us", ours), ("a library", "library.py")):
             exec(compile(log.format(name), file, "exec"))
         return
     print(config.name, config.seed, config.data.download, config.schedule.phases, _USERS.value)
@@ -181,7 +184,8 @@ def test_mistake_in_own_config_file_names_file_and_line(
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        f"from configs.base import compose\ndef get_config(arg=''):\n    c = compose(arg)\n    {line}\n    return c\n"
+        "from configs.base import compose\ndef get_config(arg=''):\n"
+        f"    c = compose(arg)\n    {line}\n    return c\n"
     )
     with pytest.raises(UserError) as error:
         cli.load_config(str(path))
@@ -191,7 +195,8 @@ def test_mistake_in_own_config_file_names_file_and_line(
 
 def test_own_config_file_from_another_folder(command: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from configs.base import compose\ndef get_config(arg=''):\n    c = compose(arg)\n    return c\n"
+        "from configs.base import compose\ndef get_config(arg=''):\n"
+        "    c = compose(arg)\n    return c\n"
     )
     assert run(command, "--config=mine.py", cwd=tmp_path).stdout.startswith("mine 0")
     assert run(command, "--config=smoke", cwd=tmp_path).stdout.startswith("smoke 0")
@@ -230,7 +235,8 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
         "Prints what it was given.",
         "--users=",
         "example: python -m popi_jax.show",
-        "configs/base.py",
+        "popi_jax/config.py",
+        "model=tiny",
         "prism, smoke",
     ):
         assert part in done.stdout
@@ -243,13 +249,13 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
 
 
 def test_help_lists_every_field_with_its_default() -> None:
-    c = json.loads(cli.to_json(cli.load_config("prism:scale=laptop")))
-    found = {field.name: field.default for field in cli.base_fields()}
-    flat = {f"{s}.{n}" for s, v in c.items() if isinstance(v, dict) for n in v} | {
-        n for n in c if not isinstance(c[n], dict)
-    }
-    assert set(found) == flat
-    assert found["schedule.phases"] == repr(tuple(c["schedule"]["phases"]))
+    found = cli.format_help("show", "Shows.")
+    values = json.loads(cli.to_json(cli.load_config("prism:scale=laptop")))
+    declared = {field.name: field for field in config_rules.list_settings(Config)}
+    assert declared.keys() == config_rules.flatten(values).keys()
+    for name, field in declared.items():
+        assert f"\n  {name} = {field.default!r} " in found and field.meaning in found
+    assert "docs/objectives.md; dpo | robust | ipo" in found
 
 
 def test_print_config_can_be_read_back_and_closed_pipe_is_quiet(command: pathlib.Path) -> None:
@@ -271,7 +277,8 @@ def test_print_config_can_be_read_back_and_closed_pipe_is_quiet(command: pathlib
 def test_help_of_every_command(name: str) -> None:
     code = (
         f"import atexit, runpy, sys; sys.argv = ['{name}', '--help'];"
-        "atexit.register(lambda: print('jax' in sys.modules, 'numpy' in sys.modules, file=sys.stderr));"
+        "heavy = lambda: ['jax' in sys.modules, 'numpy' in sys.modules];"
+        "atexit.register(lambda: print(*heavy(), file=sys.stderr));"
         f"runpy.run_module('popi_jax.{name}', run_name='__main__', alter_sys=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

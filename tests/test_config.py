@@ -1,20 +1,59 @@
-"""Composition, validation and round trip of the configuration."""
+"""Declaration, composition, validation and round trip of the configuration."""
 
+import ast
 import dataclasses
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base, jsonl, prefeval, prism, smoke
 from configs.models import MODELS
 from configs.scales import SCALES
 from configs.schedules import SCHEDULES
-from popi_jax import config_check as config
+from popi_jax import config, config_rules
 from popi_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-BASE = base.base()
+BASE = base.compose("scale=laptop")
 DATASETS = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl, "smoke": smoke}
+SETTINGS = config_rules.list_settings(config.Config)
+
+
+def test_a_new_setting_is_one_declaration() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Larger(config.EvaluationConfig):
+        seconds: int = config_rules.setting(
+            5, "most time of a batch", config_rules.at_least(1), free=True
+        )
+
+    declared = config_rules.list_settings(Larger, "evaluation.")[-1]
+    assert (declared.name, declared.default, declared.free) == ("evaluation.seconds", 5, True)
+    values = ConfigDict(dataclasses.asdict(Larger())).to_dict()
+    assert config_rules.read_section(Larger, values, "evaluation.") == Larger()
+    with pytest.raises(UserError, match="config.evaluation.seconds = 0: must be at least 1"):
+        config_rules.read_section(Larger, values | {"seconds": 0}, "evaluation.")
+
+
+@pytest.mark.parametrize(
+    "name", ["config_rules.py", "cli.py", "checkpoints/manager.py", "data/prepared.py"]
+)
+def test_what_depends_on_settings_has_no_table_of_them(name: str) -> None:
+    source = (pathlib.Path(config.__file__).parent / name).read_text()
+    names = {field.name for field in SETTINGS} | {field.name.split(".")[-1] for field in SETTINGS}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            words = {word for text in texts if type(text) is str for word in text.split()}
+            listed = words & (names - {*config.MESH_AXES})
+            assert len(listed) <= 4, f"line {node.lineno} lists {listed}"
+
+
+def test_declared_defaults_are_a_configuration_and_tell_their_meaning() -> None:
+    plain = config.Config(name="plain")
+    found = config.from_config_dict(ConfigDict(dataclasses.asdict(plain)))
+    assert found == dataclasses.replace(plain, workdir="work/plain")
+    assert all(field.meaning and "\n" not in field.meaning for field in SETTINGS)
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -65,7 +104,7 @@ def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_bad_arg_is_named(arg: str, message: str) -> None:
-    with pytest.raises(LookupError) as error:
+    with pytest.raises(UserError) as error:
         base.parse_arg(arg)
     assert str(error.value).startswith(message)
 
@@ -81,7 +120,8 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "data.source",
             "prims",
-            'config.data.source = "prims": must be one of prism, prefeval, jsonl. Did you mean "prism"?',
+            'config.data.source = "prims": must be one of prism, prefeval, jsonl. '
+            'Did you mean "prism"?',
         ),
         ("generator.beta", 0.0, "config.generator.beta = 0.0: must be above 0"),
         ("generator.beta", float("nan"), "config.generator.beta = NaN: must be a finite number"),
@@ -235,9 +275,9 @@ def test_resolve_mesh() -> None:
     mesh = dataclasses.replace(
         config.from_config_dict(prism.get_config()).mesh, data=2, fsdp=-1, tensor=2
     )
-    assert config.resolve_mesh(mesh, 8) == (2, 2, 2, 1)
+    assert config_rules.resolve_mesh(mesh, 8) == (2, 2, 2, 1)
     with pytest.raises(UserError, match="does not fit 6 devices"):
-        config.resolve_mesh(mesh, 6)
+        config_rules.resolve_mesh(mesh, 6)
 
 
 def test_saved_text_that_is_no_configuration_is_an_error() -> None:
@@ -260,7 +300,7 @@ def test_words_are_those_of_the_losses() -> None:
         "inference.normalise": grpo.NORMALISATIONS,
         "inference.kl": grpo.ESTIMATORS,
     }
-    assert {name: set(config.WORDS[name]) for name in words} == {
-        name: set(known) for name, known in words.items()
-    }
+    declared = {field.name: field.allowed for field in config_rules.list_settings(config.Config)}
+    found = {name: {*allowed.words} for name in words for allowed in declared[name]}
+    assert found == {name: {*known} for name, known in words.items()}
     assert config.LORA_TARGETS == lora.TARGETS

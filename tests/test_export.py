@@ -12,8 +12,7 @@ from absl import flags
 
 from popi_jax import cli, export
 from popi_jax.checkpoints import hf_config, hf_io, manager
-from popi_jax.config import Config
-from popi_jax.config_check import to_json
+from popi_jax.config import Config, to_json
 from popi_jax.data import prompts, tokenizer
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import init_boxed, unbox

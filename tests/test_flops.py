@@ -9,7 +9,7 @@ import pytest
 from popi_jax.popi.roles import Glue
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.config_check import parse_phases
+from popi_jax.config import parse_phases
 from popi_jax.flops import flops, of_jaxpr
 from popi_jax.models.decode import Sampling
 from popi_jax.models.presets import PRESETS

@@ -20,8 +20,7 @@ import pytest
 from jax.sharding import Mesh
 
 from popi_jax import programs
-from popi_jax.config import Config
-from popi_jax.config_check import parse_phases
+from popi_jax.config import Config, parse_phases
 from popi_jax.models.packing import Budget
 from popi_jax.popi.update import popi_update
 from popi_jax.programs import LOADING, STORING, Store, StoredProgram, load_early

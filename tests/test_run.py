@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from popi_jax import run
-from popi_jax.config_check import from_config_dict
+from popi_jax.config import from_config_dict
 from popi_jax.errors import UserError
 from tests.tiny_run import config_of, on_devices, shared_run
 

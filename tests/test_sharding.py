@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from configs import scales
 from popi_jax import sharding
 from popi_jax.config import LOGICAL_AXES, MESH_AXES
-from popi_jax.config_check import parse_rules
+from popi_jax.config_rules import parse_rules
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import TransformerConfig, init_boxed
 from popi_jax.sharding import Rules, make_mesh, param_shardings

@@ -21,8 +21,7 @@ from absl import flags
 from popi_jax import cli, sharding
 from popi_jax import run as builds
 from popi_jax.checkpoints import manager
-from popi_jax.config import Config
-from popi_jax.config_check import to_json
+from popi_jax.config import Config, to_json
 from popi_jax.run import Built
 from popi_jax.training.loop import make_parts
 from popi_jax.training.setup import Frozen, TrainState, abstract_state, init_state, shardings_of

@@ -25,30 +25,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from popi_jax import config_rules
 from popi_jax.arrays import Params
+from popi_jax.config import Config
 from popi_jax.errors import UserError, disk_is_full
 
 ROLES = ("inference", "generator")
 
-# Fields that a continued run may change: where things are, how fast, and what is looked at, not
-# what is learned. `data.workers` is none of them: the position of an iterator with workers means
-# nothing to one without.
 _AVERAGE = "_ema"  # added to a role: the item that holds the average of its parameters
-_FREE = (
-    "name",
-    "workdir",
-    "data.path",
-    "data.prepared",
-    "data.download",
-    "model.remat",
-    "model.attention",
-    "batch.summary_fill",
-    "schedule.log_every",
-    "schedule.save_every",
-    "schedule.keep",
-    "mesh.",
-    "evaluation.",
-)
 
 
 def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointManager:
@@ -222,11 +206,13 @@ def check_same_run(workdir: str, config_json: str) -> None:
     stored = stored_config(workdir)
     if stored is None:
         return
-    before, now = _flat(stored), _flat(json.loads(config_json))
+    before = config_rules.flatten(stored)
+    now = config_rules.flatten(json.loads(config_json))
+    free = {field.name for field in config_rules.list_settings(Config) if field.free}
     differing = [
         f"{name} was {_shown(before, name)}, is {_shown(now, name)}"
-        for name in sorted(before.keys() | now.keys())
-        if _shown(before, name) != _shown(now, name) and not name.startswith(_FREE)
+        for name in sorted((before.keys() | now.keys()) - free)
+        if _shown(before, name) != _shown(now, name)
     ]
     if differing:
         raise UserError(
@@ -366,15 +352,6 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
 
 
 def _shown(flat: dict[str, Any], name: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from popi_jax import files
+from popi_jax.config import DataConfig
+from popi_jax.config_rules import list_settings
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
@@ -26,10 +28,7 @@ from popi_jax.errors import UserError, did_you_mean
 SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
 FORMAT = 2  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
-OPTIONS = (
-    "source on_bad_row split_by validation_fraction test_fraction num_shots num_pairs "
-    "pair_mode score_margin turns use_system_string"
-).split()
+OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 
 
 @dataclasses.dataclass(frozen=True)

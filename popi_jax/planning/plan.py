@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from popi_jax.arrays import Params, Tokens, UserBatch
-from popi_jax.config import Config
-from popi_jax.config_check import check_mesh, parse_phases, resolve_mesh
+from popi_jax.config import Config, parse_phases
+from popi_jax.config_rules import check_mesh, resolve_mesh
 from popi_jax.errors import UserError, did_you_mean
 from popi_jax.models.presets import PRESETS
 from popi_jax.models.sampling import Sampling

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popi_jax.config import MESH_AXES, Config
-from popi_jax.config_check import resolve_mesh
+from popi_jax.config_rules import resolve_mesh
 from popi_jax.errors import UserError
 
 LIBRARY = (

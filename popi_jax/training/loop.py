@@ -103,7 +103,12 @@ def open_batches(run: Run) -> StagedBatches:
     cfg, users, words = run.config, run.dataset.splits["train"], run.inference.tokenizer
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     warmup = make_warmup_batches(
-        users, words, cfg, seed=derive_data_seed(cfg.seed, "warmup"), items=run.summary_items, **place
+        users,
+        words,
+        cfg,
+        seed=derive_data_seed(cfg.seed, "warmup"),
+        items=run.summary_items,
+        **place,
     )
     main = make_user_batches(users, words, cfg, seed=derive_data_seed(cfg.seed, "main"), **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)

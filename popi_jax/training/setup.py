@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
 from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase
-from popi_jax.config_check import parse_phases
+from popi_jax.config import parse_phases
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective

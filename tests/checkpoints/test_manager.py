@@ -321,6 +321,13 @@ def test_fields_that_do_not_touch_learning_may_change(tmp_path):
     )
 
 
+def test_a_name_that_begins_like_a_free_field_is_not_free(tmp_path):
+    write_run(tmp_path, 1)
+    schedule = CONFIG["schedule"] | {"keep_x": 3}
+    with pytest.raises(UserError, match="schedule.keep_x was absent, is 3"):
+        manager.check_same_run(str(tmp_path), json.dumps(CONFIG | {"schedule": schedule}))
+
+
 def test_a_workdir_that_holds_only_the_reference_is_compared_too(tmp_path):
     params = make_state(1).generator.params
     manager.save_frozen(str(tmp_path), Frozen(params, params), CONFIG_JSON)

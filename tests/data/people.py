@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from configs.base import base
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict
+from configs.base import compose
+from popi_jax.config import Config, from_config_dict
 from popi_jax.data import prompts, tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 
@@ -60,7 +59,7 @@ def make_tokenizer() -> tokenizer.Tokenizer:
 
 def make_config(**changes: Any) -> Config:
     """`changes` are written section__field."""
-    c = base()
+    c = compose("scale=laptop")
     fields = {
         "name": "test",
         "data.context_len": 120,

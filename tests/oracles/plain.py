@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import scales
+from popi_jax import config_rules
 from popi_jax.arrays import Tokens
-from popi_jax.config_check import parse_rules
 from popi_jax.models.layout import Rules
 from popi_jax.models.packing import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
 RULES, ROLLOUT_RULES = (
-    Rules(**parse_rules(table, "rules")) for table in (scales.RULES, scales.ROLLOUT_RULES)
+    Rules(**config_rules.parse_rules(table, "rules"))
+    for table in (config_rules.RULES, config_rules.ROLLOUT_RULES)
 )
 MODEL = TransformerConfig(
     vocab_size=64,

@@ -11,11 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.base import base
+from configs.base import compose
 from popi_jax import sharding
 from popi_jax.arrays import Demonstrations, Frozen, Tokens, TrainState, UserBatch, WarmupBatch
-from popi_jax.config import Config
-from popi_jax.config_check import from_config_dict, parse_phases
+from popi_jax.config import Config, from_config_dict, parse_phases
 from popi_jax.models.decode import Sampling
 from popi_jax.models.packing import Budgets
 from popi_jax.models.transformer import TransformerConfig
@@ -30,7 +29,7 @@ GLUE = PromptTokens(generator_prefix=(1, 7, 8), summary_turn=(9, 10))
 
 
 def make_config() -> Config:
-    c = base()
+    c = compose("scale=laptop")
     c.name = "test"
     c.warmup.steps = 0
     c.inference.group_size = 3

@@ -11,7 +11,7 @@ import pytest
 from popi_jax import export, finished_run
 from popi_jax import run as builds
 from popi_jax.checkpoints import hf_io
-from popi_jax.config_check import to_json
+from popi_jax.config import to_json
 from popi_jax.errors import UserError
 from popi_jax.models.lora import merge
 from popi_jax.training import loop

@@ -11,7 +11,8 @@ import pytest
 from popi_jax.popi.roles import rollout
 
 from configs import scales
-from popi_jax.config_check import parse_phases, parse_rules
+from popi_jax.config import parse_phases
+from popi_jax.config_rules import parse_rules
 from popi_jax.models.transformer import lay_out_for_rollout
 from popi_jax.planning.program import Traffic, read
 from popi_jax.popi.update import popi_update
