@@ -1,6 +1,7 @@
 """Which environments mean several processes, what a process that is lost leaves behind, and the
 limits of waiting."""
 
+import fnmatch
 import functools
 import http.server
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import scales
 from popi_jax import distributed
 from popi_jax.distributed import Joining, joining
 from popi_jax.errors import UserError
@@ -54,6 +56,36 @@ MINE = {"JAX_COORDINATOR_ADDRESS": "host:1"}
 )
 def test_environments(env: dict[str, str], expected: Joining | None) -> None:
     assert joining(ALONE | env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "device", "plugin", "alone"),
+    [
+        ({}, "", "", True),
+        ({}, "/dev/nvidia0", "", True),  # a GPU that JAX cannot use
+        ({}, "", "libtpu", True),  # the compiler alone
+        ({}, "/dev/nvidia0", "jax_cuda13_plugin", False),
+        ({}, "/dev/accel0", "libtpu", False),
+        ({}, "/dev/vfio/0", "libtpu", False),
+        ({"JAX_PLATFORMS": "cpu"}, "/dev/nvidia0", "jax_cuda13_plugin", True),
+        ({"JAX_PLATFORMS": "cuda"}, "", "", False),
+        (MINE, "", "", False),
+        (MINE | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, "", "", True),
+        (SRUN, "", "", False),
+    ],
+)
+def test_alone_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], device: str, plugin: str, alone: bool
+) -> None:
+    """As `scale=auto` sees it: a laptop."""
+    monkeypatch.setattr("glob.glob", lambda shape: fnmatch.filter([device], shape))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == plugin or None)
+    assert distributed.is_alone_on_cpu(ALONE | env) is alone
+    if env in ({}, {"JAX_PLATFORMS": "cpu"}):
+        monkeypatch.delenv("JAX_PLATFORMS")
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        assert (scales.detect() == "laptop") is alone
 
 
 def test_a_number_that_is_none_is_told() -> None:

@@ -18,21 +18,23 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from popi_jax import files
 from popi_jax.data.records import Messages
 from popi_jax.errors import UserError
 
 CONTROL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_PINNED_DATE = datetime.datetime(
-    2024, 7, 26
-)  # for templates that write today's date: prompts must be reproducible
-_SENTINEL = re.compile(
-    "\ue000Content([0-9]+)\ue001"
-)  # stands for a message's content while the template is rendered
+_TRAINED = "trained tokenizer"  # `source` of a tokenizer made here
+# for templates that write today's date: prompts must be reproducible
+_PINNED_DATE = datetime.datetime(2024, 7, 26)
+# stands for a message's content while the template is rendered
+_SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")
+
+Frame = list[list[int] | int]  # what a template writes: token ids, and numbers of messages
 
 
 class Tokenizer:
@@ -47,47 +49,40 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokenizer_json: str, chat_template: str, *, bos: str, eos: str, pad: str, source: str
+        self, tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str
     ) -> None:
-        self._state = (tokenizer_json, chat_template, bos, eos, pad, source)
-        self.chat_template, self.bos, self.eos, self.pad, self.source = (
-            chat_template,
-            bos,
-            eos,
-            pad,
-            source,
-        )
+        self.tokenizer_json, self.chat_template = tokenizer_json, chat_template
+        self.bos, self.eos, self.pad, self.source = bos, eos, pad, source
         # Two copies: whether control tokens are recognised is a mutable switch of the object, and
         # threads share us.
-        self._control = _backend(tokenizer_json, source)
-        self._plain = _backend(_all_control_marked(tokenizer_json, chat_template), source)
+        self._control = _open(tokenizer_json, source)
+        self._plain = _open(_mark_control_tokens(tokenizer_json, chat_template), source)
         self._plain.encode_special_tokens = True
         self._template = _compile(chat_template, source)
-        self._frames: dict[
-            tuple[str, ...], list[list[int] | int]
-        ] = {}  # a memo: templates are slow to render
+        self._frames: dict[tuple[str, ...], Frame] = {}  # a memo: templates are slow to render
         self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
         added = self._control.get_added_tokens_decoder().items()
         self.control_ids = frozenset(i for i, token in added if token.special)
-        self.bos_id = self._id(bos, "bos_token") if bos else None
-        self.eos_id = self._reply_end()
-        self.pad_id = self._id(pad, "pad_token") if pad else self.eos_id
+        self.bos_id = self._find_id(bos, "bos_token") if bos else None
+        self.eos_id = self._find_reply_end()
+        self.pad_id = self._find_id(pad, "pad_token") if pad else self.eos_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, self._state
+        parts = self.tokenizer_json, self.chat_template, self.bos, self.eos, self.pad, self.source
+        return Tokenizer, parts
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; the name of a control token inside it is spelled out, never the
-        control token."""
+        """Returns the token ids of plain text; the name of a control token inside it is spelled
+        out, never the control token."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of token ids; control tokens are left out."""
+        """Returns the text of token ids; control tokens are left out."""
         return self._control.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
-        """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a
-        message's content.
+        """Returns the token ids of a conversation up to the header of the reply, divided at each
+        `cut` inside a message's content.
 
         The template's own text is encoded with control tokens, contents (stripped of outer white
         space) without, and each piece by itself: nothing merges across a border. `cut` must be a
@@ -99,7 +94,7 @@ class Tokenizer:
         Raises: UserError when the template refuses the conversation, or drops, repeats or changes a
         content."""
         pieces: list[list[int]] = [[]]
-        for part in self._frame(tuple(m["role"] for m in messages)):
+        for part in self._make_frame(tuple(m["role"] for m in messages)):
             if isinstance(part, list):
                 pieces[-1] += part
                 continue
@@ -107,21 +102,6 @@ class Tokenizer:
             pieces[-1] += self.encode(head)
             pieces += [self.encode(text) for text in rest]
         return tuple(pieces)
-
-    def to_json(self) -> str:
-        """Everything that `from_json` needs, as one JSON text: for storing beside a run."""
-        return json.dumps(dict(zip(_FIELDS, self._state, strict=True)), ensure_ascii=False)
-
-    @staticmethod
-    def from_json(text: str) -> "Tokenizer":
-        """Inverse of `to_json`. Raises: UserError when the text is not of `to_json`."""
-        try:
-            state = [json.loads(text)[field] for field in _FIELDS]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"stored tokenizer: not readable ({type(e).__name__}: {e}); start the run anew"
-            ) from None
-        return _rebuild(*state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the
@@ -137,59 +117,58 @@ class Tokenizer:
             **({"add_prefix_space": True} if self.source == _TRAINED else {}),
             "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
         }
-        out = epath.Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tokenizer.json").write_text(self._state[0], encoding="utf-8")
-        for name, content in (
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", names),
-        ):
-            (out / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        texts = {"tokenizer.json": self.tokenizer_json}
+        for name, content in (("tokenizer_config", config), ("special_tokens_map", names)):
+            texts[f"{name}.json"] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, text in texts.items():
+            files.write_whole(epath.Path(folder) / name, text)
 
-    def _id(self, token: str, field: str) -> int:
+    def _find_id(self, token: str, field: str) -> int:
         found = self._control.token_to_id(token)
         if found is None:
-            raise UserError(
-                f'{self.source}: {field} "{token}" is not in the vocabulary of tokenizer.json'
-            )
+            told = f'{field} "{token}" is not in the vocabulary of tokenizer.json'
+            raise UserError(f"{self.source}: {told}")
         return found
 
-    def _frame(self, roles: tuple[str, ...]) -> list[list[int] | int]:
-        """What the template writes around messages with these roles: token ids, and message numbers
-        in their place."""
+    def _encode_control(self, text: str) -> list[int]:
+        return self._control.encode(text, add_special_tokens=False).ids
+
+    def _make_frame(self, roles: tuple[str, ...]) -> Frame:
+        """Returns what the template writes around messages with these roles, and their numbers in
+        place of their contents."""
         if roles not in self._frames:
             try:
-                text = self._fill(roles, add_generation_prompt=True)
+                text = self._fill_template(roles, add_generation_prompt=True)
             except UserError:
                 if roles[:2] != ("system", "user"):
                     raise
-                between = self._control.encode("\n\n", add_special_tokens=False).ids
-                frame: list[list[int] | int] = []
-                for part in self._frame(roles[1:]):
-                    if part == 0:
-                        frame += [0, between, 1]
-                    else:
-                        frame.append(part if isinstance(part, list) else part + 1)
-                self._frames[roles] = frame
-                return frame
-            parts = [
-                int(part) if i % 2 else self._control.encode(part, add_special_tokens=False).ids
-                for i, part in enumerate(_SENTINEL.split(text))
-            ]
-            if isinstance(parts[0], list) and self.bos_id is not None:
-                parts[0] = self._with_one_begin(parts[0])
-            self._frames[roles] = parts
+                self._frames[roles] = self._join_system(roles)
+                return self._frames[roles]
+            pieces = enumerate(_SENTINEL.split(text))
+            frame = [int(x) if i % 2 else self._encode_control(x) for i, x in pieces]
+            if isinstance(frame[0], list) and self.bos_id is not None:
+                frame[0] = self._with_one_begin(frame[0])
+            self._frames[roles] = frame
         return self._frames[roles]
+
+    def _join_system(self, roles: tuple[str, ...]) -> Frame:
+        """Returns the frame where the system message stands at the head of the first user
+        message."""
+        frame: Frame = []
+        for part in self._make_frame(roles[1:]):
+            if part == 0:
+                frame += [0, self._encode_control("\n\n"), 1]
+            else:
+                frame.append(part if isinstance(part, list) else part + 1)
+        return frame
 
     def _with_one_begin(self, ids: list[int]) -> list[int]:
         count = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         expected = bool(count) or self._control.encode("").ids[:1] == [self.bos_id]
         return [self.bos_id] * expected + ids[count:] if self.bos_id is not None else ids
 
-    def _fill(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
-        """The rendered template of messages with these roles, with a sentinel in place of each
+    def _fill_template(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
+        """Renders the template for messages with these roles, with a sentinel in place of each
         content."""
         messages = [
             {"role": role, "content": f"\ue000Content{i}\ue001"} for i, role in enumerate(roles)
@@ -204,33 +183,26 @@ class Tokenizer:
                 pad_token=self.pad,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:
-            raise UserError(
-                f"{self.source}: the chat template refuses the roles {', '.join(roles)}: {e}"
-            ) from None
+            told = f"the chat template refuses the roles {', '.join(roles)}: {e}"
+            raise UserError(f"{self.source}: {told}") from None
         found = [int(number) for number in _SENTINEL.findall(text)]
         if sorted(found) != list(range(len(roles))):
             raise UserError(
-                f"{self.source}: the chat template must write the content of each message once and unchanged; of a "
-                f"conversation with the roles {', '.join(roles)} it writes {len(found)} of {len(roles)} contents"
+                f"{self.source}: the chat template must write the content of each message once and "
+                f"unchanged; of a conversation with the roles {', '.join(roles)} it writes "
+                f"{len(found)} of {len(roles)} contents"
             )
         return text
 
-    def _reply_end(self) -> int:
-        after = _SENTINEL.split(self._fill(("user", "assistant"), add_generation_prompt=False))[-1]
-        for i in self._control.encode(after, add_special_tokens=False).ids:
+    def _find_reply_end(self) -> int:
+        text = self._fill_template(("user", "assistant"), add_generation_prompt=False)
+        for i in self._encode_control(_SENTINEL.split(text)[-1]):
             if i in self.control_ids:
                 return i
         if not self.eos:
-            raise UserError(
-                f"{self.source}: eos_token is missing and the chat template ends a reply with no control token"
-            )
-        return self._id(self.eos, "eos_token")
-
-
-_FIELDS = ("tokenizer_json", "chat_template", "bos", "eos", "pad", "source")
-
-
-_TRAINED = "trained tokenizer"  # `source` of a tokenizer made here
+            told = "eos_token is missing and the chat template ends a reply with no control token"
+            raise UserError(f"{self.source}: {told}")
+        return self._find_id(self.eos, "eos_token")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -244,9 +216,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     least = 256 + len(CONTROL_TOKENS)
     if vocab_size < least:
-        raise UserError(
-            f"model.vocab_size: {vocab_size} is too small; the bytes and control tokens alone need {least}"
-        )
+        told = f"{vocab_size} is too small; the bytes and control tokens alone need {least}"
+        raise UserError(f"model.vocab_size: {told}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
@@ -258,14 +229,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(
-        backend.to_str(),
-        CHAT_TEMPLATE,
-        bos="<|begin|>",
-        eos="<|end|>",
-        pad="<|pad|>",
-        source=_TRAINED,
-    )
+    names = "<|begin|>", "<|end|>", "<|pad|>"
+    return Tokenizer(backend.to_str(), CHAT_TEMPLATE, *names, source=_TRAINED)
 
 
 def load(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -276,48 +241,34 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
     """
     root = epath.Path(folder)
     if not root.is_dir():
-        raise UserError(
-            f"model.checkpoint: {root} is not a folder; give a Hugging Face folder with tokenizer.json"
-        )
+        fix = "give a Hugging Face folder with tokenizer.json"
+        raise UserError(f"model.checkpoint: {root} is not a folder; {fix}")
     if not (root / "tokenizer.json").is_file():
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{root}/tokenizer.json: not found (the folder holds {found}); slow tokenizers are not read"
-        )
+        told = f"not found (the folder holds {found}); slow tokenizers are not read"
+        raise UserError(f"{root}/tokenizer.json: {told}")
     config = _read_json(root / "tokenizer_config.json")
-    if (
-        root / "special_tokens_map.json"
-    ).is_file():  # the names, where tokenizer_config.json leaves them out
-        config = _read_json(root / "special_tokens_map.json") | config
+    more = root / "special_tokens_map.json"  # the names, where tokenizer_config.json has none
+    if more.is_file():
+        config = _read_json(more) | config
     tokenizer_json = _read_text(root / "tokenizer.json")
-    names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-    if not names["eos_token"]:
-        names["eos_token"] = _eos_from_model(root, _backend(tokenizer_json, str(root)))
-    bos, eos, pad = names.values()
-    return Tokenizer(
-        tokenizer_json, _chat_template(root, config), bos=bos, eos=eos, pad=pad, source=str(root)
-    )
+    bos, eos, pad = (_read_token(config, f"{name}_token") for name in ("bos", "eos", "pad"))
+    eos = eos or _find_eos(root, _open(tokenizer_json, str(root)))
+    return Tokenizer(tokenizer_json, _find_template(root, config), bos, eos, pad, str(root))
 
 
-def _rebuild(
-    tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str
-) -> Tokenizer:
-    return Tokenizer(tokenizer_json, chat_template, bos=bos, eos=eos, pad=pad, source=source)
-
-
-def _backend(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
+def _open(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(tokenizer_json)
     except Exception as e:  # the library raises plain Exception for every defect of the file
-        raise UserError(
-            f"{source}: tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}"
-        ) from None
+        told = f"tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}"
+        raise UserError(f"{source}: {told}") from None
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _all_control_marked(tokenizer_json: str, chat_template: str) -> str:
+def _mark_control_tokens(tokenizer_json: str, chat_template: str) -> str:
     """Marks as special what the template uses as control tokens though the file calls them text
     (Qwen 3's <think>)."""
     try:
@@ -347,33 +298,33 @@ def _compile(chat_template: str, source: str) -> jinja2.Template:
         raise UserError(f"{source}: chat template, line {e.lineno}: {e.message}") from None
 
 
-def _chat_template(root: epath.Path, config: dict[str, Any]) -> str:
+def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
     if (root / "chat_template.jinja").is_file():
         return _read_text(root / "chat_template.jinja")
     template = config.get("chat_template")
-    if (
-        template is None and (root / "chat_template.json").is_file()
-    ):  # of processors for text and images
-        template = _read_json(root / "chat_template.json").get("chat_template")
+    of_processor = root / "chat_template.json"  # of models of text and images
+    if template is None and of_processor.is_file():
+        template = _read_json(of_processor).get("chat_template")
+    where = f"{root}/tokenizer_config.json"
     if isinstance(template, list):
         named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         if "default" not in named:
-            raise UserError(
-                f'{root}/tokenizer_config.json: chat_template names {sorted(named)}, but not "default"'
-            )
+            raise UserError(f'{where}: chat_template names {sorted(named)}, but not "default"')
         template = named["default"]
     if not isinstance(template, str):
-        raise UserError(
-            f"{root}: no chat_template.jinja and no chat_template in tokenizer_config.json; use a chat model"
-        )
+        told = "no chat_template.jinja and no chat_template in tokenizer_config.json"
+        raise UserError(f"{root}: {told}; use a chat model")
     return template
 
 
-def _token_name(value: Any) -> str:
+def _read_token(config: dict[str, Any], field: str) -> str:
+    value = config.get(field)
     return str(value["content"] if isinstance(value, dict) else value or "")
 
 
-def _eos_from_model(root: epath.Path, backend: tokenizers.Tokenizer) -> str:
+def _find_eos(root: epath.Path, backend: tokenizers.Tokenizer) -> str:
+    """Returns the name of the end token that the files of the model tell, "" when they tell
+    none."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
         if ids is not None:

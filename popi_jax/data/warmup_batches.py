@@ -10,6 +10,7 @@ import numpy as np
 from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, round_up
+from popi_jax.data.prepared import Dataset
 from popi_jax.data.records import ITEM_SEPARATOR, User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
@@ -83,6 +84,12 @@ def make_warmup_batches(
 
     workers = cfg.data.workers
     return batches.make_steps(len(source), sum(sizes), make, seed=seed, workers=workers)
+
+
+def find_items(dataset: Dataset, cfg: Any) -> tuple[str, ...]:
+    """Returns the `items` of the warm-up of a run; () where it has none."""
+    listed = cfg.warmup.steps and dataset.source.lists_items
+    return list_summary_items(dataset.splits["train"]) if listed else ()
 
 
 def list_summary_items(users: Iterable[User]) -> tuple[str, ...]:

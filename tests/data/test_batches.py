@@ -169,7 +169,8 @@ if __name__ == "__main__":
         state = iterator.get_state()
         next(iterator)
         iterator.set_state(state)
-        jax.tree.map(np.testing.assert_array_equal, expected, first + [next(iterator) for _ in range(3)])
+        found = first + [next(iterator) for _ in range(3)]
+        jax.tree.map(np.testing.assert_array_equal, expected, found)
         iterator.close()
     print("equal")
 """

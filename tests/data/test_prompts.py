@@ -62,10 +62,12 @@ def written(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
 def test_signals_text() -> None:
     rest = "profile: i keep bees .\nsurvey: age: 40\nabout: tea ?\nwrote: too long\n"
     assert prompts.render_signals(USER, "paired") == (
-        f"{rest}asked: why bees ?\nliked: they sing\ndisliked: no idea\nasked: honey ?\nliked: yes\ndisliked: no"
+        f"{rest}asked: why bees ?\nliked: they sing\ndisliked: no idea\n"
+        "asked: honey ?\nliked: yes\ndisliked: no"
     )
     assert prompts.render_signals(USER, "grouped") == (
-        f"{rest}asked: why bees ?\nliked: they sing\nasked: honey ?\nliked: yes\ndisliked: no idea\ndisliked: no"
+        f"{rest}asked: why bees ?\nliked: they sing\nasked: honey ?\nliked: yes\n"
+        "disliked: no idea\ndisliked: no"
     )
     assert prompts.render_signals(EMPTY) == ""
 

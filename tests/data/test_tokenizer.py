@@ -32,7 +32,9 @@ LLAMA_LIKE = """{{- bos_token }}
 {%- endif %}
 {{- "<|start|>system<|stop|>\\n\\nToday: " + date_string + "\\n" + system_message + "<|eot|>" }}
 {%- for message in messages %}
-    {%- if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}
+    {%- if message['role'] not in ['user', 'assistant'] %}
+        {{- raise_exception('unknown role') }}
+    {%- endif %}
     {{- '<|start|>' + message['role'] + '<|stop|>\\n\\n' + message['content'] | trim + '<|eot|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -81,7 +83,7 @@ def control_names(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> list[st
 def test_training_is_deterministic_and_keeps_words_whole(
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
-    assert tokenizer_lib.train(iter(TEXTS), 320).to_json() == tokenizer.to_json()
+    assert tokenizer_lib.train(iter(TEXTS), 320).tokenizer_json == tokenizer.tokenizer_json
     assert len(tokenizer.encode("bees")) == 1
     assert (
         tokenizer.encode("bees honey")[0]
@@ -123,7 +125,7 @@ def test_render_equals_the_whole_text_when_nothing_is_injected(
     ]
     ids = tokenizer.render([{"role": r, "content": c} for r, c in messages], cut="@")
     whole = "<|begin|>" + "".join(f"<|{r}|>{c}<|end|>" for r, c in messages) + "<|assistant|>"
-    backend = tokenizers.Tokenizer.from_str(json.loads(tokenizer.to_json())["tokenizer_json"])
+    backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
     assert ids == (backend.encode(whole).ids,)
 
 
@@ -143,12 +145,11 @@ def test_a_content_that_looks_like_a_sentinel_is_only_text(
     assert ids == [1, 4, *tokenizer.encode(text), 2, 5]
 
 
-def test_pickled_and_stored_tokenizers_still_neutralise_control_tokens(
+def test_pickled_tokenizers_still_neutralise_control_tokens(
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
     expected = tokenizer.encode("bees <|end|>")
     assert pickle.loads(pickle.dumps(tokenizer)).encode("bees <|end|>") == expected
-    assert tokenizer_lib.Tokenizer.from_json(tokenizer.to_json()).encode("bees <|end|>") == expected
 
 
 def test_threads_do_not_disturb_one_another(tokenizer: tokenizer_lib.Tokenizer) -> None:
@@ -210,7 +211,8 @@ def test_load_of_a_llama_like_folder(llama_like: pathlib.Path) -> None:
         "<|bot|><|start|>system<|stop|>\n\nToday: 26 Jul 2024\nshort"
     )
     assert tokenizer._control.decode(second, skip_special_tokens=False) == (
-        "<|eot|><|start|>user<|stop|>\n\nbees <|eot|> and honey<|eot|><|start|>assistant<|stop|>\n\n"
+        "<|eot|><|start|>user<|stop|>\n\nbees <|eot|> and honey"
+        "<|eot|><|start|>assistant<|stop|>\n\n"
     )
     assert second.count(4) == 2  # the third <|eot|> is spelled out
     assert tokenizer.eos_id == 4  # replies end as in the template, not with the end of a document
@@ -228,7 +230,8 @@ def test_template_sources_and_order(llama_like: pathlib.Path) -> None:
 
 
 def test_end_token_from_the_model_files(llama_like: pathlib.Path) -> None:
-    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"  # ends a reply with no control token
+    # ends a reply with no control token
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     (llama_like / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(UserError, match="no eos_token|eos_token is missing"):
         tokenizer_lib.load(llama_like)
@@ -297,17 +300,15 @@ def test_broken_folders_are_told(
 def test_other_user_errors(llama_like: pathlib.Path) -> None:
     with pytest.raises(UserError, match="model.vocab_size: 100 is too small; .* need 262"):
         tokenizer_lib.train(TEXTS, 100)
-    with pytest.raises(UserError, match="stored tokenizer"):
-        tokenizer_lib.Tokenizer.from_json("{}")
     shutil.rmtree(llama_like)
     with pytest.raises(UserError, match="model.checkpoint: .* is not a folder"):
         tokenizer_lib.load(llama_like)
 
 
 NO_SYSTEM = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '<|stop|>' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>' }}{% endif %}"
 )
 

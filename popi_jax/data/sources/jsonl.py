@@ -20,17 +20,7 @@ from popi_jax.data.sources.source import Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
-FIELDS = (
-    "user_id",
-    "dataset",
-    "record_id",
-    "signals",
-    "prompt",
-    "chosen",
-    "rejected",
-    "oracle",
-    "meta",
-)
+FIELDS = "user_id dataset record_id signals prompt chosen rejected oracle meta".split()
 SIGNALS = ("profile", "survey", "fewshot", "comments")
 PLACEHOLDERS = ("EMPTY STRING", "nan", "NaN", "None")
 
@@ -46,11 +36,8 @@ class Record:
 def list_files(path: Path) -> list[Path]:
     """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when
     one is missing."""
-    return (
-        [check_file(path / f"{split}.jsonl") for split in SPLITS]
-        if path.is_dir()
-        else [check_file(path)]
-    )
+    paths = [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]
+    return [check_file(path) for path in paths]
 
 
 def load(path: Path, cfg: Any) -> Loaded:
@@ -61,9 +48,8 @@ def load(path: Path, cfg: Any) -> Loaded:
     """
     users: list[User] = []
     bad_rows: list[str] = []
-    split_by_name: dict[
-        str, tuple[str, str]
-    ] = {}  # user_id -> its split and where it was first seen
+    # user_id -> its split and where it was first seen
+    split_by_name: dict[str, tuple[str, str]] = {}
     for file in list_files(path):
         records, bad = _read_records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
         users += _group(records, cfg)
@@ -98,8 +84,8 @@ def _read_records(
 
 
 def read_users(path: Path, num_shots: int) -> list[User]:
-    """Users to summarise, in the order of the file: lines of which only user_id and signals are
-    needed and read.
+    """Returns users to summarise, in the order of the file: lines of which only user_id and signals
+    are needed and read.
 
     Users hold no pairs, and the first `num_shots` past pairs, as training shows.
     Raises: UserError naming file and line.
@@ -109,12 +95,8 @@ def read_users(path: Path, num_shots: int) -> list[User]:
         row.allow_only(FIELDS)
         user = _parse_signals(row, num_shots)
         if not (user.profile or user.survey or user.shots or user.comments):
-            raise row.make_error(
-                "signals",
-                row.fields["signals"],
-                f"at least one of {', '.join(SIGNALS)}",
-                "Add one.",
-            )
+            allowed = f"at least one of {', '.join(SIGNALS)}"
+            raise row.make_error("signals", row.fields["signals"], allowed, "Add one.")
         return user
 
     if not path.is_file():
@@ -126,53 +108,38 @@ def read_users(path: Path, num_shots: int) -> list[User]:
 def _parse_record(row: Row) -> Record:
     row.allow_only(FIELDS)
     user = _parse_signals(row)
-    shots, comments = user.shots, user.comments
-    pair = Pair(
-        row.get_text("record_id"),
-        _parse_messages(row),
-        _get_text(row, "chosen"),
-        _get_text(row, "rejected"),
-    )
-    if pair.chosen == pair.rejected:
-        raise row.make_error(
-            "rejected", pair.rejected, 'a text other than "chosen"', "Correct or remove the line."
-        )
-    for i, shot in enumerate(shots):
+    texts = (_get_text(row, name) for name in ("chosen", "rejected"))
+    pair = Pair(row.get_text("record_id"), _parse_messages(row), *texts)
+    _check_differs(row, pair, "line")
+    for i, shot in enumerate(user.shots):
         if shot.prompt == pair.prompt[-1]["content"]:
+            field = f"signals.fewshot[{i}].prompt"
             allowed = (
                 'no prompt that is also the line\'s own "prompt": it would give the answer away'
             )
-            raise row.make_error(
-                f"signals.fewshot[{i}].prompt", shot.prompt, allowed, "Remove that example."
-            )
+            raise row.make_error(field, shot.prompt, allowed, "Remove that example.")
     asked = {m["content"] for m in pair.prompt if m["role"] == "user"}
-    for i, comment in enumerate(comments):
+    for i, comment in enumerate(user.comments):
         if comment.prompt in asked or comment.comment in asked:
-            allowed = 'no text of the line\'s own "prompt"'
-            raise row.make_error(
-                f"signals.comments[{i}]", comment.prompt, allowed, "Remove that comment."
-            )
+            field, allowed = f"signals.comments[{i}]", 'no text of the line\'s own "prompt"'
+            raise row.make_error(field, comment.prompt, allowed, "Remove that comment.")
     return Record(dataclasses.replace(user, oracle=_get_optional(row, "oracle")), pair)
 
 
 def _parse_signals(row: Row, num_shots: int | None = None) -> User:
-    """The user of a line, without pairs and oracle."""
+    """Returns the user of a line, without pairs and oracle."""
     signals = row.get_object("signals")
     signals.allow_only(SIGNALS)
-    shots = [
-        _parse_shot(item)
-        for item in (signals.get_objects("fewshot") if "fewshot" in signals.fields else [])
-    ]
-    comments = [
-        _parse_comment(item)
-        for item in (signals.get_objects("comments") if "comments" in signals.fields else [])
-    ]
+    shots, comments = (
+        signals.get_objects(name) if name in signals.fields else []
+        for name in ("fewshot", "comments")
+    )
     return User(
         user_id=row.get_text("user_id"),
         profile=_get_optional(signals, "profile"),
         survey=_get_optional(signals, "survey"),
-        shots=tuple(shots[:num_shots]),
-        comments=tuple(comments),
+        shots=tuple([_parse_shot(item) for item in shots][:num_shots]),
+        comments=tuple(_parse_comment(item) for item in comments),
         pairs=(),
     )
 
@@ -195,15 +162,15 @@ def _group(records: list[Record], cfg: Any) -> list[User]:
 
 def _parse_shot(row: Row) -> Shot:
     row.allow_only(("prompt", "chosen", "rejected"))
-    shot = Shot(_get_text(row, "prompt"), _get_text(row, "chosen"), _get_text(row, "rejected"))
-    if shot.chosen == shot.rejected:
-        raise row.make_error(
-            "rejected",
-            shot.rejected,
-            'a text other than "chosen"',
-            "Correct or remove the example.",
-        )
+    shot = Shot(*(_get_text(row, name) for name in ("prompt", "chosen", "rejected")))
+    _check_differs(row, shot, "example")
     return shot
+
+
+def _check_differs(row: Row, pair: Pair | Shot, what: str) -> None:
+    if pair.chosen == pair.rejected:
+        allowed, fix = 'a text other than "chosen"', f"Correct or remove the {what}."
+        raise row.make_error("rejected", pair.rejected, allowed, fix)
 
 
 def _parse_comment(row: Row) -> Comment:
@@ -235,12 +202,8 @@ def _get_optional(row: Row, name: str) -> str:
 
 def _check_real(row: Row, name: str, text: str) -> str:
     if text in PLACEHOLDERS:
-        raise row.make_error(
-            name,
-            text,
-            "a real text; what is missing is left out or empty",
-            "Correct or remove the line.",
-        )
+        allowed = "a real text; what is missing is left out or empty"
+        raise row.make_error(name, text, allowed, "Correct or remove the line.")
     return text
 
 

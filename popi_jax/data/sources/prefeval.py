@@ -72,9 +72,8 @@ def _read_options(
         key = _read_key(row, seen)
         name, allowed = "classification_task_options", "4 texts, the first unlike the others"
         options = row.get_value(name, allowed)
-        if not isinstance(options, list) or not all(
-            isinstance(o, str) and o.strip() for o in options
-        ):
+        texts = isinstance(options, list) and all(isinstance(o, str) for o in options)
+        if not texts or not all(map(str.strip, options)):
             raise row.make_error(name, options, allowed, "Correct the row.")
         if len(options) != 4:
             raise row.make_error(name, f"{len(options)} texts", allowed, "Correct the row.")
@@ -98,9 +97,8 @@ def _read_users(
             return None
         if key not in options:
             allowed = f"a preference and question of {OPTIONS}/{path.name}"
-            raise row.make_error(
-                "question", question, allowed, "Take both files from the same release."
-            )
+            fix = "Take both files from the same release."
+            raise row.make_error("question", question, allowed, fix)
         comments = _read_comments(row, question)
         # not the row number: rows may move
         digest = hashlib.sha256(f"{preference}\n{question}".encode()).hexdigest()[:10]
@@ -139,9 +137,8 @@ def _read_comments(row: Row, question: str) -> tuple[Comment, ...]:
         turn = chat.get_object(name)
         said = turn.get_text("user")
         if question in (said, answered):
-            raise turn.make_error(
-                "user", said, "a chat without the question that is held out", "Remove the row."
-            )
+            allowed = "a chat without the question that is held out"
+            raise turn.make_error("user", said, allowed, "Remove the row.")
         comments.append(Comment(answered, said))
         answered = turn.get_text("assistant")
     if not comments:
@@ -153,12 +150,8 @@ def _read_key(row: Row, seen: dict[tuple[str, str], str]) -> tuple[str, str]:
     key = row.get_text("preference"), row.get_text("question")
     first = seen.setdefault(key, row.where)
     if first != row.where:
-        raise row.make_error(
-            "question",
-            key[1],
-            f"a pair of preference and question that occurs once (first at {first})",
-            "Remove one.",
-        )
+        allowed = f"a preference and question that occur once (first at {first})"
+        raise row.make_error("question", key[1], allowed, "Remove one.")
     return key
 
 

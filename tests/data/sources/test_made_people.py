@@ -1,5 +1,5 @@
-"""The PRISM-format sample: that it is what its module says, and that `compute_bayes_optimum` is the best
-possible."""
+"""The PRISM-format sample: that it is what its module says, and that `compute_bayes_optimum` is the
+best possible."""
 
 import itertools
 import json
@@ -37,9 +37,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def users(folder: Path) -> list[User]:
     options = SimpleNamespace(
-        on_bad_row="error", validation_fraction=0.1, test_fraction=0.1, num_shots=6, num_pairs=8, turns="first",
-        pair_mode="best_vs_worst", score_margin=1, use_system_string=False,
-    )  # fmt: skip
+        on_bad_row="error",
+        validation_fraction=0.1,
+        test_fraction=0.1,
+        num_shots=6,
+        num_pairs=8,
+        turns="first",
+        pair_mode="best_vs_worst",
+        score_margin=1,
+        use_system_string=False,
+    )
     loaded = prism.load(folder, options)
     assert loaded.bad_rows == []
     return loaded.users

@@ -272,9 +272,10 @@ def test_a_target_whose_prompt_was_shown_is_dropped(tmp_path: Path) -> None:
 def test_survey_tells_what_is_known(tmp_path: Path) -> None:
     (user,) = load(tmp_path, world(2))
     assert user.survey == (
-        "age: 25-34 years old; gender: female; english proficiency: fluent; religion: Jewish; birth country: Peru; "
-        "reside country: United Kingdom; language model familiarity: very familiar; language model indirect use: no; "
-        "uses: research, well-being guidance; what matters (0-100): values 50, creativity 50, fluency 50, "
+        "age: 25-34 years old; gender: female; english proficiency: fluent; religion: Jewish; "
+        "birth country: Peru; reside country: United Kingdom; language model familiarity: very "
+        "familiar; language model indirect use: no; uses: research, well-being guidance; "
+        "what matters (0-100): values 50, creativity 50, fluency 50, "
         "factuality 50, diversity 50, safety 50, personalisation 50, helpfulness 50"
     )
 
