@@ -259,7 +259,9 @@ def test_killed_at_any_time_the_newest_step_is_whole(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
-        newest, state = manager.restore_latest(m, lambda _: abstract(make_state(0, rows=30000)), None)
+        newest, state = manager.restore_latest(
+            m, lambda _: abstract(make_state(0, rows=30000)), None
+        )
         manager.close(m)
         assert newest > last
         assert_same(state, make_state(newest, rows=30000))

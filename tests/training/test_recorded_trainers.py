@@ -13,7 +13,7 @@ from popi_jax.popi.roles import pair_logps
 from popi_jax.popi.steps import generator_step
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.checkpoints import hf_config, hf_io, hf_names
+from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.grpo import PolicyObjective, policy_loss, policy_sums
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.scorer import answer_logps
@@ -42,7 +42,7 @@ def nested(tokens: Tokens, axes: int) -> Tokens:
 
 
 def assert_gradients(found: dict, values: Any, prefix: str, cfg: TransformerConfig) -> None:
-    named = dict(hf_names.to_hf(jax.device_get(found), cfg))
+    named = dict(hf_write.list_tensors(jax.device_get(found), cfg))
     expected = {
         key.removeprefix(prefix): values[key] for key in values.files if key.startswith(prefix)
     }
