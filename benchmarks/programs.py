@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from popi_jax.popi.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
+from popi_jax.popi.steps import generator_step, inference_step
 
 from benchmarks.workloads import Geometry, Workload
 from configs.base import compose
@@ -16,8 +18,6 @@ from popi_jax.config import Config, from_config_dict, parse_phases
 from popi_jax.losses.preference import PairLogps
 from popi_jax.models.decode import Sampling
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
-from popi_jax.popi.steps import generator_step, inference_step
 from popi_jax.popi.update import Parts, popi_update
 from popi_jax.training import optim
 from popi_jax.training.setup import Frozen, Transforms, init_state

@@ -17,8 +17,10 @@ from popi_jax import sharding
 from popi_jax.config import LOGICAL_AXES, MESH_AXES
 from popi_jax.config_rules import parse_rules
 from popi_jax.errors import UserError
+from popi_jax.models.layout import UNSPLIT, Rules, move, spec
 from popi_jax.models.transformer import TransformerConfig, init_boxed
-from popi_jax.sharding import Rules, make_mesh, param_shardings
+from popi_jax.sharding import make_mesh
+from tests.oracles import plain
 from tests.oracles.plain import MODEL, ROLLOUT_RULES, RULES
 
 FSDP = Rules(**parse_rules(scales.FSDP_RULES, "rules"))
@@ -28,7 +30,7 @@ def layout(
     rules: Rules, shape: tuple[int, int, int, int] = (1, 4, 2, 1), model: TransformerConfig = MODEL
 ) -> dict:
     boxed = jax.eval_shape(partial(init_boxed, cfg=model), jax.eval_shape(jax.random.key, 0))
-    return param_shardings(boxed, make_mesh(*shape), rules)
+    return plain.shardings(boxed, make_mesh(*shape), rules)
 
 
 def test_rules_of_the_configuration_name_the_axes_of_the_code() -> None:
@@ -69,9 +71,9 @@ def test_what_would_not_do_is_refused_by_name() -> None:
         UserError, match=r"parameter embed/embedding .* would be whole on every device"
     ):
         layout(RULES._replace(vocab=(), vocab_embed=()))
-    assert layout(sharding.UNSPLIT)  # nothing split is a choice
+    assert layout(UNSPLIT)  # nothing split is a choice
     with pytest.raises(KeyError, match="head_dimension"):
-        sharding.spec(("embed", "head_dimension"), RULES)
+        spec(("embed", "head_dimension"), RULES)
     with pytest.raises(
         UserError, match="the 2 KV heads of the model do not divide over so many devices; at most 2"
     ):
@@ -107,8 +109,8 @@ def test_laid_out_anew_it_is_the_same() -> None:
     x = np.arange(2 * 16 * 8, dtype=np.float32).reshape(2, 16, 8)
     mesh = make_mesh(1, 4, 2)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(x, NamedSharding(mesh, sharding.spec(names, FSDP)))
-        program = jax.jit(lambda x: sharding.relaid(x, names, FSDP, ROLLOUT_RULES))
+        placed = jax.device_put(x, NamedSharding(mesh, spec(names, FSDP)))
+        program = jax.jit(lambda x: move(x, names, FSDP, ROLLOUT_RULES))
         found = program(placed)
         assert found.sharding.spec == P(None, None, "tensor")
         text = program.lower(placed).compile().as_text()

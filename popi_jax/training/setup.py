@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
 from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
-from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase
-from popi_jax.config import parse_phases
+from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase, parse_phases
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective

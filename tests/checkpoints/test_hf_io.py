@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from popi_jax.checkpoints import hf_config, hf_io, hf_names, hf_write
 from popi_jax.errors import UserError
-from popi_jax.models.attention import Level
-from popi_jax.models.transformer import Transformer, TransformerConfig, head, init_boxed, unbox
+from popi_jax.models.packing import Level
+from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, init_boxed, unbox
 from tests.oracles_llama import llama_logits
 
 # every size different, so that a swapped axis is seen; two query heads per key head; heads x
@@ -65,7 +65,7 @@ def edit(folder: Path, **fields) -> None:
 def padded_logits(params: dict, ids: jax.Array, cfg: TransformerConfig) -> jax.Array:
     one = ids[None], jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool)
     hidden, _ = Transformer(cfg).apply({"params": params}, *one, levels=(Level(1, len(ids)),))
-    return hidden[0] @ head(params, cfg)
+    return hidden[0] @ get_head(params, cfg)
 
 
 def logits(params: dict, cfg: TransformerConfig, ids: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from popi_jax.checkpoints import hf_config, hf_io, hf_names, hf_write
 from popi_jax.errors import UserError
 from popi_jax.models.attention import RopeScaling
 from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
-from popi_jax.sharding import make_mesh, param_shardings
+from popi_jax.sharding import make_mesh
+from tests.oracles import plain
 from tests.oracles.plain import RULES
 
 SIZES = {
@@ -72,7 +73,7 @@ def write(
 
 def abstract_of(cfg: TransformerConfig, dtype: str) -> dict:
     boxed = jax.eval_shape(partial(init_boxed, cfg=cfg), jax.random.key(0))
-    layout = param_shardings(boxed, make_mesh(1, 4, 2), RULES)
+    layout = plain.shardings(boxed, make_mesh(1, 4, 2), RULES)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), unbox(boxed), layout
     )

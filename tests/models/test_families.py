@@ -16,15 +16,16 @@ from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.attention import Level, RopeScaling, frequencies
 from popi_jax.models.decode import Sampling, sample, sample_keys
+from popi_jax.models.packing import Level, Tree
 from popi_jax.models.transformer import (
     Transformer,
     TransformerConfig,
-    head,
+    get_head,
     init_boxed,
     unbox,
     variables,
 )
-from popi_jax.popi.scorer import answer_logps
+from popi_jax.popi.scorer import score_answers
 from tests.oracles import decoder, recorded
 from tests.oracles import losses as oracle
 from tests.oracles.plain import row
@@ -118,7 +119,8 @@ def test_packed_tree_equals_separate_sequences(
         tokens(rng, (2, 2), 5),
         tokens(rng, (2, 2, 2), 6),
     )
-    scores = jax.jit(partial(answer_logps, model=EVERYTHING))(params, context, turns, answers)
+    score = jax.jit(partial(score_answers, model=EVERYTHING))
+    scores = score(params, Tree(context, turns, answers))
     for place in np.ndindex(2, 2, 2):
         prefix, answer = row(context, place[0]) + row(turns, *place[:2]), row(answers, *place)
         logps = oracle.log_softmax(decoder.logits(tensors, EVERYTHING, prefix + answer))
@@ -169,7 +171,7 @@ def padded_logits(
     hidden, _ = Transformer(cfg).apply(
         variables(params), ids, positions, valid, levels=(Level(1, ids.shape[1]),)
     )
-    return token_logits(hidden, head(params, cfg), softcap=cfg.final_logit_softcap)
+    return token_logits(hidden, get_head(params, cfg), softcap=cfg.final_logit_softcap)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,15 @@ from popi_jax import config_rules
 from popi_jax.arrays import Tokens
 from popi_jax.models.layout import Rules
 from popi_jax.models.packing import Level
-from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, init_boxed, unbox
+from popi_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    get_head,
+    init_boxed,
+    logical_names,
+    unbox,
+)
+from popi_jax.sharding import param_shardings
 from tests.oracles_llama import llama_logits
 
 RULES, ROLLOUT_RULES = (
@@ -51,6 +59,11 @@ def random_params(seed: int, model: TransformerConfig = MODEL) -> dict:
         return 2 * x if "lm_head" in name or "embed" in name else x
 
     return jax.tree_util.tree_map_with_path(changed, unbox(boxed))
+
+
+def shardings(boxed: dict, mesh: jax.sharding.Mesh, rules: Rules) -> dict:
+    """Of parameters that still carry their logical axis names."""
+    return param_shardings(unbox(boxed), logical_names(boxed), mesh, rules)
 
 
 def logits(params: dict, model: TransformerConfig, ids: np.ndarray) -> np.ndarray:

@@ -1,13 +1,18 @@
 """Budgets by hand, for users whose texts are all of one length."""
 
+import dataclasses
+
+import jax
 import pytest
-from popi_jax.popi.roles import Budgets, pair_budget, summary_budget
-from popi_jax.training.budgets import main_budgets, warmup_budgets
 
 from popi_jax.data.measure import Fill, Spread, TaskFill
-from popi_jax.models.packing import Budget
+from popi_jax.models.layout import UNSPLIT
+from popi_jax.models.packing import Budget, Budgets
+from popi_jax.training.setup import plan_budgets, plan_warmup_budgets
+from tests.oracles.plain import MODEL
 from tests.training import small
 
+SAMPLED_WHOLE = dataclasses.replace(MODEL, rollout_rules=UNSPLIT)
 FILL = Fill(
     contexts=Spread(100.0, 0.0),
     pairs=Spread(30.0, 0.0),
@@ -26,7 +31,8 @@ def test_of_the_users_that_a_shard_has_of_a_part(
     shards: int, microbatches: int, users: int
 ) -> None:
     cfg = small.replace(CFG, "batch", microbatches=microbatches)
-    found = main_budgets(FILL, small.GLUE, shards, 1, cfg=cfg)
+    with jax.set_mesh(small.make_mesh(shards, 1, 1)):
+        found = plan_budgets(FILL, small.GLUE, SAMPLED_WHOLE, cfg)
     assert found == Budgets(
         shards=shards,
         rollout_shards=1,
@@ -37,22 +43,23 @@ def test_of_the_users_that_a_shard_has_of_a_part(
         pairs=users * 30,
         answers=users * 20,
     )
-    assert pair_budget(found, 5) == Budget(5 * users * (7 + 30), 5 * users * 20, shards)
-    assert summary_budget(found, 5) == Budget(users * (102 + 15), users * 15, shards)
+    assert found.for_pairs(5) == Budget(5 * users * (7 + 30), 5 * users * 20, shards)
+    assert found.for_summaries(5) == Budget(users * (102 + 15), users * 15, shards)
+    assert found.for_sampling() == Budget(8 // microbatches * (100 + 2), 0, 1)
 
 
 def test_of_the_warmup() -> None:
     cfg = small.replace(CFG, "warmup", generator_users=6)
-    assert warmup_budgets(FILL, 2, cfg=cfg) == {"generator": Budget(3 * 40, 3 * 7, 2)}
+    with jax.set_mesh(small.make_mesh(2, 1, 1)):
+        assert plan_warmup_budgets(FILL, MODEL, cfg) == {"generator": Budget(3 * 40, 3 * 7, 2)}
 
 
 def test_more_spread_needs_more_room_and_many_shards_more_still() -> None:
-    even = main_budgets(FILL, small.GLUE, 1, 1, cfg=CFG)
-    uneven = FILL._replace(pairs=Spread(30.0, 5.0))
-    found = main_budgets(uneven, small.GLUE, 1, 1, cfg=CFG)
+    def plan(fill: Fill, shards: int) -> Budgets:
+        with jax.set_mesh(small.make_mesh(shards, 1, 1)):
+            return plan_budgets(fill, small.GLUE, MODEL, CFG)
+
+    even, uneven = plan(FILL, 1), FILL._replace(pairs=Spread(30.0, 5.0))
+    found = plan(uneven, 1)
     assert found.pairs > even.pairs and found._replace(pairs=0) == even._replace(pairs=0)
-    assert 4 * main_budgets(uneven, small.GLUE, 4, 1, cfg=CFG).pairs > found.pairs
-
-
-def test_without_budgets_there_are_none() -> None:
-    assert pair_budget(None, 2) is None and summary_budget(None, 2) is None
+    assert 4 * plan(uneven, 4).pairs > found.pairs

@@ -13,32 +13,26 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
-from popi_jax.popi.roles import pair_logps
-from popi_jax.popi.steps import generator_step, inference_step
 
-from popi_jax.arrays import Mean, Rollouts, Tokens
+from popi_jax.arrays import Frozen, Mean, PairLogps, RoleState, Rollouts, Tokens, TrainState
 from popi_jax.config import Config
-from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE, PairLogps
-from popi_jax.models.lora import join
-from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE
+from popi_jax.models.transformer import join_adapters
+from popi_jax.popi import scorer
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.inference_step import inference_step
+from popi_jax.popi.plan import Judge, Reference, RolePlan
+from popi_jax.popi.scorer import Scorer
 from popi_jax.popi.update import popi_update
-from popi_jax.training import microbatches, optim
-from popi_jax.training.setup import (
-    Frozen,
-    RoleState,
-    TrainState,
-    Transforms,
-    init_state,
-    policy,
-    restart_optimizers,
-)
+from popi_jax.training import optim, setup
+from tests.oracles import plain
 from tests.oracles.plain import MODEL
 from tests.popi.test_steps import assert_close
 from tests.training import small
 
 SGD = optax.sgd(1.0)
-JOINT = small.parse_phases(("joint 8",))
+JOINT = ("joint 8",)
+PLAIN = setup.Roles(RolePlan(SGD), RolePlan(SGD))
 LORA = {"rank": 2, "alpha": 3.0, "targets": ("q", "o", "down")}
 
 
@@ -57,16 +51,14 @@ def changed(
 @functools.cache
 def compiled(cfg: Config) -> tuple[TrainState, Frozen, Any]:
     """(state, reference policies, update) with plain gradient descent."""
-    parts = small.make_parts(cfg, Transforms(SGD, SGD))
+    plan = small.make_plan(cfg, SGD, phases=JOINT)
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        state, frozen = small.make_state(parts, mesh)
+        state, frozen = small.make_state(cfg, small.roles_of(plan), mesh)
         if cfg.inference.lora.rank:  # what the adapters stand on
-            base, _ = small.make_state(
-                small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh
-            )
+            base, _ = small.make_state(small.make_config(), PLAIN, mesh)
             frozen = Frozen(base.inference.params, base.generator.params)
-    return state, frozen, jax.jit(partial(popi_update, parts=parts, phases=JOINT))
+    return state, frozen, jax.jit(partial(popi_update, plan=plan))
 
 
 def run(cfg: Config, updates: int = 1) -> tuple[TrainState, TrainState, dict[str, Mean]]:
@@ -112,11 +104,11 @@ def test_an_update_in_parts_is_that_of_the_whole() -> None:
 @settings(max_examples=20, deadline=None)
 def test_parts_hold_every_user_once(seed: int, num: int) -> None:
     x = np.random.default_rng(seed).normal(size=(6, 2))
-    parts = microbatches.split(jnp.asarray(x), num)
+    parts = scorer.split_microbatches(jnp.asarray(x), num)
     assert parts.shape == (num, 6 // num, 2)
     np.testing.assert_array_equal(parts[0], x[::num].astype(np.float32))
-    np.testing.assert_array_equal(microbatches.join(parts), x.astype(np.float32))
-    doubled = microbatches.by_parts(lambda part: {"a": 2 * part}, jnp.asarray(x), num)
+    np.testing.assert_array_equal(scorer.join_microbatches(parts), x.astype(np.float32))
+    doubled = scorer.map_microbatches(lambda part: {"a": 2 * part}, jnp.asarray(x), num)
     np.testing.assert_array_equal(doubled["a"], 2 * x.astype(np.float32))
 
 
@@ -173,117 +165,13 @@ def test_adapters_alone_are_trained() -> None:
         assert len(of_b) == 3 and max(of_b) > 1e-6
 
 
-def with_adapters(cfg: Config) -> tuple[TrainState, Frozen]:
-    """Adapters that already change much, on a base of each role."""
-    mesh = small.make_mesh(1, 1, 1)
-    state, _ = small.make_state(small.make_parts(cfg, Transforms(SGD, SGD)), mesh)
-    base, _ = small.make_state(small.make_parts(small.make_config(), Transforms(SGD, SGD)), mesh)
-    rng = np.random.default_rng(0)
-
-    def moved(role: RoleState) -> RoleState:
-        return role._replace(
-            params=jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), role.params)
-        )
-
-    state = state._replace(inference=moved(state.inference), generator=moved(state.generator))
-    return state, Frozen(base.inference.params, base.generator.params)
-
-
-def as_whole_models(state: TrainState, frozen: Frozen) -> TrainState:
-    """The same models with base and adapters for their parameters: their references are scored
-    apart."""
-
-    def whole(role: RoleState, base: Any) -> RoleState:
-        params = join(base, role.params, scale=1.0)
-        return role._replace(params=params, opt_state=SGD.init(params))
-
-    inference, generator = (
-        whole(state.inference, frozen.inference),
-        whole(state.generator, frozen.generator),
-    )
-    return state._replace(inference=inference, generator=generator)
-
-
-def test_one_pass_for_policy_and_reference_is_the_update_of_two() -> None:
-    """Whatever the turn, and in parts."""
-    lora: dict[str, Any] = {
-        "lora": {**LORA, "alpha": LORA["rank"]}
-    }  # a factor of 1, as in `as_whole_models`
-    inference, generator = {"reward_baseline": True, "entropy_coef": 0.01}, {"reference": "summary"}
-    adapted = changed(generator | lora, inference | lora, microbatches=2)
-    users, phases = (
-        small.user_batch(0),
-        small.parse_phases(("inference 1", "generator 1", "joint 1")),
-    )
-    one, two = (
-        jax.jit(
-            partial(popi_update, parts=small.make_parts(cfg, Transforms(SGD, SGD)), phases=phases)
-        )
-        for cfg in (adapted, changed(generator, inference))
-    )
-    with jax.set_mesh(small.make_mesh(1, 1, 1)):
-        state, frozen = with_adapters(adapted)
-        apart = as_whole_models(state, frozen)
-        for step, trained in enumerate(
-            (("inference",), ("generator",), ("inference", "generator"))
-        ):
-            after, metrics = one(state._replace(step=jnp.int32(step)), frozen, users)
-            expected, of_two = two(apart._replace(step=jnp.int32(step)), frozen, users)
-            assert metrics.keys() == of_two.keys()
-            for role in ("inference", "generator"):
-                found, wanted = getattr(after, role).params, getattr(expected, role).params["lora"]
-                np.testing.assert_allclose(flat(found), flat(wanted), atol=1e-5)
-                change = np.linalg.norm(flat(found) - flat(getattr(state, role).params))
-                assert (change > 1e-3) == (role in trained)
-                np.testing.assert_allclose(metrics[f"{role}/grad_norm"].total, change, rtol=1e-4)
-            for name in metrics.keys() - {"inference/grad_norm", "generator/grad_norm"}:
-                x, y = (m[name].total / np.maximum(m[name].weight, 1e-9) for m in (metrics, of_two))
-                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def loops_over_layers(cfg: Config, turn: str) -> int:
-    """How often an update runs through the layers, forward or backward. Traced, not run."""
-    model = dataclasses.replace(MODEL, num_layers=7)  # a length that nothing else has
-    parts = small.make_parts(cfg, Transforms(SGD, SGD))._replace(model=model)
-    init = partial(init_state, model=model, transforms=parts.transforms, cfg=cfg)
-    base = jax.eval_shape(lambda: unbox(init_boxed(jax.random.key(0), model)))
-    update = partial(popi_update, parts=parts, phases=small.parse_phases((turn,)))
-    users = jax.tree.map(jnp.asarray, small.user_batch(0))
-
-    def count(jaxpr: Any) -> int:
-        own = sum(e.primitive.name == "scan" and e.params["length"] == 7 for e in jaxpr.eqns)
-        return own + sum(count(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params))
-
-    return count(
-        jax.make_jaxpr(update)(jax.eval_shape(init, jnp.int32(0)), Frozen(base, base), users).jaxpr
-    )
-
-
-def test_the_reference_of_adapters_has_a_pass_of_its_own_where_it_must() -> None:
-    """Loops over the layers in an update: sampling has two, a gradient two, and a pass without
-    gradient one."""
-
-    def loops(turn: str, **inference: Any) -> int:
-        return loops_over_layers(
-            changed({"reference": "summary", "lora": LORA}, {**inference, "lora": LORA}), turn
-        )
-
-    assert loops("generator 1") == 2 + 2
-    of_rewards = 1  # policy and reference on the pairs
-    assert loops("inference 1") == 2 + of_rewards + 2
-    assert loops("joint 1") == 2 + 2 + of_rewards + 2
-    assert loops("inference 1", kl="k1") == 2 + of_rewards + 1 + 2
-    assert loops("inference 1", updates_per_rollout=2) == 2 + of_rewards + 1 + 2
-    assert loops("joint 1", reward_generator="frozen") == 2 + 2 + (1 + 1) + 2
-
-
 def test_policy_joins_adapters_and_leaves_whole_models() -> None:
-    cfg = changed(generator={"lora": LORA})
+    plan = small.make_plan(changed(generator={"lora": LORA}))
     base, lora = {"w": 1}, {"layers": {"mlp": {"down": {"a": jnp.ones(2), "b": jnp.ones(2)}}}}
-    joined = policy(lora, base, cfg.generator)
+    joined = plan.generator.role.join_policy(lora, base)
     assert joined["params"] is base
     np.testing.assert_allclose(joined["lora"]["layers"]["mlp"]["down"]["b"], 1.5)
-    assert policy(base, {}, cfg.inference) is base
+    assert plan.inference.role.join_policy(base, {}) is base
 
 
 @pytest.mark.parametrize("name", WITH_REFERENCE + REFERENCE_FREE)
@@ -295,7 +183,7 @@ def test_every_objective_makes_a_step(name: str) -> None:
     reference = (
         PairLogps(*(jnp.zeros((8, 1, 2)) for _ in range(2))) if name in WITH_REFERENCE else None
     )
-    step = partial(generator_step, model=MODEL, tx=SGD, cfg=cfg)
+    step = partial(generator_step, plan=small.make_plan(cfg, SGD))
     after, metrics, _ = jax.eval_shape(step, state, state.params, reference, contexts, users)
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(
         lambda x: x.shape, state.params
@@ -332,7 +220,7 @@ def test_every_policy_objective_makes_a_step(values: dict[str, Any]) -> None:
         Tokens(ids, lengths), lengths < 4, jnp.asarray(-rng.random((2, 3, 4)) - 3.0, jnp.float32)
     )
     margins = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)
-    step = partial(inference_step, model=MODEL, tx=SGD, glue=small.GLUE, cfg=cfg)
+    step = partial(inference_step, plan=small.make_plan(cfg, SGD))
     after, metrics = jax.eval_shape(step, state, state.params, margins, None, rollouts, users)
     assert {"inference/loss", "inference/kl", "inference/reward"} <= metrics.keys()
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(
@@ -392,20 +280,68 @@ def test_muon_takes_each_layer_as_a_matrix() -> None:
 
 def test_a_role_that_is_never_trained_needs_no_optimizer() -> None:
     cfg = small.make_config()
-    parts = small.make_parts(
-        cfg, Transforms(optim.inference_transform(cfg, 3), optim.generator_transform(cfg, 0))
-    )
+    plan = small.make_plan(cfg, phases=("inference 3",))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        state, frozen = small.make_state(parts, mesh)
+        state, frozen = small.make_state(cfg, small.roles_of(plan), mesh)
         assert jax.tree.leaves(state.generator.opt_state) == []
-        program = jax.jit(
-            partial(popi_update, parts=parts, phases=small.parse_phases(("inference 3",)))
+        after, metrics = jax.jit(partial(popi_update, plan=plan))(
+            state, frozen, small.user_batch(0)
         )
-        after, _ = program(state, frozen, small.user_batch(0))
     np.testing.assert_array_equal(flat(after.generator.params), flat(state.generator.params))
-    again = restart_optimizers(after, transforms=parts.transforms, cfg=cfg)
+    assert not [name for name in metrics if name.startswith("generator/")]
+    again = setup.restart_optimizers(after, roles=small.roles_of(plan))
     assert again.inference.step == 0 and again.step == after.step
+
+
+@pytest.mark.parametrize("objective", ["kto", "ipo"])
+def test_a_generator_step_in_parts_is_that_of_the_whole(objective: str) -> None:
+    """Also where the loss of a pair depends on all pairs of the batch."""
+    users = jax.tree.map(jnp.asarray, small.user_batch(0))
+    rng, params = np.random.default_rng(0), plain.random_params(0)
+    reference = PairLogps(*(jnp.float32(rng.uniform(-25, -15, (8, 1, 2))) for _ in range(2)))
+    contexts = jax.tree.map(lambda x: x[:, None], users.context)
+    found = []
+    for parts in (1, 4):
+        cfg = changed(generator={"objective": objective, "sft_coef": 0.3}, microbatches=parts)
+        step = jax.jit(partial(generator_step, plan=small.make_plan(cfg, SGD)))
+        state = RoleState(jnp.int32(0), params, SGD.init(params))
+        found.append(step(state, params, reference, contexts, users))
+    (whole, metrics, margins), (parts, parts_metrics, parts_margins) = found
+    assert_close(
+        jax.tree.map(jnp.subtract, parts.params, params),
+        jax.tree.map(jnp.subtract, whole.params, params),
+    )
+    np.testing.assert_allclose(parts_margins, margins, atol=1e-5)
+    for name in ("generator/loss", "generator/grad_norm"):
+        np.testing.assert_allclose(parts_metrics[name].total, metrics[name].total, rtol=1e-4)
+
+
+def test_what_an_update_does_is_decided_once() -> None:
+    """Where the reference comes from, whose margins are the reward, and what is read."""
+
+    def decide(num_users: int = 10**9, **changes: Any) -> tuple[Reference, Judge, bool]:
+        cfg, sampling = changed(**changes), small.make_plan(small.make_config()).sampler.sampling
+        plan = setup.plan_update(cfg, MODEL, small.GLUE, sampling, num_users=num_users)
+        return plan.generator.reference, plan.inference.judge, setup.reads_frozen_generator(plan)
+
+    drawn = 8 * 12  # users of all updates
+    assert decide() == (Reference.PROMPT, Judge.CURRENT, True)
+    assert decide(drawn) == (Reference.STORED, Judge.CURRENT, False)
+    assert decide(drawn + 1) == (Reference.PROMPT, Judge.CURRENT, True)
+    summary = {"reference": "summary"}
+    assert decide(1, generator=summary) == (Reference.SUMMARY, Judge.CURRENT, True)
+    assert decide(1, generator={"lora": LORA}) == (Reference.STORED, Judge.CURRENT, True)
+    free = {"objective": "simpo"}
+    assert decide(1, generator=free) == (Reference.NONE, Judge.CURRENT, False)
+    frozen = {"reward_generator": "frozen"}
+    assert decide(1, generator=free, inference=frozen) == (Reference.NONE, Judge.FROZEN, True)
+    for changes in (
+        {"generator": {"reference": "both"}},
+        {"inference": {"reward_generator": "it"}},
+    ):
+        with pytest.raises(ValueError, match="both|it"):
+            decide(**changes)
 
 
 def test_joined_adapters_change_the_scores_of_pairs() -> None:
@@ -415,7 +351,8 @@ def test_joined_adapters_change_the_scores_of_pairs() -> None:
     with jax.set_mesh(small.make_mesh(1, 1, 1)):
         users = jax.tree.map(jnp.asarray, small.user_batch(3))
         context = jax.tree.map(lambda x: x[:, None], users.context)
-        score = jax.jit(partial(pair_logps, model=MODEL))
-        plain = score(base, context, users)
-        adapted = score(join(base, after.generator.params, scale=1.5), context, users)
-    assert np.abs(plain.chosen - adapted.chosen).max() > 1e-4
+        score = jax.jit(Scorer(MODEL).score_pairs)
+        before = score(base, context, users)
+        whole = join_adapters(base, after.generator.params, scale=1.5)
+        adapted = score(whole, context, users)
+    assert np.abs(before.chosen - adapted.chosen).max() > 1e-4

@@ -8,16 +8,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from popi_jax.popi.roles import rollout
 
 from configs import scales
-from popi_jax.config import parse_phases
 from popi_jax.config_rules import parse_rules
-from popi_jax.models.transformer import lay_out_for_rollout
+from popi_jax.models.layout import Rules
 from popi_jax.planning.program import Traffic, read
 from popi_jax.popi.update import popi_update
-from popi_jax.sharding import Rules, place_batch
-from tests.oracles.plain import RULES
+from popi_jax.sharding import place_batch
+from tests.oracles.plain import MODEL, RULES
 from tests.popi.test_update import CFG, values
 from tests.training import small
 
@@ -49,19 +47,15 @@ def joint_update(case: Case) -> Run:
     """Both roles at once, and the summaries that it sampled."""
     mesh, users = small.make_mesh(*case.shape), small.user_batch(0)
     with jax.set_mesh(mesh):
-        parts = small.make_parts(CFG)
-        parts = parts._replace(model=dataclasses.replace(parts.model, rules=case.rules))
-        state, frozen = small.make_state(parts, mesh)
+        model = dataclasses.replace(MODEL, rules=case.rules)
+        plan = small.make_plan(CFG, model=model, phases=("joint 1",))
+        state, frozen = small.make_state(CFG, small.roles_of(plan), mesh, model)
         batch = place_batch(users, mesh, case.rules)
         key = jax.random.fold_in(state.key, state.step)
-        draw = partial(
-            rollout, model=parts.model, glue=small.GLUE, sampling=parts.sampling, group_size=3
-        )
-        drawn = jax.jit(lambda params: draw(lay_out_for_rollout(params, parts.model), batch, key))(
-            state.inference.params
-        )
+        draw = jax.jit(partial(plan.sampler.sample, group_size=3))
+        drawn = draw(state.inference.params, batch, key)
         layouts = jax.tree.map(lambda x: x.sharding, state)
-        update = partial(popi_update, parts=parts, phases=parse_phases(("joint 1",)))
+        update = partial(popi_update, plan=plan)
         options = {"donate_argnums": 0, "out_shardings": (layouts, None), "keep_unused": True}
         program = jax.jit(update, **options).lower(state, frozen, batch).compile()
         state, metrics = program(state, frozen, batch)

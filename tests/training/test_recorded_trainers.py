@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from popi_jax.popi.roles import pair_logps
-from popi_jax.popi.steps import generator_step
 
-from popi_jax.arrays import Tokens, UserBatch
+from popi_jax.arrays import RoleState, Tokens, UserBatch
 from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.grpo import PolicyObjective, policy_loss, policy_sums
+from popi_jax.models.packing import Tree
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.scorer import answer_logps
-from popi_jax.training.setup import RoleState
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.scorer import Scorer, score_answers
 from tests.oracles import recorded
 from tests.training import small
 
@@ -77,8 +76,8 @@ def test_generator_step_is_the_dpo_trainer(objective: str) -> None:
     )
     contexts = nested(rows([prompt[:2] for prompt in prompts[:pairs]]), 1)
     settings = small.replace(small.make_config(), "generator", objective=objective, beta=0.1)
-    reference = jax.jit(partial(pair_logps, model=cfg))(reference_params, contexts, users)
-    step = jax.jit(partial(generator_step, model=cfg, tx=SGD, cfg=settings))
+    reference = jax.jit(Scorer(cfg).score_pairs)(reference_params, contexts, users)
+    step = jax.jit(partial(generator_step, plan=small.make_plan(settings, SGD, model=cfg)))
     role = RoleState(jnp.int32(0), params, SGD.init(params))
     after, metrics, _ = step(role, params, reference, contexts, users)
     name = {"dpo": "sigmoid"}.get(objective, objective)
@@ -127,7 +126,8 @@ def test_policy_loss_through_the_model_is_the_grpo_trainer() -> None:
     )  # TRL 1.16 corrects by default
 
     def loss_fn(params: dict) -> tuple[jax.Array, Any]:
-        scores = answer_logps(params, context, turns, answers, model=cfg, entropies=True)
+        tree = Tree(context, turns, answers)
+        scores = score_answers(params, tree, model=cfg, entropies=True)
         scores = jax.tree.map(lambda x: x[:, 0], tuple(scores))
         old = jax.lax.stop_gradient(scores[0])
         sums = policy_sums(scores[0], old, reference, advantages[..., 0], mask, objective=objective)
