@@ -71,7 +71,7 @@ def read_base(folder: str | Path) -> Base:
 
 
 def read_config(
-    folder: str | Path, *, dtype: str = "float32", remat: str = "none", attention: str = "auto"
+    folder: str | Path, *, dtype: str = "float32", remat: str = "none"
 ) -> TransformerConfig:
     """Returns the model that the config.json of a folder describes; the other arguments are of our
     compute.
@@ -101,7 +101,6 @@ def read_config(
             tied_embeddings=bool(c.get("tie_word_embeddings", False)),
             dtype=dtype,
             remat=remat,
-            attention=attention,
             activation=ACTIVATIONS[_find_activation(c)],
             score_dim=c.get("query_pre_attn_scalar"),
             attn_logit_softcap=c.get("attn_logit_softcapping"),
