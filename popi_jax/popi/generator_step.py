@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from popi_jax.arrays import Metrics, PairLengths, PairLogps, Params, RoleState, Tokens, UserBatch
 from popi_jax.losses.masked import metric
 from popi_jax.losses.preference import batch_terms, pair_margins, preference_losses
-from popi_jax.popi.plan import UpdatePlan
+from popi_jax.popi.plan import GeneratorPlan
+from popi_jax.popi.scorer import Scorer
 
 
 def generator_step(
@@ -19,14 +20,15 @@ def generator_step(
     contexts: Tokens,
     users: UserBatch,
     *,
-    plan: UpdatePlan,
+    plan: GeneratorPlan,
+    scorer: Scorer,
 ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
     """The preference objective on all pairs; also the margins before the step.
 
     contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does
     not see the summary; None where the objective has none.
     """
-    g, scorer, o = plan.generator, plan.scorer, plan.generator.objective
+    o = plan.objective
     shape = (*contexts.lengths.shape, users.pair_mask.shape[1])
     spread = partial(jnp.broadcast_to, shape=shape)
     mask = spread(users.pair_mask[:, None])
@@ -34,7 +36,7 @@ def generator_step(
         spread(users.chosen.lengths[:, None]), spread(users.rejected.lengths[:, None])
     )
     reference = jax.tree.map(spread, reference)
-    whole = partial(g.role.join_policy, frozen=frozen)
+    whole = partial(plan.role.join_policy, frozen=frozen)
     total = jnp.maximum(jnp.sum(mask), 1)
     terms = None  # of the whole batch: what a microbatch cannot know
     if not o.needs_batch_logps:
@@ -63,6 +65,6 @@ def generator_step(
 
     batch = (contexts, users, mask, lengths, reference)
     grads, metrics, margins = scorer.differentiate_pairs(loss_fn, state.params, whole, batch)
-    state, norm = g.role.apply_gradients(state, grads)
+    state, norm = plan.role.apply_gradients(state, grads)
     metrics = metrics | {"grad_norm": metric(norm)}
     return state, {f"generator/{name}": mean for name, mean in metrics.items()}, margins

@@ -11,8 +11,8 @@ from popi_jax.losses import grpo
 from popi_jax.losses.masked import metric
 from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.packing import length_mask
-from popi_jax.popi.plan import InferencePlan, UpdatePlan
-from popi_jax.popi.scorer import AnswerLogps
+from popi_jax.popi.plan import InferencePlan
+from popi_jax.popi.scorer import AnswerLogps, Scorer
 
 
 def inference_step(
@@ -23,38 +23,37 @@ def inference_step(
     rollouts: Rollouts,
     users: UserBatch,
     *,
-    plan: UpdatePlan,
+    plan: InferencePlan,
+    scorer: Scorer,
 ) -> tuple[RoleState, Metrics]:
     """Policy gradient on sampled summaries: `steps_per_rollout` steps.
 
     `margins` are the judge's on the users' held-out pairs behind each summary; those without a
     summary are needed where the reward has a baseline. `frozen` is the reference.
     """
-    i, scorer = plan.inference, plan.scorer
-    temperature = plan.sampler.sampling.temperature
-    reference = scorer.score_summaries(frozen, users, rollouts, temperature=temperature)
+    reference = scorer.score_summaries(frozen, users, rollouts)
     mask = length_mask(rollouts.summaries)
-    counted = grpo.finished_mask(mask, rollouts.finished) if i.skip_unfinished else mask
+    counted = grpo.finished_mask(mask, rollouts.finished) if plan.skip_unfinished else mask
     rewards = summary_rewards(
         margins,
         users.pair_mask,
         rollouts.summaries.lengths,
         margins_without_summary,
-        grpo.summed_kl(rollouts.logps, reference, mask) if i.reward_kl_coef else None,
-        length_penalty=i.length_penalty,
-        kind=i.reward,
-        kl_coef=i.reward_kl_coef,
+        grpo.summed_kl(rollouts.logps, reference, mask) if plan.reward_kl_coef else None,
+        length_penalty=plan.length_penalty,
+        kind=plan.reward,
+        kl_coef=plan.reward_kl_coef,
     )
-    scale, baseline = i.advantage_scale, i.advantage_baseline
+    scale, baseline = plan.advantage_scale, plan.advantage_baseline
     advantages = grpo.group_advantages(rewards, scale=scale, baseline=baseline)
     loss_fn = partial(
         summary_loss,
-        weights=grpo.policy_weights(counted, objective=i.objective),
+        weights=grpo.policy_weights(counted, objective=plan.objective),
         share=1 / scorer.microbatches,
-        plan=i,
+        plan=plan,
     )
-    whole = partial(i.role.join_policy, frozen=frozen)
-    wants_entropies = i.objective.entropy_coef > 0 or i.high_entropy_share < 1
+    whole = partial(plan.role.join_policy, frozen=frozen)
+    wants_entropies = plan.objective.entropy_coef > 0 or plan.high_entropy_share < 1
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
         grads, metrics, _ = scorer.differentiate_summaries(
@@ -62,16 +61,15 @@ def inference_step(
             state.params,
             whole,
             (users, rollouts, reference, advantages, counted),
-            temperature=temperature,
             entropies=wants_entropies,
         )
-        state, norm = i.role.apply_gradients(state, grads)
+        state, norm = plan.role.apply_gradients(state, grads)
         return state, metrics | {"grad_norm": metric(norm)}
 
-    if i.steps_per_rollout == 1:
+    if plan.steps_per_rollout == 1:
         state, metrics = update(state, None)
     else:
-        state, each = jax.lax.scan(update, state, length=i.steps_per_rollout)
+        state, each = jax.lax.scan(update, state, length=plan.steps_per_rollout)
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
     pair_mask = jnp.broadcast_to(users.pair_mask[:, None, :], margins.shape)
     metrics |= {

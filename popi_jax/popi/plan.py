@@ -12,8 +12,6 @@ from popi_jax.arrays import Params, RoleState
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective
 from popi_jax.models.transformer import join_adapters
-from popi_jax.popi.rollout import Sampler
-from popi_jax.popi.scorer import Scorer
 
 
 class Reference(enum.Enum):
@@ -100,6 +98,4 @@ class UpdatePlan:
     first_step: int
     generator: GeneratorPlan
     inference: InferencePlan
-    scorer: Scorer
-    sampler: Sampler
     generator_prefix: tuple[int, ...]  # tokens before a summary in the generator's conversation

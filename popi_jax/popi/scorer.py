@@ -187,6 +187,7 @@ class Scorer:
 
     model: TransformerConfig
     summary_turn: tuple[int, ...] = ()  # what asks for a summary, behind the signals
+    temperature: float = 1.0  # of the sampling of summaries
     microbatches: int = 1
     budgets: Budgets | None = None  # None: all is computed with its padding
 
@@ -202,12 +203,12 @@ class Scorer:
         return map_microbatches(score, (contexts, users), self.microbatches)
 
     def score_summaries(
-        self, params: Params, users: UserBatch, rollouts: Rollouts, *, temperature: float
+        self, params: Params, users: UserBatch, rollouts: Rollouts
     ) -> Float[Array, "users group seq"]:
         """Log-probs of the tokens of sampled summaries, at the temperature of the sampling."""
 
         def score(part: Any) -> Array:
-            run = lambda budget: self._score_summaries(params, tree, budget, temperature).logps  # noqa: E731
+            run = lambda budget: self._score_summaries(params, tree, budget).logps  # noqa: E731
             tree, budget = self._plan_summaries(part)
             return packing.run_packed_if_it_fits(budget, tree, run)
 
@@ -235,14 +236,13 @@ class Scorer:
         whole: Callable[[Params], Params],
         batch: tuple[PyTree, ...],
         *,
-        temperature: float,
         entropies: bool,
     ) -> tuple[Params, Metrics, PyTree]:
         """The same of sampled summaries: `batch` begins with (users, rollouts); the loss sees the
         `AnswerLogps` [users group seq]."""
 
         def score(params: Params, tree: Tree, _: Any, budget: Budget | None) -> AnswerLogps:
-            return self._score_summaries(whole(params), tree, budget, temperature, entropies)
+            return self._score_summaries(whole(params), tree, budget, entropies)
 
         return self._sum_gradients(loss_fn, score, self._plan_summaries, params, batch)
 
@@ -265,15 +265,10 @@ class Scorer:
         return tree, budgets and budgets.for_summaries(group)
 
     def _score_summaries(
-        self,
-        params: Params,
-        tree: Tree,
-        budget: Budget | None,
-        temperature: float,
-        entropies: bool = False,
+        self, params: Params, tree: Tree, budget: Budget | None, entropies: bool = False
     ) -> AnswerLogps:
         score = partial(score_answers, model=self.model, budget=budget)
-        found = score(params, tree, temperature=temperature, entropies=entropies)
+        found = score(params, tree, temperature=self.temperature, entropies=entropies)
         return AnswerLogps(*jax.tree.map(lambda x: x[:, 0], tuple(found)))
 
     def _sum_gradients(

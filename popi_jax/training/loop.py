@@ -22,8 +22,6 @@ from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import join_adapters
-from popi_jax.popi.plan import UpdatePlan
-from popi_jax.popi.update import popi_update
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
 from popi_jax.run import Run
@@ -123,7 +121,8 @@ def train(run: Run) -> Trained:
       UserError: as the checkpoint manager does.
     """
     cfg, model, mesh = run.config, run.inference.model, run.mesh
-    plan = plan_run(run)
+    update = plan_run(run)
+    plan = update.plan
     main_roles = setup.Roles(plan.inference.role, plan.generator.role)
     warmup_roles = setup.plan_warmup_roles(cfg)
     abstract = setup.abstract_state(model, main_roles, mesh, cfg)
@@ -149,10 +148,9 @@ def train(run: Run) -> Trained:
         try:
             if step < warmup_steps:
                 budgets = setup.plan_warmup_budgets(run.measured.fill, model, cfg)
-                update = partial(
-                    warmup_step, model=model, role=warmup_roles.inference, budgets=budgets
-                )
-                program = jit_update(update, warmup_abstract)
+                role = warmup_roles.inference
+                warm_up = partial(warmup_step, model=model, role=role, budgets=budgets)
+                program = jit_update(warm_up, warmup_abstract)
                 step, state = run_stage(host, program, state, step, warmup_steps, "warm-up")
             if step > warmup_steps:
                 num_pairs = len(run.dataset.splits["train"]) * cfg.data.num_pairs
@@ -164,9 +162,9 @@ def train(run: Run) -> Trained:
                 layout = setup.shardings_of(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
-                program = jit_update(partial(popi_update, plan=plan), abstract)
-                update = lambda state, batch: program(state, frozen, batch)  # noqa: E731
-                step, state = run_stage(host, update, state, step, last_step, "popi")
+                main = jit_update(update.bind(), abstract)
+                program = lambda state, batch: main(state, frozen, batch)  # noqa: E731
+                step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:
             stop.close()
             checkpoints.close(manager)
@@ -176,8 +174,8 @@ def train(run: Run) -> Trained:
     return Trained(state, frozen)
 
 
-def plan_run(run: Run) -> UpdatePlan:
-    """The plan of the updates of a run's main stage."""
+def plan_run(run: Run) -> setup.UpdateSetup:
+    """The updates of a run's main stage."""
     cfg, model, prompts = run.config, run.inference.model, run.prompt_tokens
     budgets = setup.plan_budgets(run.measured.fill, prompts, model, cfg)
     num_users = len(run.dataset.splits["train"])

@@ -5,6 +5,7 @@ The one place that reads the configuration on behalf of popi/: what an update do
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
+from popi_jax.arrays import (
+    Frozen,
+    Metrics,
+    PairLogps,
+    Params,
+    RoleState,
+    Tokens,
+    TrainState,
+    UserBatch,
+)
 from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase, parse_phases
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
@@ -34,8 +44,20 @@ from popi_jax.popi.plan import (
 )
 from popi_jax.popi.rollout import PromptTokens, Sampler
 from popi_jax.popi.scorer import Scorer
+from popi_jax.popi.update import popi_update
 from popi_jax.sharding import check_heads, match_shardings, param_shardings, replicated
 from popi_jax.training import optim
+
+
+class UpdateSetup(NamedTuple):
+    """The static half of `popi_update`, bound once."""
+
+    plan: UpdatePlan
+    scorer: Scorer
+    sampler: Sampler
+
+    def bind(self) -> Callable[[TrainState, Frozen, UserBatch], tuple[TrainState, Metrics]]:
+        return partial(popi_update, plan=self.plan, scorer=self.scorer, sampler=self.sampler)
 
 
 class Roles(NamedTuple):
@@ -65,7 +87,7 @@ def plan_update(
     *,
     num_users: int,
     budgets: Budgets | None = None,
-) -> UpdatePlan:
+) -> UpdateSetup:
     """Decides all about the updates of the main stage. num_users: of the training split.
 
     Raises: ValueError for a word that no decision knows (config.py refuses it before).
@@ -90,14 +112,18 @@ def plan_update(
         # where it never changes and each pair is drawn at least about once, it is computed once
         if reference is Reference.PROMPT and config.batch.users * len(kinds) >= num_users:
             reference = Reference.STORED
-    return UpdatePlan(
+    plan = UpdatePlan(
         kinds,
         config.warmup.steps,
         GeneratorPlan(roles.generator, objective, reference),
         plan_inference(config, roles.inference),
-        Scorer(model, prompts.summary_turn, parts, budgets),
-        Sampler(model, prompts.summary_turn, sampling, parts, budgets),
         prompts.generator_prefix,
+    )
+    turn, temperature = prompts.summary_turn, sampling.temperature
+    return UpdateSetup(
+        plan,
+        Scorer(model, turn, temperature, parts, budgets),
+        Sampler(model, turn, sampling, parts, budgets),
     )
 
 
@@ -293,7 +319,7 @@ def shardings_of(abstract: PyTree) -> PyTree:
 class AbstractUpdate(NamedTuple):
     """The update of a run that need not exist: shapes and layouts of all that it is given."""
 
-    plan: UpdatePlan
+    setup: UpdateSetup
     state: TrainState
     frozen: Frozen
     users: UserBatch
@@ -310,7 +336,8 @@ def plan_abstract_update(
 ) -> AbstractUpdate:
     """Texts have the longest lengths of the configuration, since there are no data, and rows are
     computed with their padding. num_users: of the training split."""
-    plan = plan_update(config, model, prompts, sampling, num_users=num_users)
+    setup = plan_update(config, model, prompts, sampling, num_users=num_users)
+    plan = setup.plan
     state = abstract_state(model, Roles(plan.inference.role, plan.generator.role), mesh, config)
     frozen = abstract_frozen(plan, state, mesh, num_users * config.data.num_pairs)
     roles = {"inference": plan.inference.role, "generator": plan.generator.role}
@@ -318,7 +345,7 @@ def plan_abstract_update(
         base = abstract_params(model, mesh, config.model.dtype)
         adapted = {name: base for name, role in roles.items() if role.adapter_scale}
         frozen = frozen._replace(**adapted)
-    return AbstractUpdate(plan, state, frozen, abstract_users(config, model, mesh))
+    return AbstractUpdate(setup, state, frozen, abstract_users(config, model, mesh))
 
 
 def abstract_users(config: Config, model: TransformerConfig, mesh: Mesh) -> UserBatch:

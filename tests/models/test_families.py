@@ -14,7 +14,7 @@ import pytest
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.logprobs import token_logits
-from popi_jax.models.attention import Level, RopeScaling, frequencies
+from popi_jax.models.attention import RopeScaling, frequencies
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.packing import Level, Tree
 from popi_jax.models.transformer import (

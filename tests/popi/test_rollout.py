@@ -119,8 +119,8 @@ def test_pairs_are_scored_behind_prefix_summary_and_prompt() -> None:
 def test_summaries_are_scored_behind_the_signals() -> None:
     users, params = Users(), plain.random_params(0)
     rollouts = Rollouts(users.summaries, jnp.ones((4, 2), bool), jnp.zeros((4, 2, 4)))
-    scorer = Scorer(MODEL, users.glue.summary_turn)
-    score = jax.jit(partial(scorer.score_summaries, temperature=1.3))
+    scorer = Scorer(MODEL, users.glue.summary_turn, temperature=1.3)
+    score = jax.jit(scorer.score_summaries)
     found, mask = score(params, users.batch, rollouts), length_mask(rollouts.summaries)
     places = list(np.ndindex(4, 2))
     sequences = [

@@ -10,8 +10,6 @@ import optax
 import pytest
 
 from popi_jax.arrays import PairLogps, RoleState, Rollouts, Tokens, UserBatch
-from popi_jax.popi.generator_step import generator_step
-from popi_jax.popi.inference_step import inference_step
 from popi_jax.popi.plan import RolePlan
 from popi_jax.popi.rollout import splice
 from popi_jax.popi.warmup_step import warmup_step
@@ -68,7 +66,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
     )
     rollouts = random_rollouts(2, 1)
     contexts = splice(small.GLUE.generator_prefix, rollouts.summaries, rollouts.finished)
-    step = jax.jit(partial(generator_step, plan=small.make_plan(CFG, SGD)))
+    step = jax.jit(small.generator_program(small.make_update(CFG, SGD)))
     after, metrics, margins = step(role(params), params, reference, contexts, users)
 
     places = [(u, k) for u, k in np.ndindex(8, 2) if users.pair_mask[u, k]]
@@ -105,7 +103,7 @@ def test_generator_step_is_dpo_behind_the_summary() -> None:
 
 @pytest.fixture(scope="module")
 def inference_program():
-    return jax.jit(partial(inference_step, plan=small.make_plan(CFG, SGD)))
+    return jax.jit(small.inference_program(small.make_update(CFG, SGD)))
 
 
 @pytest.mark.parametrize("same_reference", [True, False])

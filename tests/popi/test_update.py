@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 
 from popi_jax.arrays import TrainState
 from popi_jax.config import parse_phases
-from popi_jax.popi.plan import Kind, Reference, UpdatePlan
+from popi_jax.popi.plan import Kind, Reference
 from popi_jax.popi.scorer import repeat_ids
-from popi_jax.popi.update import popi_update
 from popi_jax.sharding import place_batch
-from popi_jax.training.setup import plan_kinds
+from popi_jax.training.setup import UpdateSetup, plan_kinds
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import RULES
@@ -29,9 +28,9 @@ CFG = small.make_config()
 KINDS = plan_kinds(small.phases())
 
 
-def make_program(plan: UpdatePlan, state: TrainState):
+def make_program(made: UpdateSetup, state: TrainState):
     layouts = jax.tree.map(lambda x: x.sharding, state)
-    update = partial(popi_update, plan=plan)
+    update = made.bind()
     return jax.jit(update, donate_argnums=0, out_shardings=(layouts, None))
 
 
@@ -72,9 +71,9 @@ def test_a_whole_schedule_is_one_compilation(
     on_one_device: Mesh, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And in each update the idle role is untouched, and counts for nothing in the metrics."""
-    plan = small.make_plan(CFG)
-    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
-    program = make_program(plan, state)
+    made = small.make_update(CFG)
+    state, frozen = small.make_state(CFG, small.roles_of(made), on_one_device)
+    program = make_program(made, state)
     reference = small.copied(frozen)
     before = small.copied(state)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -121,20 +120,17 @@ def joint_start(state: TrainState) -> TrainState:
 def test_a_joint_update_is_both_turns_at_once(stored: bool, on_one_device: Mesh) -> None:
     """Though it takes the first margins from the generator's gradient; and stored log-probs of the
     reference change nothing."""
-    whole = small.make_plan(CFG)
+    whole = small.make_update(CFG)
     state, frozen = small.make_state(CFG, small.roles_of(whole), on_one_device)
     users = jax.tree.map(jnp.asarray, small.user_batch(0))
 
     def program(phase: str):
-        plan = small.make_plan(CFG, phases=(phase,))
-        if stored and phase == "joint 2":
-            generator = dataclasses.replace(plan.generator, reference=Reference.STORED)
-            plan = dataclasses.replace(plan, generator=generator)
         # the optimizers of the whole schedule, so that one state serves all
-        inference = dataclasses.replace(plan.inference, role=whole.inference.role)
-        generator = dataclasses.replace(plan.generator, role=whole.generator.role)
-        plan = dataclasses.replace(plan, inference=inference, generator=generator)
-        return jax.jit(partial(popi_update, plan=plan))
+        made = small.with_roles(small.make_update(CFG, phases=(phase,)), small.roles_of(whole))
+        if stored and phase == "joint 2":
+            generator = dataclasses.replace(made.plan.generator, reference=Reference.STORED)
+            made = made._replace(plan=dataclasses.replace(made.plan, generator=generator))
+        return jax.jit(made.bind())
 
     alone = [program(phase)(state, frozen, users)[0] for phase in ("inference 2", "generator 2")]
     if stored:
@@ -162,9 +158,9 @@ def two_updates(shape: tuple[int, int, int], *, unpadded: bool = False) -> Run:
         budgets = small.fitting(
             [small.user_batch(0), small.user_batch(1)], shape[0] * shape[1], CFG
         )
-        plan = small.make_plan(CFG, budgets=budgets if unpadded else None)
-        state, frozen = small.make_state(CFG, small.roles_of(plan), mesh)
-        program = make_program(plan, state)
+        made = small.make_update(CFG, budgets=budgets if unpadded else None)
+        state, frozen = small.make_state(CFG, small.roles_of(made), mesh)
+        program = make_program(made, state)
         state = joint_start(state)
         seen = []
         for step in range(2):
@@ -229,9 +225,9 @@ GOLDEN = {
 def test_golden_update(one_device: Run) -> None:
     found = {name: value for name, value in one_device.metrics[1].items() if name in GOLDEN}
     message = (
-        "Two updates of the smallest run give other numbers. Legitimate only if you meant to change the numerics "
-        "(initial weights, sampling keys, losses, optimizer, model): say so in the commit, and take over what is new "
-        f"from {one_device.metrics[1]}"
+        "Two updates of the smallest run give other numbers. Legitimate only if you meant to "
+        "change the numerics (initial weights, sampling keys, losses, optimizer, model): say so in "
+        f"the commit, and take over what is new from {one_device.metrics[1]}"
     )
     assert found == pytest.approx(GOLDEN, rel=2e-4, abs=1e-5), message
 
@@ -239,10 +235,10 @@ def test_golden_update(one_device: Run) -> None:
 def test_metrics_are_those_of_plain_sequences_and_the_models_before_the_update(
     one_device: Run, on_one_device: Mesh
 ) -> None:
-    plan, users = small.make_plan(CFG), small.user_batch(0)
-    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
+    made, users = small.make_update(CFG), small.user_batch(0)
+    state, frozen = small.make_state(CFG, small.roles_of(made), on_one_device)
     state = joint_start(state)
-    draw = jax.jit(partial(plan.sampler.sample, group_size=3))
+    draw = jax.jit(partial(made.sampler.sample, group_size=3))
     rollouts = draw(
         state.inference.params,
         jax.tree.map(jnp.asarray, users),
@@ -295,10 +291,10 @@ def test_metrics_are_those_of_plain_sequences_and_the_models_before_the_update(
 
 
 def test_the_compiled_update_never_leaves_the_device(on_one_device: Mesh) -> None:
-    plan = small.make_plan(CFG)
-    state, frozen = small.make_state(CFG, small.roles_of(plan), on_one_device)
+    made = small.make_update(CFG)
+    state, frozen = small.make_state(CFG, small.roles_of(made), on_one_device)
     batch = place_batch(small.user_batch(0), on_one_device, RULES)
-    text = make_program(plan, state).lower(state, frozen, batch).compile().as_text()
+    text = make_program(made, state).lower(state, frozen, batch).compile().as_text()
     assert "while(" in text and "conditional(" in text
     assert not re.findall(r"infeed|outfeed|\w*callback\w*|\bsend\b|\brecv\b|MoveToHost", text)
     aliases = text[: text.index("\n")].split("input_output_alias=")[1].split("}, entry")[0]

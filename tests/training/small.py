@@ -18,7 +18,9 @@ from popi_jax.config import Config, from_config_dict, parse_phases
 from popi_jax.models.decode import Sampling
 from popi_jax.models.packing import Budgets
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.plan import UpdatePlan
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.inference_step import inference_step
+from popi_jax.popi.plan import RolePlan
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.training import setup
 from tests.oracles.plain import MODEL
@@ -46,31 +48,43 @@ def make_config() -> Config:
     return from_config_dict(c)
 
 
-def make_plan(
+def make_update(
     cfg: Config,
     tx: optax.GradientTransformation | None = None,
     budgets: Budgets | None = None,
     *,
     model: TransformerConfig = MODEL,
     phases: tuple[str, ...] | None = None,
-) -> UpdatePlan:
-    """The plan of `cfg`, with another optimizer for both roles, or other phases."""
+) -> setup.UpdateSetup:
+    """The update of `cfg`, with another optimizer for both roles, or other phases."""
     if phases:
         cfg = replace(cfg, "schedule", phases=phases)
     sampling = Sampling(cfg.inference.temperature, cfg.data.summary_len, END)
     # so many users that no log-probs are stored
-    plan = setup.plan_update(cfg, model, GLUE, sampling, num_users=10**9, budgets=budgets)
-    if tx is None:
-        return plan
+    made = setup.plan_update(cfg, model, GLUE, sampling, num_users=10**9, budgets=budgets)
+    return made if tx is None else with_roles(made, setup.Roles(RolePlan(tx), RolePlan(tx)))
+
+
+def with_roles(made: setup.UpdateSetup, roles: setup.Roles) -> setup.UpdateSetup:
+    """The same update with the optimizers of other roles."""
     inference, generator = (
-        dataclasses.replace(part, role=dataclasses.replace(part.role, tx=tx))
-        for part in (plan.inference, plan.generator)
+        dataclasses.replace(part, role=dataclasses.replace(part.role, tx=role.tx))
+        for part, role in zip((made.plan.inference, made.plan.generator), roles, strict=True)
     )
-    return dataclasses.replace(plan, inference=inference, generator=generator)
+    plan = dataclasses.replace(made.plan, inference=inference, generator=generator)
+    return made._replace(plan=plan)
 
 
-def roles_of(plan: UpdatePlan) -> setup.Roles:
-    return setup.Roles(plan.inference.role, plan.generator.role)
+def roles_of(made: setup.UpdateSetup) -> setup.Roles:
+    return setup.Roles(made.plan.inference.role, made.plan.generator.role)
+
+
+def generator_program(made: setup.UpdateSetup) -> Callable[..., Any]:
+    return partial(generator_step, plan=made.plan.generator, scorer=made.scorer)
+
+
+def inference_program(made: setup.UpdateSetup) -> Callable[..., Any]:
+    return partial(inference_step, plan=made.plan.inference, scorer=made.scorer)
 
 
 def fitting(batches: Sequence[UserBatch], shards: int, cfg: Config) -> Budgets:

@@ -3,7 +3,6 @@ every optimizer."""
 
 import dataclasses
 import functools
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +18,8 @@ from popi_jax.config import Config
 from popi_jax.losses.preference import REFERENCE_FREE, WITH_REFERENCE
 from popi_jax.models.transformer import join_adapters
 from popi_jax.popi import scorer
-from popi_jax.popi.generator_step import generator_step
-from popi_jax.popi.inference_step import inference_step
 from popi_jax.popi.plan import Judge, Reference, RolePlan
 from popi_jax.popi.scorer import Scorer
-from popi_jax.popi.update import popi_update
 from popi_jax.training import optim, setup
 from tests.oracles import plain
 from tests.oracles.plain import MODEL
@@ -51,14 +47,14 @@ def changed(
 @functools.cache
 def compiled(cfg: Config) -> tuple[TrainState, Frozen, Any]:
     """(state, reference policies, update) with plain gradient descent."""
-    plan = small.make_plan(cfg, SGD, phases=JOINT)
+    made = small.make_update(cfg, SGD, phases=JOINT)
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        state, frozen = small.make_state(cfg, small.roles_of(plan), mesh)
+        state, frozen = small.make_state(cfg, small.roles_of(made), mesh)
         if cfg.inference.lora.rank:  # what the adapters stand on
             base, _ = small.make_state(small.make_config(), PLAIN, mesh)
             frozen = Frozen(base.inference.params, base.generator.params)
-    return state, frozen, jax.jit(partial(popi_update, plan=plan))
+    return state, frozen, jax.jit(made.bind())
 
 
 def run(cfg: Config, updates: int = 1) -> tuple[TrainState, TrainState, dict[str, Mean]]:
@@ -166,7 +162,7 @@ def test_adapters_alone_are_trained() -> None:
 
 
 def test_policy_joins_adapters_and_leaves_whole_models() -> None:
-    plan = small.make_plan(changed(generator={"lora": LORA}))
+    plan = small.make_update(changed(generator={"lora": LORA})).plan
     base, lora = {"w": 1}, {"layers": {"mlp": {"down": {"a": jnp.ones(2), "b": jnp.ones(2)}}}}
     joined = plan.generator.role.join_policy(lora, base)
     assert joined["params"] is base
@@ -183,7 +179,7 @@ def test_every_objective_makes_a_step(name: str) -> None:
     reference = (
         PairLogps(*(jnp.zeros((8, 1, 2)) for _ in range(2))) if name in WITH_REFERENCE else None
     )
-    step = partial(generator_step, plan=small.make_plan(cfg, SGD))
+    step = small.generator_program(small.make_update(cfg, SGD))
     after, metrics, _ = jax.eval_shape(step, state, state.params, reference, contexts, users)
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(
         lambda x: x.shape, state.params
@@ -220,7 +216,7 @@ def test_every_policy_objective_makes_a_step(values: dict[str, Any]) -> None:
         Tokens(ids, lengths), lengths < 4, jnp.asarray(-rng.random((2, 3, 4)) - 3.0, jnp.float32)
     )
     margins = jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)
-    step = partial(inference_step, plan=small.make_plan(cfg, SGD))
+    step = small.inference_program(small.make_update(cfg, SGD))
     after, metrics = jax.eval_shape(step, state, state.params, margins, None, rollouts, users)
     assert {"inference/loss", "inference/kl", "inference/reward"} <= metrics.keys()
     assert jax.tree.map(lambda x: x.shape, after.params) == jax.tree.map(
@@ -280,17 +276,15 @@ def test_muon_takes_each_layer_as_a_matrix() -> None:
 
 def test_a_role_that_is_never_trained_needs_no_optimizer() -> None:
     cfg = small.make_config()
-    plan = small.make_plan(cfg, phases=("inference 3",))
+    made = small.make_update(cfg, phases=("inference 3",))
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-        state, frozen = small.make_state(cfg, small.roles_of(plan), mesh)
+        state, frozen = small.make_state(cfg, small.roles_of(made), mesh)
         assert jax.tree.leaves(state.generator.opt_state) == []
-        after, metrics = jax.jit(partial(popi_update, plan=plan))(
-            state, frozen, small.user_batch(0)
-        )
+        after, metrics = jax.jit(made.bind())(state, frozen, small.user_batch(0))
     np.testing.assert_array_equal(flat(after.generator.params), flat(state.generator.params))
     assert not [name for name in metrics if name.startswith("generator/")]
-    again = setup.restart_optimizers(after, roles=small.roles_of(plan))
+    again = setup.restart_optimizers(after, roles=small.roles_of(made))
     assert again.inference.step == 0 and again.step == after.step
 
 
@@ -304,7 +298,7 @@ def test_a_generator_step_in_parts_is_that_of_the_whole(objective: str) -> None:
     found = []
     for parts in (1, 4):
         cfg = changed(generator={"objective": objective, "sft_coef": 0.3}, microbatches=parts)
-        step = jax.jit(partial(generator_step, plan=small.make_plan(cfg, SGD)))
+        step = jax.jit(small.generator_program(small.make_update(cfg, SGD)))
         state = RoleState(jnp.int32(0), params, SGD.init(params))
         found.append(step(state, params, reference, contexts, users))
     (whole, metrics, margins), (parts, parts_metrics, parts_margins) = found
@@ -321,8 +315,8 @@ def test_what_an_update_does_is_decided_once() -> None:
     """Where the reference comes from, whose margins are the reward, and what is read."""
 
     def decide(num_users: int = 10**9, **changes: Any) -> tuple[Reference, Judge, bool]:
-        cfg, sampling = changed(**changes), small.make_plan(small.make_config()).sampler.sampling
-        plan = setup.plan_update(cfg, MODEL, small.GLUE, sampling, num_users=num_users)
+        cfg, sampling = changed(**changes), small.make_update(small.make_config()).sampler.sampling
+        plan = setup.plan_update(cfg, MODEL, small.GLUE, sampling, num_users=num_users).plan
         return plan.generator.reference, plan.inference.judge, setup.reads_frozen_generator(plan)
 
     drawn = 8 * 12  # users of all updates

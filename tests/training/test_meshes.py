@@ -13,7 +13,6 @@ from configs import scales
 from popi_jax.config_rules import parse_rules
 from popi_jax.models.layout import Rules
 from popi_jax.planning.program import Traffic, read
-from popi_jax.popi.update import popi_update
 from popi_jax.sharding import place_batch
 from tests.oracles.plain import MODEL, RULES
 from tests.popi.test_update import CFG, values
@@ -48,14 +47,14 @@ def joint_update(case: Case) -> Run:
     mesh, users = small.make_mesh(*case.shape), small.user_batch(0)
     with jax.set_mesh(mesh):
         model = dataclasses.replace(MODEL, rules=case.rules)
-        plan = small.make_plan(CFG, model=model, phases=("joint 1",))
-        state, frozen = small.make_state(CFG, small.roles_of(plan), mesh, model)
+        made = small.make_update(CFG, model=model, phases=("joint 1",))
+        state, frozen = small.make_state(CFG, small.roles_of(made), mesh, model)
         batch = place_batch(users, mesh, case.rules)
         key = jax.random.fold_in(state.key, state.step)
-        draw = jax.jit(partial(plan.sampler.sample, group_size=3))
+        draw = jax.jit(partial(made.sampler.sample, group_size=3))
         drawn = draw(state.inference.params, batch, key)
         layouts = jax.tree.map(lambda x: x.sharding, state)
-        update = partial(popi_update, plan=plan)
+        update = made.bind()
         options = {"donate_argnums": 0, "out_shardings": (layouts, None), "keep_unused": True}
         program = jax.jit(update, **options).lower(state, frozen, batch).compile()
         state, metrics = program(state, frozen, batch)

@@ -1,7 +1,6 @@
 """Our gradient steps against one batch that TRL's trainers computed: loss and the gradient of every
 parameter."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.grpo import PolicyObjective, policy_loss, policy_sums
 from popi_jax.models.packing import Tree
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.generator_step import generator_step
 from popi_jax.popi.scorer import Scorer, score_answers
 from tests.oracles import recorded
 from tests.training import small
@@ -77,7 +75,7 @@ def test_generator_step_is_the_dpo_trainer(objective: str) -> None:
     contexts = nested(rows([prompt[:2] for prompt in prompts[:pairs]]), 1)
     settings = small.replace(small.make_config(), "generator", objective=objective, beta=0.1)
     reference = jax.jit(Scorer(cfg).score_pairs)(reference_params, contexts, users)
-    step = jax.jit(partial(generator_step, plan=small.make_plan(settings, SGD, model=cfg)))
+    step = jax.jit(small.generator_program(small.make_update(settings, SGD, model=cfg)))
     role = RoleState(jnp.int32(0), params, SGD.init(params))
     after, metrics, _ = step(role, params, reference, contexts, users)
     name = {"dpo": "sigmoid"}.get(objective, objective)
