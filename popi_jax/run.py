@@ -104,6 +104,11 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     return Run(config, config_json, mesh, dataset, measured, inference, generator)
 
 
+def find_results(workdir: str, split: str, step: int) -> epath.Path:
+    """The folder that keeps the results of a split at a step."""
+    return epath.Path(workdir) / "results" / f"{split}-{step}"
+
+
 def start_devices(config: Config) -> Mesh:
     """Starts JAX as the configuration asks, before any array exists, and sets the mesh.
 

@@ -1,10 +1,12 @@
-"""Scores a list of conditions on the same users and pairs: each cell is a condition, a way of
-decoding its summaries and a generator. Touches no file."""
+"""Scores a list of conditions on the same users and pairs: each cell is a text about the users and
+a generator. Touches no file."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
@@ -12,15 +14,16 @@ from popi_jax import distributed
 from popi_jax.arrays import PairLengths, PairLogps, Params, UserBatch
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
-from popi_jax.evals import generators, metrics
-from popi_jax.evals.conditions import BEFORE_RL, CONDITIONS, TRAINED, Condition, People
-from popi_jax.losses.preference import PreferenceObjective, margins_of
+from popi_jax.evals import conditions, metrics
+from popi_jax.evals.conditions import BEFORE_RL, TRAINED, Condition, People
+from popi_jax.evals.generators import Generator, Summarizer, encode_users
+from popi_jax.losses.preference import PreferenceObjective, pair_margins
 from popi_jax.progress import Progress
 from popi_jax.run import Run
-from popi_jax.training.setup import make_preference_objective
+from popi_jax.sharding import place_whole
+from popi_jax.training.loop import plan_run
 
-GREEDY, SAMPLED, NO_SUMMARY = "greedy", "sampled", "none"
-TEMPERATURES = {GREEDY: 0.0, SAMPLED: 1.0}
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # how the summaries of a condition are decoded
 
 
 class Models(NamedTuple):
@@ -34,16 +37,20 @@ class Text(NamedTuple):
     """A text about each user."""
 
     condition: Condition
-    decoding: str  # of its summaries: greedy | sampled (temperature 1) | none: it holds none
+    decoding: str  # of its summaries, a key of TEMPERATURES; none: it holds no summary
 
 
 class Cell(NamedTuple):
     text: Text
-    generator: str  # trained | before_rl
+    generator: str
+
+
+NOTHING = Text(Condition("nothing", conditions.tell_nothing), "none")
 
 
 class Result(NamedTuple):
-    """Of a cell: what metrics.Score has, and what the generator sees of the users that count."""
+    """The generator sees `context_tokens` tokens about a user; the other fields as in
+    metrics.Score."""
 
     condition: str
     decoding: str
@@ -51,39 +58,117 @@ class Result(NamedTuple):
     stderr: float
     n: int
     nats: float
-    context_tokens: float  # mean over the users
+    context_tokens: float  # mean over the users that count
 
 
 class Evaluation(NamedTuple):
     rows: list[Result]  # of the trained generator
-    before_rl: dict[str, Result]  # of the generator at the start of the main stage
+    before_rl: dict[str, Result]  # condition -> the same of the generator before the main stage
     summaries: list[Ids]  # greedy, of the trained inference model, in its tokens
-
-
-NOTHING = Text(Condition("", lambda people: [[] for _ in people.users]), NO_SUMMARY)
 
 
 def evaluate(
     run: Run,
     users: Sequence[User],
     models: dict[str, Models],
-    conditions: Sequence[Condition] = CONDITIONS,
+    told: Sequence[Condition] = conditions.CONDITIONS,
 ) -> Evaluation:
-    """Scores the users' pairs; `models` are "trained" and "before_rl", the start of the main stage.
+    """Scores the users' pairs under the conditions `told`, with models of the names that they use.
 
     Margins are those of the objective of training; their reference, if they have one, is the
-    generator before RL, without any text unless `generator.reference` says otherwise. So where both
-    generators are equal, no_signals has margins of 0. A cell in which no pair counts is left out.
+    generator before RL, without any text unless `generator.reference` says otherwise. Where that is
+    the generator that is scored too, no_signals has margins of 0. A condition under which no pair
+    counts is left out.
     """
-    objective = make_preference_objective(run.config)
-    placed = generators.place_users(run, users, run.config)
-    mask, lengths = _join_pairs(run, users)
-    counted = {c: mask & _count_users(c, users)[:, None] for c in conditions}
-    cells = list_cells([c for c in conditions if counted[c].any()])
+    encoded = encode_users(run, users, run.config)
+    placed = [place_whole(batch, run.mesh, run.inference.model.rules) for batch in encoded]
+    real = _join_pairs(encoded, len(users))
+    counted = {c: real.pair_mask & _count_users(c, users)[:, None] for c in told}
+    cells = _list_cells([c for c in told if counted[c].any()])
+    objective = plan_run(run).plan.generator.objective
     references = {cell: _find_reference(run, cell, objective) for cell in cells}
-    # what has to be drawn and scored, each once
-    drawn = {(TRAINED, GREEDY): None}
-    drawn |= {(c.text.condition.summaries_by, c.text.decoding): None for c in cells if c.text.decoding != NO_SUMMARY}
-    scored = dict.fromkeys([*cells, *(x for x in references.values() if x)])
+    # all that is drawn and scored, each once
+    scored = dict.fromkeys([*cells, *(cell for cell in references.values() if cell)])
+    texts = dict.fromkeys(cell.text for cell in scored)
+    drawn = {(TRAINED, "greedy"): None}
+    drawn |= {(t.condition.summaries_by, t.decoding): None for t in texts if t.decoding != "none"}
     shown, done = distributed.is_main_process(), itertools.count(1)
-    ...
+    total = (len(drawn) + len(scored)) * len(placed)
+    with Progress(total, label="evaluation", enabled=shown) as progress:
+        advance = lambda: progress.update(next(done))  # noqa: E731
+        summaries: dict[tuple[str, str], list[Ids]] = {}
+        for name, decoding in drawn:
+            summarizer = Summarizer(run.inference, models[name].inference, run.config.seed)
+            found = summarizer.write(placed, TEMPERATURES[decoding], advance)
+            summaries[name, decoding] = found[: len(users)]
+        written = {text: _write_text(run, users, text, summaries) for text in texts}
+        logps: dict[Cell, PairLogps] = {}
+        for cell in scored:
+            generator = Generator(run.generator, models[cell.generator].generator, run.mesh)
+            ids = written[cell.text]
+            logps[cell] = generator.score(ids, placed, _pick_length(run, ids), advance)
+    lengths = PairLengths(jnp.asarray(real.chosen.lengths), jnp.asarray(real.rejected.lengths))
+    rows, before = [], {}
+    for cell in cells:
+        reference = references[cell]
+        known = logps[reference] if reference else None
+        margins = pair_margins(logps[cell], lengths, known, objective=objective)
+        text, mask = cell.text, counted[cell.text.condition]
+        score = metrics.score_pairs(np.asarray(margins), mask)
+        seen = [len(ids) for ids, row in zip(written[text], mask, strict=True) if row.any()]
+        result = Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
+        if cell.generator == BEFORE_RL:
+            before[result.condition] = result
+        else:
+            rows.append(result)
+    return Evaluation(rows, before, summaries[TRAINED, "greedy"])
+
+
+def _list_cells(told: Sequence[Condition]) -> list[Cell]:
+    cells = []
+    for condition in told:
+        decodings = TEMPERATURES if condition.summaries_by else ("none",)
+        for decoding, name in itertools.product(decodings, condition.scored_by):
+            cells.append(Cell(Text(condition, decoding), name))
+    return cells
+
+
+def _find_reference(run: Run, cell: Cell, objective: PreferenceObjective) -> Cell | None:
+    """The cell whose log-probs the margins of another are measured from."""
+    if not objective.needs_reference:
+        return None
+    sees_text = run.config.generator.reference == "summary"
+    return Cell(cell.text if sees_text else NOTHING, BEFORE_RL)
+
+
+def _count_users(condition: Condition, users: Sequence[User]) -> Bool[np.ndarray, " users"]:
+    counts = condition.count_users
+    return np.ones(len(users), bool) if counts is None else np.array(counts(users), bool)
+
+
+def _join_pairs(encoded: Sequence[UserBatch], num_users: int) -> UserBatch:
+    """All users in one batch, without those that fill the last."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *encoded)
+
+
+def _write_text(
+    run: Run, users: Sequence[User], text: Text, summaries: dict[tuple[str, str], list[Ids]]
+) -> list[Ids]:
+    """The text about each user in tokens of the generator."""
+    words, reader = run.inference.tokenizer, run.generator.tokenizer
+    given = summaries.get((text.condition.summaries_by, text.decoding), [])
+    if reader is not words:
+        given = [reader.encode(words.decode(ids).strip()) for ids in given]
+    texts = text.condition.make_texts(People(users, reader, run.config, given))
+    limit = max(_list_lengths(run))
+    return [list(ids[:limit]) for ids in texts]
+
+
+def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
+    """The padded length of texts: one of two, so that the conditions share two programs."""
+    longest = max(map(len, texts))
+    return min(length for length in _list_lengths(run) if longest <= length)
+
+
+def _list_lengths(run: Run) -> tuple[int, int]:
+    return run.config.data.summary_len, run.config.data.context_len

@@ -74,8 +74,8 @@ class Generator(NamedTuple):
         length: int,
         advance: Callable[[], None],
     ) -> PairLogps:
-        """Log-probs of the replies to each user's prompts behind a text about the user, as numpy
-        arrays [users pairs].
+        """Log-probs of the replies to each user's prompts behind a text about the user: [users
+        pairs], in the memory of every process.
 
         texts: one for each user, without those that fill the last batch; at most `length` tokens,
         to which all are padded.
@@ -88,7 +88,7 @@ class Generator(NamedTuple):
             logps = score_texts(self.params, text, batch, scorer=scorer, prefix=self.role.prompt)
             found.append(jax.device_get(logps))
             advance()
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(texts)], *found)
+        return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)[: len(texts)]), *found)
 
     def reply(
         self, summary: str, prompt: str, *, sampling: Sampling, num: int, seed: int
@@ -108,8 +108,8 @@ class Generator(NamedTuple):
         return place_whole(tokens, self.mesh, self.role.model.rules)
 
 
-def place_users(run: Run, users: Sequence[User], config: Config) -> list[UserBatch]:
-    """The users in batches of `evaluation.batch_users`, on the mesh: signals in tokens of the
+def encode_users(run: Run, users: Sequence[User], config: Config) -> list[UserBatch]:
+    """The users in batches of `evaluation.batch_users`, as numpy arrays: signals in tokens of the
     inference model, prompts and replies in those of the generator.
 
     The last batch is filled with users none of whose pairs count."""
@@ -119,7 +119,7 @@ def place_users(run: Run, users: Sequence[User], config: Config) -> list[UserBat
         read = batches.make_eval_batches(users, run.inference.tokenizer, config)
         contexts = [b.batch.context for b in read]
         made = [b._replace(context=c) for b, c in zip(made, contexts, strict=True)]
-    return [place_whole(batch, run.mesh, run.inference.model.rules) for batch in made]
+    return made
 
 
 def summarize_users(
@@ -142,7 +142,11 @@ def summarize_users(
     if len(users) <= rows:
         evaluation = dataclasses.replace(evaluation, batch_users=rows)
     data = dataclasses.replace(config.data, num_pairs=1, **lengths)
-    placed = place_users(run, users, dataclasses.replace(config, data=data, evaluation=evaluation))
+    config = dataclasses.replace(config, data=data, evaluation=evaluation)
+    placed = [
+        place_whole(batch, run.mesh, run.inference.model.rules)
+        for batch in encode_users(run, users, config)
+    ]
     shown, done = distributed.is_main_process(), itertools.count(1)
     with Progress(len(placed), label="summaries", enabled=shown) as progress:
         summarizer = Summarizer(run.inference, params, run.config.seed)
