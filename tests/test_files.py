@@ -46,6 +46,20 @@ def test_several_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert not failed and [p.name for p in tmp_path.iterdir()] == ["measured.json"]
 
 
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "copy"
+    with pytest.raises(OSError, match="disk full"), files.make_folder(place) as part:
+        (part / "half").write_text("")
+        raise OSError("disk full")
+    assert [*place.parent.iterdir()] == []
+    with files.make_folder(place) as part, files.make_folder(place) as other:
+        (part / "name").write_text("late")
+        (other / "name").write_text("first")
+        assert not place.exists()
+    assert (place / "name").read_text() == "first"
+    assert [*place.parent.iterdir()] == [place]  # no temporary folder stays
+
+
 def test_files_in_a_bucket(bucket: str) -> None:
     files.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": "é"}])
     files.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": 2}])

@@ -22,6 +22,7 @@ from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import join_adapters
+from popi_jax.popi.update import popi_update
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
 from popi_jax.run import Run
@@ -100,15 +101,10 @@ class Host(NamedTuple):
 def open_batches(run: Run) -> StagedBatches:
     cfg, users, words = run.config, run.dataset.splits["train"], run.inference.tokenizer
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    warmup = make_warmup_batches(
-        users,
-        words,
-        cfg,
-        seed=derive_data_seed(cfg.seed, "warmup"),
-        items=run.summary_items,
-        **place,
-    )
-    main = make_user_batches(users, words, cfg, seed=derive_data_seed(cfg.seed, "main"), **place)
+    seed = derive_data_seed(cfg.seed, "warmup")
+    warmup = make_warmup_batches(users, words, cfg, seed=seed, items=run.summary_items, **place)
+    seed = derive_data_seed(cfg.seed, "main")
+    main = make_user_batches(users, words, cfg, seed=seed, **place)
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
@@ -162,7 +158,7 @@ def train(run: Run) -> Trained:
                 layout = setup.shardings_of(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
-                main = jit_update(update.bind(), abstract)
+                main = jit_update(partial(popi_update, **update._asdict()), abstract)
                 program = lambda state, batch: main(state, frozen, batch)  # noqa: E731
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:

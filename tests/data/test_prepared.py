@@ -14,7 +14,8 @@ from pathlib import Path
 import grain
 import pytest
 
-from popi_jax import config_check, distributed
+from popi_jax import config_rules, distributed
+from popi_jax.config import DataConfig
 from popi_jax.data import prepared
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources import download, jsonl
@@ -22,8 +23,7 @@ from popi_jax.data.sources.made_people import write_sample
 from popi_jax.data.sources.source import Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError
-from tests import tiny_run
-from tests.data.people import write_users
+from tests.data.people import make_config, write_users
 
 
 def options(tmp_path: Path, **changes: object) -> types.SimpleNamespace:
@@ -245,7 +245,10 @@ def test_prism_is_downloaded_where_it_is_not(
 
 def test_the_configuration_allows_the_sources_that_there_are() -> None:
     names = [source.name for source in prepared.SOURCES if not source.stands_in_for]
-    assert list(config_check.WORDS["data.source"]) == names
+    declared = {field.name: field for field in config_rules.list_settings(DataConfig)}
+    assert declared["source"].allowed[0].words == tuple(names)
+    # the rule of config_rules.py about data.split_by
+    assert [s.name for s in prepared.SOURCES if "split_by" in s.options] == ["prefeval"]
     for source in prepared.SOURCES:
         assert source.stands_in_for in ("", *names)
         assert prepared.find_source(source.stands_in_for or source.name, source.kind) is source
@@ -308,8 +311,8 @@ def test_made_data_are_refused_by_make_data_where_make_train_refuses_them(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert distributed.is_alone_on_cpu(os.environ) is not refused  # what popi_jax.run asks
-    overrides = [f"--config.data.prepared={tmp_path}", f"--config.data.path={tmp_path / 'none'}"]
-    config = tiny_run.config_of(tmp_path, *overrides)
+    places = {"data__path": f"{tmp_path / 'none'}", "data__prepared": f"{tmp_path}"}
+    config = make_config(**places, data__download=False, data__sample_people=60)
     if refused:
         with pytest.raises(UserError, match="no PRISM files"):
             prepare.main(config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
-from popi_jax.data import batches, prompts, tokenizer
+from popi_jax.data import batches, encode, prompts, tokenizer
 from popi_jax.data.records import User
 from popi_jax.evals import cells, conditions, generators
 from popi_jax.evals.cells import Evaluation, Models
@@ -133,10 +133,8 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, tiny, 
 
     nothing = [[] for _ in users]
     summaries = evaluated.summaries
-    raw = [
-        words.encode(prompts.render_signals(user, "grouped"))[: cfg.data.context_len]
-        for user in users
-    ]
+    header = len(prompts.render_inference_context(words, ""))  # the inference model reads them so
+    raw = [encode.fit_signals(user, words, cfg).context[header:] for user in users]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
     reference = margins(before, nothing)
 
