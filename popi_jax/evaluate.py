@@ -1,5 +1,6 @@
-"""Scores the newest checkpoint of a run on its test users and prints the table; results.json is
-written anew."""
+"""Scores a checkpoint of a run on its test users, writes results.json and prints the table.
+
+The results of each step are kept in the folder results/ of the WORKDIR."""
 
 from absl import flags
 
@@ -7,19 +8,22 @@ from popi_jax import cli
 from popi_jax.config import Config
 
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "users to score")
+_STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
 
 
 def main(config: Config) -> None:
     from popi_jax.evals.render import evaluate_run
-    from popi_jax.finished_run import open_run, restore_run
+    from popi_jax.run import open_run
+    from popi_jax.training.restore import restore_run
 
-    built = open_run(config)
-    evaluate_run(built, **restore_run(built)._asdict(), split=_SPLIT.value)
+    run = open_run(config, must_exist=True)
+    evaluate_run(run, **restore_run(run, _STEP.value)._asdict(), split=_SPLIT.value)
 
 
 if __name__ == "__main__":
     cli.run(
         main,
         description=__doc__,
-        example="python -m popi_jax.evaluate --config=prism --split=validation --config.evaluation.max_users=100",
+        example="python -m popi_jax.evaluate --config=prism --split=validation "
+        "--config.evaluation.max_users=100",
     )

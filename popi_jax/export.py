@@ -1,11 +1,10 @@
-"""Writes the newest checkpoint of a run as Hugging Face folders, which transformers loads: one per
-role."""
+"""Writes a checkpoint of a run as Hugging Face folders, which transformers loads: one per role."""
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -17,13 +16,14 @@ _OUT = flags.DEFINE_string("out", "", "folder of the exports; empty: <workdir>/e
 _ROLE = flags.DEFINE_enum(
     "role", "both", ["inference", "generator", "both"], "which model to export"
 )
+_STEP = flags.DEFINE_integer("step", None, "checkpoint to export; default: the newest")
 
 
 def main(config: Config) -> None:
     os.environ["JAX_PLATFORMS"] = (
         "cpu"  # copying files needs no accelerator, and one may be busy with training
     )
-    from popi_jax.checkpoints.manager import ROLES, full_disk_told
+    from popi_jax.checkpoints.manager import ROLES, tell_full_disk
 
     if "://" in config.workdir and not _OUT.value:
         raise UserError(
@@ -31,137 +31,170 @@ def main(config: Config) -> None:
         )
     out = Path(_OUT.value or Path(config.workdir) / "export")
     roles = ROLES if _ROLE.value == "both" else (_ROLE.value,)
-    with full_disk_told(out):
+    with tell_full_disk(out):
         for role in roles:
-            export_role(config.workdir, role, out / role)
+            export_role(config.workdir, role, out / role, _STEP.value)
 
 
-def export_role(workdir: str | os.PathLike[str], role: str, target: Path) -> None:
+def export_role(
+    workdir: str | os.PathLike[str], role: str, target: Path, step: int | None = None
+) -> None:
     """Writes config.json, weights, tokenizer and model card of one role; an earlier export in
     `target` is replaced.
 
     Of a run that trains adapters the weights are merged, and <target>-adapter holds the adapters
     alone, for `peft`. Everything but the place comes from the run itself, so the flags of the
-    training need not be repeated. Raises: UserError if the folder holds no run, or a file of it is
-    missing or broken."""
-    from etils import epath
-    from jax import tree
-
-    from popi_jax.checkpoints import adapter, hf_config, hf_io, manager, model_card
-    from popi_jax.data import tokenizer as tokenizers
-    from popi_jax.models.lora import merge
-
-    run_folder = epath.Path(workdir)
-    step, params = manager.restore_params(str(run_folder), role)
-    run, data = stored_run(run_folder)
-    if not (run_folder / "tokenizer").is_dir():
-        raise UserError(
-            f"{run_folder / 'tokenizer'}: not found; give the --config.workdir of a run, which stores it there"
-        )
-    tokenizer = tokenizers.load(run_folder / "tokenizer")
-    lora, adapters = getattr(run, role).lora, None
-    if lora.rank:
-        cfg, adapters = model_config(run, vocab_size=0), params
-        params = merge(
-            hf_io.read_params(run.model.checkpoint, cfg), adapters, scale=lora.alpha / lora.rank
-        )
-    else:
-        cfg = model_config(run, vocab_size=params["embed"]["embedding"].shape[0])
-    lengths = run.data
-    trained_len = lengths.context_len + lengths.summary_len + lengths.turn_len + lengths.answer_len
-    base = hf_config.Base("", None)
-    if run.model.checkpoint:
-        base = hf_config.read_base(run.model.checkpoint)
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    num_params = sum(math.prod(x.shape) for x in tree.leaves(params))
-    card = model_card.render(
-        run,
-        role=role,
-        step=step,
-        num_params=num_params,
-        architecture=hf_config.FAMILIES[hf_config.family_of(cfg, base.model_type)].architecture,
-        dtype=run.model.dtype,
-        data=data,
-        results=read_results(run_folder / "results.json"),
-    )
-    with hf_io.new_export(target) as folder:
-        hf_io.write_model(
-            folder,
-            params,
-            cfg,
-            dtype=run.model.dtype,
-            max_len=base.max_len or trained_len,
-            special_ids={name: value for name, value in ids.items() if value is not None},
-            mark={"role": role, "step": step, "run": run.name, "data": data},
-            model_type=base.model_type,
-        )
-        tokenizer.save(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    if adapters is not None:
+    training need not be repeated. Raises: UserError if the folder holds no run or no such step, or
+    a file of it is missing or broken."""
+    trained = read_role(str(workdir), role, step)
+    card = render_card(trained, read_results(str(workdir), trained.step))
+    write_model(trained, card, target)
+    config = trained.config
+    if trained.adapters is not None:
         beside = target.with_name(f"{target.name}-adapter")
-        with hf_io.new_export(beside) as folder:
-            adapter.write_adapter(
-                folder,
-                adapters,
-                cfg,
-                alpha=lora.alpha,
-                base=run.model.checkpoint,
-                decoder="model.language_model" if base.model_type == "gemma3" else "model",
-            )
-            (folder / hf_io.MARK_FILE).write_text(
-                json.dumps({"role": role, "step": step, "run": run.name}) + "\n"
-            )
-            tokenizer.save(folder)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        print(f"{beside}: its adapters alone, of rank {lora.rank}, for {run.model.checkpoint}")
-    print(f"{target}: {role} model of step {step}, {num_params:,} parameters as {run.model.dtype}")
+        write_adapter(trained, card, beside)
+        rank, base = getattr(config, role).lora.rank, config.model.checkpoint
+        print(f"{beside}: its adapters alone, of rank {rank}, for {base}")
+    count, dtype = trained.count_params(), config.model.dtype
+    print(f"{target}: {role} model of step {trained.step}, {count:,} parameters as {dtype}")
 
 
-def stored_run(workdir: str | os.PathLike[str]) -> tuple[Config, str]:
+class TrainedRole(NamedTuple):
+    """All that an export needs of a run."""
+
+    role: str
+    step: int
+    config: Config
+    data: str  # published, sample, own; "": unknown
+    model: Any  # TransformerConfig
+    params: Any  # of the whole model
+    adapters: Any  # None where all parameters are trained
+    tokenizer: Any
+    base: Any  # hf_config.Base of the folder that the model came from
+
+    def count_params(self) -> int:
+        from jax import tree
+
+        return sum(math.prod(x.shape) for x in tree.leaves(self.params))
+
+
+def read_role(workdir: str, role: str, step: int | None) -> TrainedRole:
+    """Raises: UserError as `export_role`."""
+    from etils import epath
+
+    from popi_jax.checkpoints import hf_config, hf_io, manager
+    from popi_jax.data import tokenizer
+    from popi_jax.models.lora import merge
+    from popi_jax.run import make_model
+
+    step, params = manager.restore_params(workdir, role, step=step)
+    config, data = read_stored_run(workdir)
+    folder = epath.Path(workdir) / "tokenizer"
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: not found; give the --config.workdir of a run, which stores it there"
+        )
+    lora, adapters, checkpoint = getattr(config, role).lora, None, config.model.checkpoint
+    model = make_model(config, 0 if lora.rank else params["embed"]["embedding"].shape[0])
+    if lora.rank:
+        whole, adapters = hf_io.read_params(checkpoint, model), params
+        params = merge(whole, adapters, scale=lora.alpha / lora.rank)
+    base = hf_config.read_base(checkpoint) if checkpoint else hf_config.Base("", None)
+    words = tokenizer.load(folder)
+    return TrainedRole(role, step, config, data, model, params, adapters, words, base)
+
+
+def render_card(trained: TrainedRole, results: list[dict[str, Any]]) -> str:
+    from popi_jax.checkpoints import hf_config, hf_write, model_card
+    from popi_jax.data.prepared import find_source
+
+    config, data = trained.config, trained.data
+    family = hf_config.FAMILIES[hf_write.find_family(trained.model, trained.base.model_type)]
+    facts = model_card.Facts(
+        trained.role,
+        trained.step,
+        trained.count_params(),
+        family.architecture,
+        data,
+        find_source(config.data.source, data).licence,
+    )
+    return model_card.render(config, facts, results)
+
+
+def write_model(trained: TrainedRole, card: str, target: Path) -> None:
+    from popi_jax.checkpoints import hf_write
+
+    config, words, d = trained.config, trained.tokenizer, trained.config.data
+    trained_len = d.context_len + d.summary_len + d.turn_len + d.answer_len
+    ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+    described = hf_write.make_config(
+        trained.model,
+        dtype=config.model.dtype,
+        max_len=trained.base.max_len or trained_len,
+        special_ids={name: value for name, value in ids.items() if value is not None},
+        model_type=trained.base.model_type,
+    )
+    mark = {"role": trained.role, "step": trained.step, "run": config.name, "data": trained.data}
+    with hf_write.open_export(target) as folder:
+        described |= {hf_write.MARK: mark}
+        hf_write.write_model(folder, trained.params, trained.model, described)
+        words.save(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_adapter(trained: TrainedRole, card: str, target: Path) -> None:
+    from popi_jax.checkpoints import adapter, hf_write
+
+    config = trained.config
+    mark = {"role": trained.role, "step": trained.step, "run": config.name}
+    with hf_write.open_export(target) as folder:
+        adapter.write_adapter(
+            folder,
+            trained.adapters,
+            trained.model,
+            alpha=getattr(config, trained.role).lora.alpha,
+            base=config.model.checkpoint,
+            decoder="model.language_model" if trained.base.model_type == "gemma3" else "model",
+        )
+        hf_write.write_json(folder / hf_write.MARK_FILE, mark)
+        trained.tokenizer.save(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_stored_run(workdir: str) -> tuple[Config, str]:
     """Returns the configuration that the newest checkpoint was trained with, and the kind of its
     data ("" unknown)."""
     from popi_jax.checkpoints import manager
 
-    stored = manager.stored_config(str(workdir))
+    stored = manager.read_config(workdir)
     if stored is None:
         raise UserError(f'config.workdir: no checkpoint in "{workdir}" can be read; train first')
     dataset = stored.pop("dataset", {})
     return from_json(json.dumps(stored)), dataset.get("data", "")
 
 
-def model_config(run: Config, vocab_size: int) -> Any:
-    """Returns the TransformerConfig of a run; its shape is that of the base weights when it started
-    from some."""
-    import dataclasses
+def read_results(workdir: str, step: int) -> list[dict[str, Any]]:
+    """Returns the rows of the evaluation of the test users at a step, [] if there was none.
 
-    from popi_jax.checkpoints import hf_config
-    from popi_jax.models.transformer import TransformerConfig
+    Raises: UserError if the file is broken."""
+    from etils import epath
 
-    model = run.model
-    if model.checkpoint:
-        return hf_config.read_config(model.checkpoint, dtype=model.dtype, remat=model.remat)
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    shape = {name: value for name, value in dataclasses.asdict(model).items() if name in names}
-    return TransformerConfig(**shape | {"vocab_size": vocab_size})
+    from popi_jax.run import find_results
 
-
-def read_results(path: Any) -> list[dict[str, Any]]:
-    """Returns the rows of an evaluation, [] if there was none. Raises: UserError if the file is
-    broken."""
+    path = find_results(workdir, "test", step) / "results.json"
+    if not path.exists():
+        path = epath.Path(workdir) / "results.json"
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON: {e}; evaluate again, or remove the file") from e
-    rows = rows.get("rows", []) if isinstance(rows, dict) else rows
-    if not all(isinstance(row, dict) for row in rows):
+    if isinstance(found, dict):
+        found = found["rows"] if found.get("step") == step else []
+    if not all(isinstance(row, dict) for row in found):
         raise UserError(f"{path}: expected a list of objects; evaluate again, or remove the file")
-    return rows
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The summary is that of a user of the run's data (--user), of a file (--users and --user), your own
 words (--summary), or empty."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +54,47 @@ _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0
 )
 _NUM = flags.DEFINE_integer("num", 1, "how many answers to sample", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
 
 
 def main(config: Config) -> None:
+    _check_flags()
+    from popi_jax import distributed
+    from popi_jax.data.sources.jsonl import read_users
+    from popi_jax.evals.generators import Generator, summarize_users
+    from popi_jax.run import open_run
+    from popi_jax.training.restore import restore_role
+
+    people = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
+    run, step = open_run(config, must_exist=True), _STEP.value
+    summary = _SUMMARY.value.strip()
+    if _USER.value:
+        splits = [run.dataset.splits[name] for name in ("test", "validation", "train")]
+        user = find_user(_USER.value, people or (user for split in splits for user in split))
+        step, params = restore_role(run, "inference", step)
+        rows = summarize_users(run, params, [user], config=config, temperature=0.0)
+        summary = rows[0]["summary"]
+    _, params = restore_role(run, "generator", step)
+    words = run.generator.tokenizer
+    sampling = run.generator.sampling._replace(
+        temperature=_TEMPERATURE.value,
+        max_len=_MAX_TOKENS.value or config.data.answer_len,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        stop=tuple(tuple(words.encode(text)) for text in _STOP.value if text),
+    )
+    generator = Generator(run.generator, params, run.mesh)
+    answers = generator.reply(
+        summary, _PROMPT.value, sampling=sampling, num=_NUM.value, seed=config.seed
+    )
+    if distributed.is_main_process():
+        print(f"summary: {summary or '(none)'}")
+        for text in answers:
+            print(f"answer: {text}")
+
+
+def _check_flags() -> None:
     if not _PROMPT.value.strip():
         raise UserError(f"--prompt is missing; say what to answer, e.g. {_EXAMPLE}")
     if _SUMMARY.value and (_USER.value or _USERS.value):
@@ -68,52 +105,13 @@ def main(config: Config) -> None:
         raise UserError(f"--users={_USERS.value} needs the person who asks: --user=ID")
     if _TEMPERATURE.value == 0 and (_TOP_K.value or _TOP_P.value < 1 or _MIN_P.value):
         raise UserError(
-            "--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1, or leave them out"
+            "--top_k, --top_p and --min_p are about sampling; add e.g. --temperature=1, or leave "
+            "them out"
         )
     if _NUM.value > 1 and _TEMPERATURE.value == 0:
         raise UserError(
             f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1"
         )
-
-    from popi_jax.data.sources.jsonl import read_users
-
-    people = read_users(Path(_USERS.value), config.data.num_shots) if _USERS.value else []
-
-    import jax
-
-    from popi_jax.finished_run import answers, open_run, restore_role, rows_of, summaries_of
-
-    built = open_run(config)
-    summary = _SUMMARY.value.strip()
-    if _USER.value:
-        splits = (
-            [people]
-            if people
-            else [built.dataset.splits[name] for name in ("test", "validation", "train")]
-        )
-        user = find_user(_USER.value, (user for split in splits for user in split))
-        one_batch = dataclasses.replace(config.evaluation, batch_users=rows_of(built))
-        lengths = dataclasses.replace(config, evaluation=one_batch)
-        _, params = restore_role(built, "inference")
-        summary = summaries_of([user], built, params, lengths=lengths, temperature=0.0)[0][
-            "summary"
-        ]
-    _, params = restore_role(built, "generator")
-    sampling = built.sampling._replace(
-        temperature=_TEMPERATURE.value,
-        max_len=_MAX_TOKENS.value or config.data.answer_len,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        stop=tuple(tuple(built.tokenizer.encode(text)) for text in _STOP.value if text),
-    )
-    texts = answers(
-        built, params, prompt=_PROMPT.value, summary=summary, sampling=sampling, num=_NUM.value
-    )
-    if jax.process_index() == 0:
-        print(f"summary: {summary or '(none)'}")
-        for text in texts:
-            print(f"answer: {text}")
 
 
 def find_user(user_id: str, users: "Iterable[User]") -> "User":

@@ -1,4 +1,4 @@
-"""From a configuration to all that a command runs with: devices, data, tokenizer, model. One way
+"""From a configuration to all that a command works with: devices, data, tokenizers, models. One way
 for all commands."""
 
 import dataclasses
@@ -12,39 +12,101 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from popi_jax import distributed
-from popi_jax.checkpoints.hf_config import read_config
-from popi_jax.checkpoints.manager import check_same_run, stored_config
-from popi_jax.config import Config, DataConfig
-from popi_jax.config_rules import check_mesh, parse_rules, resolve_mesh
-from popi_jax.data import prompts, tokenizer
-from popi_jax.data.encode import Truncations
-from popi_jax.data.measure import fit_lengths
+from popi_jax import config_rules, distributed, files
+from popi_jax.checkpoints import hf_config, manager
+from popi_jax.config import Config, to_json
+from popi_jax.data import measure, prompts, tokenizer, warmup_batches
+from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
-from popi_jax.models.sampling import Sampling
+from popi_jax.models.decode import Sampling
+from popi_jax.models.fused_attention import choose_kernel
+from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.roles import Glue
-from popi_jax.sharding import Rules, make_mesh
+from popi_jax.popi.rollout import PromptTokens
+from popi_jax.sharding import find_platform, make_mesh
 
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
 
-class Built(NamedTuple):
+class RoleParts(NamedTuple):
+    """All of a role but its weights."""
+
+    model: TransformerConfig
+    tokenizer: Tokenizer
+    # token ids that are the same for all users: of the inference model those from the end of the
+    # signals to the header of the summary, of the generator all those before the summary
+    prompt: tuple[int, ...]
+    sampling: Sampling  # of summaries, and of answers
+
+
+class Run(NamedTuple):
     config: Config  # with the padded lengths fitted to the data
-    config_json: str  # as given, for checkpoints
+    config_json: str  # as given, and what the data are: stored with each checkpoint
     mesh: Mesh  # set as the current mesh
     dataset: Dataset
-    tokenizer: Tokenizer
-    model: TransformerConfig
-    glue: Glue
-    sampling: Sampling
+    measured: Measured  # of the training users
+    inference: RoleParts
+    generator: RoleParts
+
+    @property
+    def prompt_tokens(self) -> PromptTokens:
+        return PromptTokens(self.generator.prompt, self.inference.prompt)
+
+    @property
+    def summary_items(self) -> tuple[str, ...]:
+        """What the warm-up lists in summaries."""
+        return warmup_batches.find_items(self.dataset, self.config)
 
 
-def compiled_folder(config: Config) -> Path:
-    """Where compiled programs are kept: beside the prepared data, so that runs share them."""
-    return Path(config.data.prepared).parent / "compiled"
+def open_run(config: Config, *, must_exist: bool = False) -> Run:
+    """Opens the run in the workdir of a configuration, or begins one there.
+
+    must_exist: as all but training ask; then nothing in the workdir is changed. Raises: UserError
+    for whatever is wrong with the data, the devices or the workdir, such as a run with other
+    settings.
+    """
+    stored = manager.read_config(config.workdir)
+    if must_exist and stored is None:
+        raise UserError(
+            f'config.workdir: no run in "{config.workdir}"; train first, or give the WORKDIR of a '
+            "run"
+        )
+    config_json = to_json(config)
+    origin = (stored or {}).get("dataset", {})
+    if stored:  # before any work on the data; what the data are is compared when they are known
+        manager.check_same_run(config.workdir, _add_origin(config_json, origin))
+    mesh = start_devices(config)
+    on_laptop = distributed.is_alone_on_cpu(os.environ)
+    dataset = prepare(config.data, allow_sample=on_laptop, trained_on=origin.get("data", ""))
+    if dataset.data == "sample":
+        logging.warning("The data are the made PRISM-format sample, not real data.")
+    words = load_tokenizer(config, dataset, begun=stored is not None)
+    measured = load_measured(config, dataset, words, begun=stored is not None)
+    _warn_of_truncations(config, measured.truncations)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
+    origin = {"data": dataset.data, "prepared": dataset.prepared.name}
+    config_json = _add_origin(config_json, origin)
+    manager.check_same_run(config.workdir, config_json)
+    model = make_model(config, words.vocab_size)
+    summaries = Sampling(
+        config.inference.temperature,
+        config.data.summary_len,
+        words.eos_id,
+        list_banned(words, model),
+    )
+    answers = summaries._replace(temperature=0.0, max_len=config.data.answer_len)
+    asking = tuple(prompts.render_summary_turn(words, config))
+    prefix = tuple(prompts.render_generator_prefix(words, config))
+    inference = RoleParts(model, words, asking, summaries)
+    generator = RoleParts(model, words, prefix, answers)
+    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+
+
+def find_results(workdir: str, split: str, step: int) -> epath.Path:
+    """The folder that keeps the results of a split at a step."""
+    return epath.Path(workdir) / "results" / f"{split}-{step}"
 
 
 def start_devices(config: Config) -> Mesh:
@@ -52,10 +114,9 @@ def start_devices(config: Config) -> Mesh:
 
     Raises: UserError when the mesh does not fit the devices.
     """
-    simulated = max(
-        config.mesh.num_devices,
-        8 if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else 1,
-    )
+    simulated = config.mesh.num_devices
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        simulated = max(simulated, 8)
     if simulated > 1:
         # collectives of simulated devices block threads of XLA's pool, of which NPROC says how many
         # there are
@@ -63,138 +124,107 @@ def start_devices(config: Config) -> Mesh:
     if config.mesh.num_devices and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(config)))
+        # beside the prepared data, so that runs share what is compiled
+        compiled = Path(config.data.prepared).parent / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     distributed.start()
-    check_mesh(config, jax.device_count())
-    mesh = make_mesh(*resolve_mesh(config.mesh, jax.device_count()))
+    config_rules.check_mesh(config, jax.device_count())
+    mesh = make_mesh(*config_rules.resolve_mesh(config.mesh, jax.device_count()))
     jax.set_mesh(mesh)
     return mesh
 
 
-def model_config(config: Config, vocab_size: int) -> TransformerConfig:
+def make_model(config: Config, vocab_size: int, platform: str = "") -> TransformerConfig:
     """The shape of both models: that of the base checkpoint, else the configuration's.
 
+    vocab_size: of the tokenizer. platform: tpu, gpu or cpu; "": that of the mesh that is set.
     Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens.
     """
     m = config.model
-    rules, rollout_rules = mesh_rules(config)
     if m.checkpoint:
-        read = read_config(m.checkpoint, dtype=m.dtype, remat=m.remat, attention=m.attention)
-        model = dataclasses.replace(read, rules=rules, rollout_rules=rollout_rules)
+        model = hf_config.read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
         if model.vocab_size < vocab_size:
             raise UserError(
-                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but model.embed_tokens.weight has shape "
-                f"[{model.vocab_size}, {model.embed_dim}], needs at least [{vocab_size}, {model.embed_dim}]; "
-                "give a folder whose tokenizer and weights belong together"
+                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but "
+                f"model.embed_tokens.weight has shape [{model.vocab_size}, {model.embed_dim}], "
+                f"needs at least [{vocab_size}, {model.embed_dim}]; give a folder whose tokenizer "
+                "and weights belong together"
             )
-        return model
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    shape = {name: value for name, value in vars(m).items() if name in names}
-    shape |= {"vocab_size": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE}
-    return TransformerConfig(**shape, rules=rules, rollout_rules=rollout_rules)
+    else:
+        names = {field.name for field in dataclasses.fields(TransformerConfig)}
+        shape = {name: value for name, value in vars(m).items() if name in names}
+        shape["vocab_size"] = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        model = TransformerConfig(**shape)
+    rules, rollout_rules = parse_mesh_rules(config)
+    kernel = choose_kernel(m.attention, platform or find_platform())
+    return dataclasses.replace(model, rules=rules, rollout_rules=rollout_rules, kernel=kernel)
 
 
-def mesh_rules(config: Config) -> tuple[Rules, Rules]:
+def parse_mesh_rules(config: Config) -> tuple[Rules, Rules]:
     """The layouts while training and while sampling."""
-    tables = {name: getattr(config.mesh, name) for name in ("rules", "rollout_rules")}
-    rules, rollout_rules = (
-        Rules(**parse_rules(table, f"mesh.{name}")) for name, table in tables.items()
-    )
-    return rules, rollout_rules
+    mesh = config.mesh
+    rules = config_rules.parse_rules(mesh.rules, "mesh.rules")
+    rollout_rules = config_rules.parse_rules(mesh.rollout_rules, "mesh.rollout_rules")
+    return Rules(**rules), Rules(**rollout_rules)
 
 
-def load_tokenizer(config: Config, dataset: Dataset) -> Tokenizer:
-    """The run's own tokenizer, else the checkpoint's, else one trained on the training split and
-    kept with the run."""
+def load_tokenizer(config: Config, dataset: Dataset, *, begun: bool) -> Tokenizer:
+    """The tokenizer of a run that has begun, else the checkpoint's, else one trained on the
+    training split; it is kept with the run.
+
+    Raises: UserError when it cannot be read, or this process does not see the WORKDIR of process 0.
+    """
     folder = epath.Path(config.workdir) / "tokenizer"
-    if stored_config(
-        config.workdir
-    ):  # without a checkpoint it may be of an attempt with other settings
+    if begun:  # else the folder may be of an attempt with other settings
         return tokenizer.load(folder)
     if config.model.checkpoint:
         made = tokenizer.load(config.model.checkpoint)
     else:
-        made = tokenizer.train(
-            prompts.list_training_texts(dataset.splits["train"], config), config.model.vocab_size
-        )
+        texts = prompts.list_training_texts(dataset.splits["train"], config)
+        made = tokenizer.train(texts, config.model.vocab_size)
     if distributed.is_main_process():
         made.save(folder)
     distributed.wait_for_all("the tokenizer that process 0 writes")
     if not folder.is_dir():
         raise UserError(
-            f'config.workdir: process {jax.process_index()} does not see "{folder}", which process 0 wrote; '
-            "give a WORKDIR that all hosts share"
+            f'config.workdir: process {jax.process_index()} does not see "{folder}", which process '
+            "0 wrote; give a WORKDIR that all hosts share"
         )
     return made
 
 
-def _lengths(
-    config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool
-) -> tuple[DataConfig, Truncations]:
-    """`fit_lengths`, kept beside the tokenizer, so that a run that continues need not encode its
-    users again."""
-    path = epath.Path(config.workdir) / "tokenizer" / "lengths.json"
+def load_measured(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> Measured:
+    """What was measured of the training users, kept beside the tokenizer, so that a run that
+    continues need not encode them again."""
+    path = epath.Path(config.workdir) / "tokenizer" / "measured.json"
     if begun and path.exists():
-        known = json.loads(path.read_text())
-        return dataclasses.replace(config.data, **known["lengths"]), Truncations(
-            *known["truncations"]
-        )
-    lengths, cut = fit_lengths(dataset.splits["train"], words, config)
+        return measure.from_json(path.read_text(), path)
+    items = warmup_batches.find_items(dataset, config)
+    measured = measure.measure(dataset.splits["train"], words, config, items)
     if distributed.is_main_process():
-        path.write_text(json.dumps({"lengths": lengths, "truncations": list(cut)}))
-    return dataclasses.replace(config.data, **lengths), cut
+        files.write_whole(path, measure.to_json(measured))
+    return measured
 
 
-def never_drawn(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
-    """The control tokens other than the end of a reply, and the numbers beyond the tokenizer's
-    vocabulary."""
+def list_banned(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
+    """The tokens that are never drawn: control tokens other than the end of a reply, and the
+    numbers beyond the tokenizer's vocabulary."""
     return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
 
 
-def build(config: Config, config_json: str) -> Built:
-    """Raises: UserError for whatever is wrong with the data, the devices or the work directory."""
-    stored = stored_config(config.workdir)
-    stored_data = (stored or {}).get("dataset", {})
-    if (
-        stored
-    ):  # before any work on the data; what the data are is checked again when they are known
-        same_data = {"dataset": stored_data} if stored_data else {}
-        check_same_run(config.workdir, json.dumps(json.loads(config_json) | same_data))
-    mesh = start_devices(config)
-    on_laptop = distributed.is_alone_on_cpu(os.environ)
-    dataset = prepare(config.data, allow_sample=on_laptop, trained_on=stored_data.get("data", ""))
-    if dataset.data == "sample":
-        logging.warning("The data are the made PRISM-format sample, not real data.")
-    words = load_tokenizer(config, dataset)
-    data, cut = _lengths(config, dataset, words, begun=bool(stored))
+def _add_origin(config_json: str, origin: dict[str, str]) -> str:
+    return json.dumps(json.loads(config_json) | ({"dataset": origin} if origin else {}))
+
+
+def _warn_of_truncations(config: Config, cut: measure.Truncations) -> None:
     if cut.contexts or cut.turns or cut.answers:
+        d = config.data
         logging.warning(
-            "Too long and shortened, in the %d training users measured: %d signals (data.context_len = %d), "
-            "%d prompts of %d (data.turn_len = %d), %d replies of %d (data.answer_len = %d).",
-            *(
-                cut.users,
-                cut.contexts,
-                config.data.context_len,
-                cut.turns,
-                cut.pairs,
-                config.data.turn_len,
-            ),
-            *(cut.answers, 2 * cut.pairs, config.data.answer_len),
+            "Too long and shortened, in the %d training users measured: %d signals "
+            "(data.context_len = %d), %d prompts of %d (data.turn_len = %d), %d replies of %d "
+            "(data.answer_len = %d).",
+            *(cut.users, cut.contexts, d.context_len),
+            *(cut.turns, cut.pairs, d.turn_len, cut.answers, 2 * cut.pairs, d.answer_len),
         )
-    config = dataclasses.replace(config, data=data)
-    glue = Glue(
-        tuple(prompts.render_generator_prefix(words, config)),
-        tuple(prompts.render_summary_turn(words, config)),
-    )
-    model = model_config(config, words.vocab_size)
-    sampling = Sampling(
-        config.inference.temperature, data.summary_len, words.eos_id, never_drawn(words, model)
-    )
-    origin = {"data": dataset.data, "prepared": dataset.prepared.name}
-    config_json = json.dumps(
-        json.loads(config_json) | {"dataset": origin}
-    )  # stored with each checkpoint
-    check_same_run(config.workdir, config_json)
-    return Built(config, config_json, mesh, dataset, words, model, glue, sampling)

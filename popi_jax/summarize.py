@@ -22,6 +22,7 @@ _OUT = flags.DEFINE_string(
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "of sampling; 0 takes the likeliest tokens", lower_bound=0.0
 )
+_STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
 
 
 def main(config: Config) -> None:
@@ -35,19 +36,19 @@ def main(config: Config) -> None:
     if _USERS.value and out.exists() and out.resolve() == epath.Path(_USERS.value).resolve():
         raise UserError(f"--out={out} is the file of --users; give another name")
 
-    import jax
+    from popi_jax import distributed, files
+    from popi_jax.evals.generators import summarize_users
+    from popi_jax.run import open_run
+    from popi_jax.training.restore import restore_role
 
-    from popi_jax.evals.render import write_jsonl
-    from popi_jax.finished_run import open_run, restore_role, summaries_of
-
-    built = open_run(config)
-    users = users or list(built.dataset.splits["test"])
+    run = open_run(config, must_exist=True)
+    users = users or list(run.dataset.splits["test"])
     if not users:
         raise UserError("the test split of the run holds no user; name some with --users=FILE")
-    step, params = restore_role(built, "inference")
-    rows = summaries_of(users, built, params, lengths=config, temperature=_TEMPERATURE.value)
-    if jax.process_index() == 0:
-        write_jsonl(out, rows)
+    step, params = restore_role(run, "inference", _STEP.value)
+    rows = summarize_users(run, params, users, config=config, temperature=_TEMPERATURE.value)
+    if distributed.is_main_process():
+        files.write_jsonl(out, rows)
         print(f"{out}: summaries of {len(rows)} users by the inference model of step {step}")
 
 
@@ -55,5 +56,6 @@ if __name__ == "__main__":
     cli.run(
         main,
         description=__doc__,
-        example="python -m popi_jax.summarize --config=prism --users=people.jsonl --out=summaries.jsonl",
+        example="python -m popi_jax.summarize --config=prism --users=people.jsonl "
+        "--out=summaries.jsonl",
     )

@@ -2,12 +2,12 @@
 evaluates and reports.
 
 The same command again continues a run that was stopped. Results lie in the work directory:
-results.json, summaries.jsonl, metrics.jsonl, tensorboard/, checkpoints/."""
+results.json, results.md, summaries.jsonl, results/, metrics.jsonl, tensorboard/, checkpoints/."""
 
 import sys
 
 from popi_jax import cli
-from popi_jax.config import Config, to_json
+from popi_jax.config import Config
 
 
 def main(config: Config) -> None:
@@ -16,26 +16,25 @@ def main(config: Config) -> None:
 
     from popi_jax import distributed
     from popi_jax.evals.render import evaluate_run
-    from popi_jax.run import build
-    from popi_jax.training.loop import NotFinite, Stopped, train, whole_models
+    from popi_jax.run import open_run
+    from popi_jax.training import loop
 
     logging.set_verbosity(logging.INFO)
-    built = build(config, to_json(config))
-    logging.info(
-        "%s: %d device(s), mesh %s", config.name, jax.device_count(), dict(built.mesh.shape)
-    )
+    run = open_run(config)
+    mesh = dict(run.mesh.shape)
+    logging.info("%s: %d device(s), mesh %s", config.name, jax.device_count(), mesh)
     try:
-        trained = train(built)
-    except Stopped as stopped:
+        trained = loop.train(run)
+    except loop.Stopped as stopped:
         if distributed.is_main_process():
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except NotFinite as failure:
+    except loop.NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
-    inference, generator = whole_models(trained, config)
+    inference, generator = loop.use_models(trained, config)
     step = int(trained.state.step)
-    evaluate_run(built, step=step, inference=inference, generator=generator, frozen=trained.frozen)
+    evaluate_run(run, step=step, inference=inference, generator=generator, frozen=trained.frozen)
 
 
 if __name__ == "__main__":

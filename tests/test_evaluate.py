@@ -1,16 +1,18 @@
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from popi_jax import finished_run
 from popi_jax.data.sources.made_people import compute_bayes_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals.render import evaluate_run
+from popi_jax.run import open_run
+from popi_jax.training import restore
 from tests.tiny_run import (
     STEP,
-    Run,
+    TinyRun,
     command,
     config_of,
     flags_set,
@@ -29,23 +31,23 @@ def restored():
 
 
 @pytest.fixture
-def run() -> Run:
+def tiny() -> TinyRun:
     return shared_run(1)
 
 
-def test_results_of_the_test_users(run, capsys):
-    config = config_of(run.workdir, "--config.evaluation.max_users=8")
+def test_results_of_the_test_users(tiny, capsys):
+    config = config_of(tiny.workdir, "--config.evaluation.max_users=8")
     with flags_set():
         evaluate.main(config)
-    results = json.loads((run.workdir / "results.json").read_text())
-    users = run.built.dataset.splits["test"][:8]
+    results = json.loads((tiny.workdir / "results.json").read_text())
+    users = tiny.run.dataset.splits["test"][:8]
     assert list(results)[:6] == ["config", "data", "split", "step", "bayes", "rows"]
     assert (results["data"], results["split"], results["step"]) == ("sample", "test", STEP)
     assert results["config"]["evaluation"]["max_users"] == 8
     assert results["bayes"] == compute_bayes_optimum(users)
     assert len(results["rows"]) == 9
     assert set(results["before_rl"]) == {"oracle"}
-    rows = read_jsonl(run.workdir / "summaries.jsonl")
+    rows = read_jsonl(tiny.workdir / "summaries.jsonl")
     assert [row["user_id"] for row in rows] == [user.user_id for user in users]
     greedy = [
         row
@@ -55,65 +57,66 @@ def test_results_of_the_test_users(run, capsys):
     assert greedy[0]["context_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
     assert [e["truth"] for e in results["examples"]] == [user.oracle for user in users[:3]]
     printed = capsys.readouterr().out
-    assert printed == (run.workdir / "results.md").read_text()
+    assert printed == (tiny.workdir / "results.md").read_text()
     assert "MADE SAMPLE DATA" in printed
 
-    (run.workdir / "results.json").write_text("{}")
+    (tiny.workdir / "results.json").write_text("{}")
     with flags_set("--split=validation"):
         evaluate.main(config)
-    assert (run.workdir / "results.json").read_text() == "{}"
-    results = json.loads((run.workdir / "results_validation.json").read_text())
+    assert (tiny.workdir / "results.json").read_text() == "{}"
+    results = json.loads((tiny.workdir / "results_validation.json").read_text())
     assert results["split"] == "validation"
-    users = list(run.built.dataset.splits["validation"])
-    rows = read_jsonl(run.workdir / "summaries_validation.jsonl")
+    users = list(tiny.run.dataset.splits["validation"])
+    rows = read_jsonl(tiny.workdir / "summaries_validation.jsonl")
     assert [row["user_id"] for row in rows] == [user.user_id for user in users][:8]
 
 
-def test_both_roles_and_the_reference_come_back(run):
-    built = finished_run.open_run(config_of(run.workdir))
-    restored = finished_run.restore_run(built)
+def test_both_roles_and_the_reference_come_back(tiny):
+    opened = open_run(config_of(tiny.workdir), must_exist=True)
+    restored = restore.restore_run(opened)
     assert restored.step == STEP
-    jax.tree.map(np.testing.assert_array_equal, restored.inference, run.now.inference.params)
-    jax.tree.map(np.testing.assert_array_equal, restored.generator, run.now.generator.params)
-    jax.tree.map(np.testing.assert_array_equal, restored.frozen, run.frozen)
+    jax.tree.map(np.testing.assert_array_equal, restored.inference, tiny.now.inference.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.generator, tiny.now.generator.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.frozen, tiny.frozen)
 
 
 def test_a_folder_without_a_run_stays_empty(tmp_path):
     with pytest.raises(UserError, match=r"no run in .*train first"):
-        finished_run.open_run(config_of(tmp_path / "none"))
+        open_run(config_of(tmp_path / "none"), must_exist=True)
     assert not (tmp_path / "none").exists()
 
 
-def test_other_settings_and_other_data_are_refused(run):
+def test_other_settings_and_other_data_are_refused(tiny):
     with pytest.raises(UserError, match=r"model.num_layers was 2, is 3"):
-        finished_run.open_run(config_of(run.workdir, "--config.model.num_layers=3"))
-    config = config_of(run.workdir)
-    stored = run.workdir / "checkpoints" / str(STEP) / "config" / "metadata"
+        open_run(config_of(tiny.workdir, "--config.model.num_layers=3"))
+    config = config_of(tiny.workdir)
+    stored = tiny.workdir / "checkpoints" / str(STEP) / "config" / "metadata"
     before = stored.read_text()
     try:
         stored.write_text(
             json.dumps(json.loads(before) | {"dataset": {"data": "published", "prepared": "other"}})
         )
         with pytest.raises(UserError, match=r'dataset.data was "published", is "sample"'):
-            finished_run.open_run(config)
+            open_run(config)
     finally:
         stored.write_text(before)
 
 
-def test_a_run_in_its_warm_up_has_nothing_to_compare_with(run, tmp_path):
-    built = run.built._replace(config=config_of(tmp_path))
+def test_a_run_in_its_warm_up_has_nothing_to_compare_with(tiny, tmp_path):
+    data = tiny.run.config.data  # with the fitted lengths
+    config = dataclasses.replace(config_of(tmp_path), data=data)
     with pytest.raises(UserError, match="still in its warm-up"):
-        finished_run.restore_run(built)
+        restore.restore_run(tiny.run._replace(config=config))
 
 
-def test_roles_of_different_steps_are_not_mixed(run, monkeypatch):
+def test_roles_of_different_steps_are_not_mixed(tiny, monkeypatch):
     steps = {"inference": 7, "generator": 5}
-    monkeypatch.setattr(finished_run, "_restore_role", lambda built, role, base: (steps[role], {}))
+    monkeypatch.setattr(restore, "_restore_whole", lambda run, role, *rest: (steps[role], {}))
     with pytest.raises(UserError, match="of step 7, of the other 5"):
-        finished_run.restore_run(run.built)
+        restore.restore_run(tiny.run)
 
 
-def test_an_empty_split_is_told(run):
-    built = run.built._replace(dataset=run.built.dataset._replace(splits={"test": ()}))
+def test_an_empty_split_is_told(tiny):
+    empty = tiny.run._replace(dataset=tiny.run.dataset._replace(splits={"test": ()}))
     with pytest.raises(UserError, match="data.test_fraction: the test split holds no user"):
-        evaluate_run(built, step=1, inference={}, generator={}, frozen=run.frozen)
+        evaluate_run(empty, step=1, inference={}, generator={}, frozen=tiny.frozen)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import pytest
 from absl import flags
 
 from popi_jax import cli, export
+from popi_jax import run as runs
 from popi_jax.checkpoints import hf_config, hf_io, manager
 from popi_jax.config import Config, to_json
 from popi_jax.data import prompts, tokenizer
 from popi_jax.errors import UserError
+from popi_jax.models.layout import UNSPLIT
 from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.training.setup import RoleState, TrainState
 
@@ -33,7 +36,7 @@ def make_config(workdir: Path, *overrides: str) -> Config:
 
 def make_run(workdir: Path, config: Config, dataset: dict | None) -> dict:
     """A workdir as training leaves it, with random weights; returns the parameters of the roles."""
-    cfg = export.model_config(config, TOKENIZER.vocab_size)
+    cfg = runs.make_model(config, TOKENIZER.vocab_size)
     init = jax.jit(lambda key: unbox(init_boxed(key, cfg)))
     params = {role: init(jax.random.key(i)) for i, role in enumerate(manager.ROLES)}
     zero = np.int32(0)
@@ -75,7 +78,8 @@ def test_exports_both_roles(run):
     for role in manager.ROLES:
         folder = workdir / "export" / role
         cfg = hf_config.read_config(folder)
-        assert cfg == export.model_config(make_config(workdir), TOKENIZER.vocab_size)
+        expected = runs.make_model(make_config(workdir), TOKENIZER.vocab_size)
+        assert cfg == dataclasses.replace(expected, rules=UNSPLIT, rollout_rules=UNSPLIT)
         jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(folder, cfg), params[role])
         config = json.loads((folder / "config.json").read_text())
         assert config["popi_jax"] == {"role": role, "step": 7, "run": "smoke", "data": "sample"}
@@ -107,6 +111,22 @@ def test_the_card_says_loudly_that_the_data_were_made(run, tmp_path):
     assert "| checkpoint | update 7 of all stages |" in card
     assert "non-commercial" not in card
     assert "@" not in card
+
+
+def test_the_results_on_the_card_are_those_of_its_step(tmp_path):
+    make_run(tmp_path, make_config(tmp_path), None)
+    rows = [{"condition": "summary", "accuracy": 0.9}]
+    (tmp_path / "results.json").write_text(json.dumps({"step": 9, "rows": rows}))
+    export.export_role(tmp_path, "inference", tmp_path / "out")
+    assert "This run was not evaluated." in (tmp_path / "out/README.md").read_text()
+    kept = tmp_path / "results" / "test-7"
+    kept.mkdir(parents=True)
+    rows[0]["accuracy"] = 0.6
+    (kept / "results.json").write_text(json.dumps({"step": 7, "rows": rows}))
+    export.export_role(tmp_path, "inference", tmp_path / "out")
+    assert "| summary | 0.6 |" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match=r"--step=9: not in .*that are there: 7$"):
+        export.export_role(tmp_path, "inference", tmp_path / "out", 9)
 
 
 def test_the_card_of_published_and_of_unknown_data(tmp_path):

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from popi_jax import finished_run
 from popi_jax.errors import UserError
-from tests.tiny_run import Run, command, config_of, flags_set, on_devices, shared_run
+from popi_jax.evals.generators import Generator, summarize_users
+from tests.tiny_run import TinyRun, command, config_of, flags_set, on_devices, shared_run
 
 generate = command("generate")
 ASK = "--prompt=tell me about tea"
@@ -19,28 +19,28 @@ def restored():
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def tiny() -> TinyRun:
     return shared_run(1)
 
 
-def test_an_answer_for_a_user_of_the_run(run, capsys):
-    user = run.built.dataset.splits["test"][0]
+def test_an_answer_for_a_user_of_the_run(tiny, capsys):
+    user = tiny.run.dataset.splits["test"][0]
     with flags_set(ASK, f"--user={user.user_id}"):
-        generate.main(config_of(run.workdir))
+        generate.main(config_of(tiny.workdir))
     printed = capsys.readouterr().out
-    roles, config = (run.now.inference.params, run.now.generator.params), config_of(run.workdir)
-    summary = finished_run.summaries_of(
-        [user], run.built, roles[0], lengths=config, temperature=0.0
-    )[0]["summary"]
-    sampling = run.built.sampling._replace(temperature=0.0, max_len=config.data.answer_len)
-    options = {"prompt": "tell me about tea", "sampling": sampling, "num": 1}
-    (answer,) = finished_run.answers(run.built, roles[1], summary=summary, **options)
-    assert printed == f"summary: {summary}\nanswer: {answer}\n"
-    (other,) = finished_run.answers(run.built, roles[1], summary="", **options)
+    run, config = tiny.run, config_of(tiny.workdir)
+    params = tiny.now.inference.params
+    (row,) = summarize_users(run, params, [user], config=config, temperature=0.0)
+    generator = Generator(run.generator, tiny.now.generator.params, run.mesh)
+    sampling = run.generator.sampling._replace(max_len=config.data.answer_len)
+    options = {"sampling": sampling, "num": 1, "seed": config.seed}
+    (answer,) = generator.reply(row["summary"], "tell me about tea", **options)
+    assert printed == f"summary: {row['summary']}\nanswer: {answer}\n"
+    (other,) = generator.reply("", "tell me about tea", **options)
     assert answer != other
 
 
-def test_samples_of_a_user_of_a_file(run, tmp_path, capsys):
+def test_samples_of_a_user_of_a_file(tiny, tmp_path, capsys):
     path = tmp_path / "people.jsonl"
     path.write_text(
         json.dumps({"user_id": "ann", "signals": {"profile": "i like bullet points ."}}) + "\n"
@@ -48,35 +48,35 @@ def test_samples_of_a_user_of_a_file(run, tmp_path, capsys):
     with flags_set(
         ASK, f"--users={path}", "--user=ann", "--num=3", "--temperature=1", "--max_tokens=4"
     ):
-        generate.main(config_of(run.workdir))
+        generate.main(config_of(tiny.workdir))
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("answer: ")]
     assert len(lines) == len(set(lines)) == 3
 
 
-def test_cuts_and_stops_of_an_answer(run, capsys):
+def test_cuts_and_stops_of_an_answer(tiny, capsys):
     """Of one token only the likeliest is left, which is what temperature 0 takes; then the first
     word stops it."""
 
     def answer(*args: str) -> str:
         with flags_set(ASK, "--max_tokens=6", *args):
-            generate.main(config_of(run.workdir))
+            generate.main(config_of(tiny.workdir))
         return capsys.readouterr().out.split("answer: ")[1].strip()
 
     greedy = answer()
     assert (
         answer("--temperature=1", "--top_k=1") == answer("--temperature=1", "--min_p=1") == greedy
     )
-    tokens = run.built.tokenizer.encode(greedy)
-    first = run.built.tokenizer.decode(tokens[:1])
+    tokens = tiny.run.generator.tokenizer.encode(greedy)
+    first = tiny.run.generator.tokenizer.decode(tokens[:1])
     if (
-        run.built.tokenizer.encode(first) == tokens[:1]
+        tiny.run.generator.tokenizer.encode(first) == tokens[:1]
     ):  # a byte of a longer character is no text of its own
         assert answer(f"--stop={first}") == first.strip()
 
 
-def test_your_own_summary(run, capsys):
+def test_your_own_summary(tiny, capsys):
     with flags_set(ASK, "--summary=brief answers"):
-        generate.main(config_of(run.workdir))
+        generate.main(config_of(tiny.workdir))
     assert capsys.readouterr().out.startswith("summary: brief answers\nanswer: ")
 
 
@@ -94,9 +94,9 @@ def test_your_own_summary(run, capsys):
         ([ASK, "--user=prism/user_"], 'not among the 60 users. Did you mean "prism/user'),
     ],
 )
-def test_what_cannot_be_answered_is_told(run, args, message):
+def test_what_cannot_be_answered_is_told(tiny, args, message):
     with flags_set(*args), pytest.raises(UserError) as e:
-        generate.main(config_of(run.workdir))
+        generate.main(config_of(tiny.workdir))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -107,7 +107,7 @@ def test_on_several_devices(capsys):
     with on_devices(8):
         many = shared_run(8)
         for arg in (
-            f"--user={many.built.dataset.splits['test'][0].user_id}",
+            f"--user={many.run.dataset.splits['test'][0].user_id}",
             "--summary=brief answers",
         ):
             with flags_set(ASK, arg):

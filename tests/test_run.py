@@ -9,15 +9,16 @@ import pytest
 
 from popi_jax import run
 from popi_jax.config import from_config_dict
+from popi_jax.data import measure
 from popi_jax.errors import UserError
-from tests.tiny_run import config_of, on_devices, shared_run
+from tests.tiny_run import CACHE, config_of, on_devices, shared_run
 
 
 def test_never_drawn_are_control_tokens_and_the_padding_of_the_vocabulary() -> None:
-    built = shared_run(1).built
-    words, never = built.tokenizer, set(built.sampling.banned)
+    role = shared_run(1).run.inference
+    words, never = role.tokenizer, set(role.sampling.banned)
     assert words.eos_id not in never and words.pad_id in never and len(never) > 2
-    assert set(range(words.vocab_size, built.model.vocab_size)) <= never
+    assert set(range(words.vocab_size, role.model.vocab_size)) <= never
     assert never.isdisjoint(words.encode("plain words ; <pad> and an end"))
 
 
@@ -30,11 +31,11 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused(tmp_path: Path) -> N
     c = compose("model=pretrained,scale=laptop")
     c.name, c.model.checkpoint = "test", str(tmp_path)
     config = from_config_dict(c)
-    assert run.model_config(config, 300).vocab_size == 300
+    assert run.make_model(config, 300).vocab_size == 300
     with pytest.raises(
         UserError, match=r"embed_tokens.weight has shape \[300, 8\], needs at least \[301, 8\]"
     ):
-        run.model_config(config, 301)
+        run.make_model(config, 301)
 
 
 def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
@@ -44,10 +45,22 @@ def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
     with on_devices(1):
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
         run.start_devices(config)
-        assert jax.config.jax_compilation_cache_dir == str(run.compiled_folder(config))
+        assert jax.config.jax_compilation_cache_dir == str(CACHE / "compiled")
         jax.config.update(
             "jax_compilation_cache_dir", "gs://bucket/compiled"
         )  # as JAX reads it from the environment
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
         run.start_devices(config)
         assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
+
+
+def test_what_was_measured_is_kept_whole_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = shared_run(1)
+    path = tiny.workdir / "tokenizer" / "measured.json"
+    assert measure.from_json(path.read_text()) == tiny.run.measured
+    assert [p.name for p in path.parent.iterdir() if p.suffix == ".part"] == []
+    monkeypatch.setattr(measure, "measure", None)  # it is not called again
+    with on_devices(1):
+        assert run.open_run(config_of(tiny.workdir)).measured == tiny.run.measured

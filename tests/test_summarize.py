@@ -5,14 +5,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from popi_jax import finished_run
 from popi_jax.data.records import Comment, Shot
 from popi_jax.data.sources.jsonl import read_users
 from popi_jax.errors import UserError
+from popi_jax.evals import generators
 from tests.data.people import write_users
 from tests.tiny_run import (
     STEP,
-    Run,
+    TinyRun,
     command,
     config_of,
     flags_set,
@@ -31,7 +31,7 @@ def restored():
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def tiny() -> TinyRun:
     return shared_run(1)
 
 
@@ -40,16 +40,16 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
+def test_a_file_of_users_gives_what_the_run_gives(tiny, tmp_path, capsys):
     """The same people, from the data of the run and from a file in another order: same summaries,
     order of the file."""
     with flags_set():
-        summarize.main(config_of(run.workdir))
-    of_run = read_jsonl(run.workdir / "summaries_test.jsonl")
-    users = list(run.built.dataset.splits["test"])
+        summarize.main(config_of(tiny.workdir))
+    of_run = read_jsonl(tiny.workdir / "summaries_test.jsonl")
+    users = list(tiny.run.dataset.splits["test"])
     assert [row["user_id"] for row in of_run] == [user.user_id for user in users]
     assert len({row["summary"] for row in of_run}) > 1
-    words = run.built.tokenizer
+    words = tiny.run.inference.tokenizer
     assert all(0 <= row["tokens"] <= 24 for row in of_run)
     assert (
         f"summaries of {len(users)} users by the inference model of step {STEP}"
@@ -62,41 +62,41 @@ def test_a_file_of_users_gives_what_the_run_gives(run, tmp_path, capsys):
     )  # a line for each pair
     out = tmp_path / "deep" / "out.jsonl"
     with flags_set(f"--users={path}", f"--out={out}"):
-        summarize.main(config_of(run.workdir))
+        summarize.main(config_of(tiny.workdir))
     assert read_jsonl(out) == of_run[::-1]
     assert words.decode([]) == ""
     assert not list(out.parent.glob("*.part"))
 
 
-def test_sampling_differs_from_greedy_and_repeats(run):
-    users = list(run.built.dataset.splits["test"])[:3]
-    params, config = run.now.inference.params, config_of(run.workdir)
+def test_sampling_differs_from_greedy_and_repeats(tiny):
+    users = list(tiny.run.dataset.splits["test"])[:3]
+    params, config = tiny.now.inference.params, config_of(tiny.workdir)
 
     def texts(temperature: float) -> list[str]:
-        with jax.set_mesh(run.built.mesh):
-            rows = finished_run.summaries_of(
-                users, run.built, params, lengths=config, temperature=temperature
+        with jax.set_mesh(tiny.run.mesh):
+            rows = generators.summarize_users(
+                tiny.run, params, users, config=config, temperature=temperature
             )
         return [row["summary"] for row in rows]
 
     assert texts(1.0) == texts(1.0) != texts(0.0)
 
 
-def test_signals_longer_than_any_of_training_are_read(run, monkeypatch):
+def test_signals_longer_than_any_of_training_are_read(tiny, monkeypatch):
     """The padded length of the run fits its training users; a longer user is cut at the limit that
     was configured."""
     seen = []
 
-    def spy(program, params, placed, num_users, advance):
-        seen.append(int(placed[0].context.lengths[0]))
-        return jax.tree.map(lambda x: x[:num_users], placed[0].context)
+    def spy(self, users, temperature, advance):
+        seen.append(int(users[0].context.lengths[0]))
+        return [[]]
 
-    monkeypatch.setattr(finished_run, "summarize", spy)
-    user = dataclasses.replace(run.built.dataset.splits["test"][0], profile="tea " * 330, shots=())
+    monkeypatch.setattr(generators.Summarizer, "write", spy)
+    user = dataclasses.replace(tiny.run.dataset.splits["test"][0], profile="tea " * 330, shots=())
     for limit in (320, 400):
-        config = config_of(run.workdir, f"--config.data.context_len={limit}")
-        finished_run.summaries_of([user], run.built, {}, lengths=config, temperature=0.0)
-    assert run.built.config.data.context_len < seen[0] <= 320 < seen[1] <= 400
+        config = config_of(tiny.workdir, f"--config.data.context_len={limit}")
+        generators.summarize_users(tiny.run, {}, [user], config=config, temperature=0.0)
+    assert tiny.run.config.data.context_len < seen[0] <= 320 < seen[1] <= 400
 
 
 def test_reading_a_file_of_users(tmp_path):
@@ -156,16 +156,16 @@ def test_a_bad_line_is_told(tmp_path, row, message):
     assert "\n" not in str(e.value)
 
 
-def test_a_missing_file_and_a_target_that_is_the_source(run, tmp_path):
+def test_a_missing_file_and_a_target_that_is_the_source(tiny, tmp_path):
     with (
         flags_set(f"--users={tmp_path}/none.jsonl"),
         pytest.raises(UserError, match=r"none.jsonl: no such file"),
     ):
-        summarize.main(config_of(run.workdir))
+        summarize.main(config_of(tiny.workdir))
     path = write(tmp_path / "people.jsonl", {"user_id": "ann", "signals": {"profile": "x"}})
     with (
         flags_set(f"--users={path}", f"--out={path}"),
         pytest.raises(UserError, match="is the file of --users"),
     ):
-        summarize.main(config_of(run.workdir))
+        summarize.main(config_of(tiny.workdir))
     assert len(read_jsonl(path)) == 1

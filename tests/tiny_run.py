@@ -19,25 +19,23 @@ import pytest
 from absl import flags
 
 from popi_jax import cli, sharding
-from popi_jax import run as builds
+from popi_jax import run as runs
+from popi_jax.arrays import Frozen, TrainState
 from popi_jax.checkpoints import manager
-from popi_jax.config import Config, to_json
-from popi_jax.run import Built
-from popi_jax.training.loop import make_parts
-from popi_jax.training.setup import Frozen, TrainState, abstract_state, init_state, shardings_of
+from popi_jax.config import Config
+from popi_jax.training import setup
 
 STEP = 7
-CACHE = (
-    Path(__file__).parents[1] / ".pytest_cache"
-)  # beside prepared data, `build` keeps what was compiled
+# beside prepared data, `open_run` keeps what was compiled
+CACHE = Path(__file__).parents[1] / ".pytest_cache"
 
 
-class Run(NamedTuple):
+class TinyRun(NamedTuple):
     """The two roles, now and at the start of the main stage, have four different sets of
     weights."""
 
     workdir: Path
-    built: Built
+    run: runs.Run
     now: TrainState
     frozen: Frozen
 
@@ -63,7 +61,7 @@ def config_of(workdir: Path, *overrides: str) -> Config:
 
 @contextlib.contextmanager
 def on_devices(count: int) -> Iterator[None]:
-    """Lets `build` see so many of the simulated devices, and at the end undoes what it sets for a
+    """Lets `open_run` see so many of the simulated devices, and at the end undoes what it sets for a
     whole process."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
@@ -72,7 +70,7 @@ def on_devices(count: int) -> Iterator[None]:
         return sharding.make_mesh(1, count, 1, devices=jax.devices()[:count])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builds, "make_mesh", make_mesh)
+        patch.setattr(runs, "make_mesh", make_mesh)
         yield
     jax.set_mesh(None)
     for name, value in before.items():
@@ -80,29 +78,25 @@ def on_devices(count: int) -> Iterator[None]:
 
 
 @functools.cache
-def shared_run(num_devices: int) -> Run:
+def shared_run(num_devices: int) -> TinyRun:
     """One run for all tests of a process; it has the checkpoint, the reference and the
     tokenizer."""
     workdir = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, workdir, ignore_errors=True)
     config = config_of(workdir)
     with on_devices(num_devices):
-        built = builds.build(config, to_json(config))
-        parts, _ = make_parts(built)
-        layout = shardings_of(
-            abstract_state(built.model, parts.transforms, built.mesh, cfg=built.config)
-        )
-        init = functools.partial(
-            init_state, model=built.model, transforms=parts.transforms, cfg=built.config
-        )
-        program = jax.jit(init, out_shardings=layout)
+        run = runs.open_run(config)
+        shape = {"model": run.inference.model, "roles": setup.plan_warmup_roles(run.config)}
+        abstract = setup.abstract_state(**shape, mesh=run.mesh, config=run.config)
+        init = functools.partial(setup.init_state, **shape, config=run.config)
+        program = jax.jit(init, out_shardings=setup.shardings_of(abstract))
         now, before = program(jnp.int32(1)), program(jnp.int32(2))
         frozen = Frozen(before.inference.params, before.generator.params)
-        steps = manager.open_manager(config.workdir, 1, built.config_json)
-        manager.save(steps, STEP, now, None, built.config_json)
+        steps = manager.open_manager(config.workdir, 1, run.config_json)
+        manager.save(steps, STEP, now, None, run.config_json)
         manager.close(steps)
-        manager.save_frozen(config.workdir, frozen, built.config_json)
-    return Run(workdir, built, now, frozen)
+        manager.save_frozen(config.workdir, frozen, run.config_json)
+    return TinyRun(workdir, run, now, frozen)
 
 
 def command(name: str) -> ModuleType:

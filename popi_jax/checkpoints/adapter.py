@@ -1,7 +1,6 @@
 """Writes adapters as a directory that `peft` loads onto the base: adapter_config.json,
 adapter_model.safetensors."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from popi_jax.arrays import Params
-from popi_jax.checkpoints.hf_names import table
+from popi_jax.checkpoints import hf_names, hf_write
 from popi_jax.models.transformer import TransformerConfig
 
 
@@ -30,18 +29,17 @@ def write_adapter(
     tensors: dict[str, np.ndarray] = {}
     modules: set[str] = set()
     rank = 0
-    for row in table(cfg):
-        group, name = row.path[1:3] if len(row.path) == 4 else ("", "")
+    for weight in hf_names.list_weights(cfg):
+        group, name = weight.path[1:3] if len(weight.path) == 4 else ("", "")
         adapter = lora["layers"].get(group, {}).get(name)
-        if adapter is None or row.path[-1] != "kernel":
+        if adapter is None or weight.path[-1] != "kernel":
             continue
         a, b = np.asarray(adapter["a"], np.float32), np.asarray(adapter["b"], np.float32)
         rank = a.shape[-1]
-        fan_out, fan_in = row.stored_shape
-        for i, stored in enumerate(row.names(cfg)):
-            module = stored.removesuffix(".weight").replace(
-                "model.", f"base_model.model.{decoder}.", 1
-            )
+        fan_out, fan_in = weight.stored_shape
+        for i, stored in enumerate(weight.names(cfg)):
+            module = stored.removesuffix(".weight")
+            module = module.replace("model.", f"base_model.model.{decoder}.", 1)
             modules.add(module.split(".")[-1])
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(fan_in, rank).T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(rank, fan_out).T)
@@ -66,7 +64,5 @@ def write_adapter(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    hf_write.write_json(folder / "adapter_config.json", config)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

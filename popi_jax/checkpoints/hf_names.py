@@ -1,13 +1,12 @@
-"""The table between our parameter tree and the tensor names of Hugging Face's decoders, both ways.
+"""Which tensors of Hugging Face's decoders hold which leaf of our parameter tree.
 
 Hugging Face stores a kernel as [out, in], one tensor per layer and heads flattened; we store [in,
-out] with heads as an axis and layers stacked. The rows follow from the switches of the model alone.
-No device is used, and a slice of a leaf is made from slices of tensors, so that nobody holds more
-than its own part."""
+out] with heads as an axis and layers stacked. The names follow from the switches of the model
+alone. No device is used, and a slice of a leaf is made from slices of tensors, so that nobody holds
+more than its own part."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +17,14 @@ from popi_jax.models.transformer import TransformerConfig
 Index = tuple[slice, ...]
 
 
-class Row(NamedTuple):
+class Weight(NamedTuple):
+    """A leaf of our tree, and the tensors of a file that hold it."""
+
     path: tuple[str, ...]  # in our tree
-    name: (
-        str  # in a file; "{i}" stands for the layer, and our leaf then has a leading axis "layers"
-    )
+    name: str  # in a file; "{i}" is the layer, and our leaf then has a leading axis "layers"
     shape: tuple[int, ...]  # of our leaf, without "layers"
-    groups: tuple[
-        tuple[int, ...], ...
-    ]  # axes of `shape` that each stored axis flattens, in stored order
+    # axes of `shape` that each stored axis flattens, in stored order
+    groups: tuple[tuple[int, ...], ...]
 
     @property
     def stacked(self) -> bool:
@@ -37,95 +35,53 @@ class Row(NamedTuple):
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def names(self, cfg: TransformerConfig) -> list[str]:
-        return (
-            [self.name.format(i=i) for i in range(cfg.num_layers)] if self.stacked else [self.name]
-        )
+        count = cfg.num_layers if self.stacked else 1
+        return [self.name.format(i=i) for i in range(count)]
 
 
-def table(cfg: TransformerConfig) -> tuple[Row, ...]:
-    """One row per leaf of the parameter tree."""
-    d, n, k, h, f, v = (
-        cfg.embed_dim,
-        cfg.num_heads,
-        cfg.num_kv_heads,
-        cfg.head_dim,
-        cfg.mlp_dim,
-        cfg.vocab_size,
-    )
-    rows = [
-        Row(("embed", "embedding"), "model.embed_tokens.weight", (v, d), ((0,), (1,))),
-        Row(("final_norm", "scale"), "model.norm.weight", (d,), ((0,),)),
+def list_weights(cfg: TransformerConfig) -> list[Weight]:
+    """One for each leaf of the parameter tree."""
+    d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    f, v = cfg.mlp_dim, cfg.vocab_size
+    weights = [
+        Weight(("embed", "embedding"), "model.embed_tokens.weight", (v, d), ((0,), (1,))),
+        Weight(("final_norm", "scale"), "model.norm.weight", (d,), ((0,),)),
     ]
     if not cfg.tied_embeddings:
-        rows.append(Row(("lm_head", "kernel"), "lm_head.weight", (d, v), ((1,), (0,))))
+        weights.append(Weight(("lm_head", "kernel"), "lm_head.weight", (d, v), ((1,), (0,))))
 
-    def layer(path: str, name: str, shape: tuple[int, ...], *groups: tuple[int, ...]) -> None:
-        rows.append(
-            Row(("layers", *path.split("/")), "model.layers.{i}." + name, shape, groups or ((0,),))
-        )
+    def add(path: str, name: str, shape: tuple[int, ...], *groups: tuple[int, ...]) -> None:
+        place = ("layers", *path.split("/"))
+        weights.append(Weight(place, "model.layers.{i}." + name, shape, groups or ((0,),)))
 
-    for ours, heads in (("q", n), ("k", k), ("v", k)):
-        layer(
-            f"attention/{ours}/kernel", f"self_attn.{ours}_proj.weight", (d, heads, h), (1, 2), (0,)
-        )
+    for x, heads in (("q", n), ("k", k), ("v", k)):
+        add(f"attention/{x}/kernel", f"self_attn.{x}_proj.weight", (d, heads, h), (1, 2), (0,))
         if cfg.qkv_bias:
-            layer(f"attention/{ours}/bias", f"self_attn.{ours}_proj.bias", (heads, h), (0, 1))
-    layer("attention/o/kernel", "self_attn.o_proj.weight", (n, h, d), (2,), (0, 1))
+            add(f"attention/{x}/bias", f"self_attn.{x}_proj.bias", (heads, h), (0, 1))
+    add("attention/o/kernel", "self_attn.o_proj.weight", (n, h, d), (2,), (0, 1))
     if cfg.qk_norm:
-        layer("attention/q_norm/scale", "self_attn.q_norm.weight", (h,))
-        layer("attention/k_norm/scale", "self_attn.k_norm.weight", (h,))
-    layer("attention_norm/scale", "input_layernorm.weight", (d,))
+        add("attention/q_norm/scale", "self_attn.q_norm.weight", (h,))
+        add("attention/k_norm/scale", "self_attn.k_norm.weight", (h,))
+    add("attention_norm/scale", "input_layernorm.weight", (d,))
     if cfg.post_norms:
-        layer("attention_post_norm/scale", "post_attention_layernorm.weight", (d,))
-        layer("mlp_norm/scale", "pre_feedforward_layernorm.weight", (d,))
-        layer("mlp_post_norm/scale", "post_feedforward_layernorm.weight", (d,))
+        add("attention_post_norm/scale", "post_attention_layernorm.weight", (d,))
+        add("mlp_norm/scale", "pre_feedforward_layernorm.weight", (d,))
+        add("mlp_post_norm/scale", "post_feedforward_layernorm.weight", (d,))
     else:
-        layer("mlp_norm/scale", "post_attention_layernorm.weight", (d,))
-    layer("mlp/gate/kernel", "mlp.gate_proj.weight", (d, f), (1,), (0,))
-    layer("mlp/up/kernel", "mlp.up_proj.weight", (d, f), (1,), (0,))
-    layer("mlp/down/kernel", "mlp.down_proj.weight", (f, d), (1,), (0,))
-    return tuple(rows)
+        add("mlp_norm/scale", "post_attention_layernorm.weight", (d,))
+    add("mlp/gate/kernel", "mlp.gate_proj.weight", (d, f), (1,), (0,))
+    add("mlp/up/kernel", "mlp.up_proj.weight", (d, f), (1,), (0,))
+    add("mlp/down/kernel", "mlp.down_proj.weight", (f, d), (1,), (0,))
+    return weights
 
 
-def stored_shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def list_stored_shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a folder of this model holds."""
-    return {name: row.stored_shape for row in table(cfg) for name in row.names(cfg)}
-
-
-def num_params(cfg: TransformerConfig) -> int:
-    return sum(math.prod(shape) for shape in stored_shapes(cfg).values())
-
-
-def to_hf(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, C-contiguous array) of every tensor, one at a time; dtypes are kept.
-
-    A leaf may be a jax.Array on many devices: one layer of it at a time is brought to the host.
-    Raises: KeyError or ValueError if the tree is not that of `cfg`.
-    """
-    rows = table(cfg)
-    extra = set(_leaf_paths(params)) - {row.path for row in rows}
-    if extra:
-        raise ValueError(f"parameters that the table does not know: {sorted(extra)}")
-    for row in rows:
-        leaf: Any = functools.reduce(lambda node, part: node[part], row.path, params)
-        names = row.names(cfg)
-        expected = (len(names), *row.shape) if row.stacked else row.shape
-        if leaf.shape != expected:
-            raise ValueError(f"{'/'.join(row.path)}: shape {leaf.shape}, expected {expected}")
-        order = [axis for group in row.groups for axis in group]
-        for i, name in enumerate(names):
-            x = (
-                np.asarray(leaf[i] if row.stacked else leaf)
-                .transpose(order)
-                .reshape(row.stored_shape)
-            )
-            # safetensors writes the memory of an array as it lies, so a transposed view would be
-            # written wrong
-            yield name, np.ascontiguousarray(x)
+    return {name: w.stored_shape for w in list_weights(cfg) for name in w.names(cfg)}
 
 
 def read_part(
-    row: Row,
+    weight: Weight,
     index: Index,
     read: Callable[[str, Index], np.ndarray],
     cfg: TransformerConfig,
@@ -136,43 +92,41 @@ def read_part(
 
     index: one slice of step 1 for each axis of the leaf, "layers" included.
     """
-    names, shape = row.names(cfg), row.shape
-    if row.stacked:
-        chosen, index = names[index[0]], index[1:]
-    else:
-        chosen = names
+    names, shape = weight.names(cfg), weight.shape
+    if weight.stacked:
+        names, index = names[index[0]], index[1:]
     spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
     # of the axes that a stored axis flattens, the first is cut in the file, the others after
     # reading
     stored, wide, rest = [], [], []
-    for first, *others in row.groups:
+    for first, *others in weight.groups:
         inner = math.prod(shape[axis] for axis in others)
         start, stop = spans[first]
         stored.append(slice(start * inner, stop * inner))
         wide += [stop - start, *(shape[axis] for axis in others)]
         rest += [slice(None), *(slice(*spans[axis]) for axis in others)]
-    order = [axis for group in row.groups for axis in group]
-    out = np.empty((len(chosen), *(stop - start for start, stop in spans)), dtype)
-    for i, name in enumerate(chosen):
+    order = [axis for group in weight.groups for axis in group]
+    out = np.empty((len(names), *(stop - start for start, stop in spans)), dtype)
+    for i, name in enumerate(names):
         part = read(name, tuple(stored)).reshape(wide)[tuple(rest)]
         out[i] = part.transpose(np.argsort(order))
-    return out if row.stacked else out[0]
+    return out if weight.stacked else out[0]
 
 
-def build_tree(leaf: Callable[[Row], Any], cfg: TransformerConfig) -> Params:
-    """Our tree, with `leaf(row)` at the place of each row."""
+def build_tree(make_leaf: Callable[[Weight], Any], cfg: TransformerConfig) -> Params:
+    """Our tree, with `make_leaf(weight)` at the place of each weight."""
     params: Params = {}
-    for row in table(cfg):
+    for weight in list_weights(cfg):
         node = params
-        for part in row.path[:-1]:
-            node = node.setdefault(part, {})
-        node[row.path[-1]] = leaf(row)
+        for name in weight.path[:-1]:
+            node = node.setdefault(name, {})
+        node[weight.path[-1]] = make_leaf(weight)
     return params
 
 
-def _leaf_paths(tree: Params, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaf_paths(value, (*prefix, name))
-        else:
-            yield (*prefix, name)
+def find_leaf(params: Params, weight: Weight) -> Any:
+    """Raises: KeyError if the tree has no such leaf."""
+    node: Any = params
+    for name in weight.path:
+        node = node[name]
+    return node

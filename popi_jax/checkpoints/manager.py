@@ -3,10 +3,7 @@
 The only file that calls Orbax. A step holds the items `inference` and `generator` (parameters
 alone, so that one role can be read without the rest), `optimizer` (the rest of the state: optimizer
 states, steps, key), `data` (position of the data iterator) and `config`. A directory gets its final
-name only when it is complete, so a run may be killed at any time.
-
-`state` is a `TrainState` of training/state.py, which this package must not import: only its fields
-`inference.params` and `generator.params` are named here."""
+name only when it is complete, so a run may be killed at any time."""
 
 import contextlib
 import json
@@ -26,7 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from popi_jax import config_rules
-from popi_jax.arrays import Params
+from popi_jax.arrays import Frozen, Params, TrainState
 from popi_jax.config import Config
 from popi_jax.errors import UserError, disk_is_full
 
@@ -41,7 +38,7 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
 
     Raises: UserError if the folder cannot be written, or holds a run with other settings (see
     `check_same_run`)."""
-    folder = epath.Path(workdir).resolve() / "checkpoints"
+    folder = _find_checkpoints(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if "://" not in str(folder):
@@ -49,7 +46,8 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
                 pass
     except OSError as e:
         raise UserError(
-            f'config.workdir: cannot write in "{folder}": {e.strerror or e}; give a WORKDIR that you may write in'
+            f'config.workdir: cannot write in "{folder}": {e.strerror or e}; give a WORKDIR that '
+            "you may write in"
         ) from e
     check_same_run(workdir, config_json)
     logging.get_absl_logger().addFilter(_without_traceback)
@@ -59,13 +57,8 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
     return ocp.CheckpointManager(folder, options=options)
 
 
-def newest_step(manager: ocp.CheckpointManager) -> int:
-    """The newest step that was saved, readable or not; 0 if there is none."""
-    return max(manager.all_steps(), default=0)
-
-
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any, config_json: str
+    manager: ocp.CheckpointManager, step: int, state: TrainState, iterator: Any, config_json: str
 ) -> None:
     """Starts to write `step` and returns once the arrays are copied; a step that exists already is
     left alone.
@@ -81,52 +74,46 @@ def save(
         raise RuntimeError(
             f"step {step} is older than {max(steps)}, the newest in {manager.directory}"
         )
-    models = _models(state)
+    models = _split_models(state)
     items = {name: ocp.args.StandardSave(params) for name, params in models.items()}
-    items["optimizer"] = ocp.args.StandardSave(_with_models(state, dict.fromkeys(models, {})))
+    items["optimizer"] = ocp.args.StandardSave(_join_models(state, dict.fromkeys(models, {})))
     items["config"] = ocp.args.JsonSave(json.loads(config_json))
     if iterator is not None:
         items["data"] = ocp.args.JsonSave({"position": iterator.get_state().decode()})
-    with full_disk_told(manager.directory):
+    with tell_full_disk(manager.directory):
         manager.save(step, args=ocp.args.Composite(**items), force=True)
-
-
-def wait(manager: ocp.CheckpointManager) -> None:
-    """Waits for writes in the background. Raises: UserError if the disk is full."""
-    with full_disk_told(manager.directory):
-        manager.wait_until_finished()
 
 
 def close(manager: ocp.CheckpointManager) -> None:
     """Waits for writes in the background and ends the threads. Raises: UserError if the disk is
     full."""
-    with full_disk_told(manager.directory):
+    with tell_full_disk(manager.directory):
         manager.close()
 
 
 def restore_latest(
-    manager: ocp.CheckpointManager, abstract_state: Any, iterator: Any
-) -> tuple[int, Any] | None:
+    manager: ocp.CheckpointManager, shape_at: Callable[[int], TrainState], iterator: Any
+) -> tuple[int, TrainState] | None:
     """Returns (step, state) of the newest readable step and moves `iterator` to its position; None
     if there is no step.
 
-    `abstract_state` is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be
-    of another mesh than the one that wrote. A step that cannot be read is told, renamed to
+    shape_at(step) is the state as a tree of `jax.ShapeDtypeStruct` with shardings, which may be of
+    another mesh than the one that wrote. A step that cannot be read is told, renamed to
     `damaged-<step>` and passed over. Raises: UserError if there are steps and none can be read."""
 
-    def read(step: int) -> Any:
-        models = _models(abstract_state)
+    def read(step: int) -> TrainState:
+        abstract = shape_at(step)
+        models = _split_models(abstract)
+        rest = _join_models(abstract, dict.fromkeys(models, {}))
         items = {name: ocp.args.StandardRestore(params) for name, params in models.items()}
-        items["optimizer"] = ocp.args.StandardRestore(
-            _with_models(abstract_state, dict.fromkeys(models, {}))
-        )
+        items["optimizer"] = ocp.args.StandardRestore(rest)
         if iterator is not None:
             items["data"] = ocp.args.JsonRestore()
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-        state = _with_models(restored["optimizer"], {name: restored[name] for name in models})
+        state = _join_models(restored["optimizer"], {name: restored[name] for name in models})
         # without one of its small files Orbax returns a key as plain numbers instead of failing
         kinds = jax.tree.map(
-            lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract_state
+            lambda x, like: (x.shape, x.dtype) == (like.shape, like.dtype), state, abstract
         )
         if not jax.tree.all(kinds):
             raise ValueError("an array has another shape or type than it was saved with")
@@ -135,9 +122,9 @@ def restore_latest(
         return state
 
     steps = sorted(manager.all_steps(), reverse=True)
-    found = _first_readable(manager.directory, steps, read)
-    if found is None:
+    if not steps:
         return None
+    found = _read_first(manager.directory, steps, read)
     damaged = [step for step in steps if step > found[0]]
     if damaged:  # left in place, a damaged step would keep the run from saving that step again
         if jax.process_index() == 0:
@@ -149,48 +136,54 @@ def restore_latest(
 
 
 def restore_params(
-    workdir: str, role: str, abstract_params: Params | None = None
+    workdir: str, role: str, abstract_params: Params | None = None, step: int | None = None
 ) -> tuple[int, Params]:
-    """Returns (step, parameters) of one role from the newest readable step; nothing in the folder
-    is changed.
+    """Returns (step, parameters) of one role from a step, or from the newest that is readable;
+    nothing in the folder is changed.
 
     They are the average of the parameters where the run keeps one, and adapters alone where it
-    trains those. Without `abstract_params` (as in `restore_latest`) they come as saved, whole on
-    the first local device. Raises: UserError if there is no step that can be read."""
-    with _reader(workdir) as manager:
+    trains those. Without `abstract_params` (shapes with shardings) they come as saved, whole on the
+    first local device. Raises: UserError if there is no such step, or none that can be read."""
+    folder = _find_checkpoints(workdir)
+    steps = list_steps(workdir)
+    if not steps:
+        told = f'no checkpoint in "{folder}"' if folder.exists() else f'"{folder}" does not exist'
+        raise UserError(f"config.workdir: {told}; train first, or give the WORKDIR of a run")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, sorted(steps)))
+        raise UserError(f'--step={step}: not in "{folder}"; the steps that are there: {there}')
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
 
         def read(step: int) -> Params:
             target = abstract_params
-            folder = manager.directory / str(step)
-            name = role + _AVERAGE if (folder / (role + _AVERAGE)).exists() else role
+            where = folder / str(step)
+            name = role + _AVERAGE if (where / (role + _AVERAGE)).exists() else role
             if target is None:
                 one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                saved = ocp.StandardCheckpointHandler().metadata(folder / name)
+                saved = ocp.StandardCheckpointHandler().metadata(where / name)
                 target = jax.tree.map(
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(saved.tree)
                 )
             item = {name: ocp.args.StandardRestore(target)}
             return manager.restore(step, args=ocp.args.Composite(**item))[name]
 
-        found = _first_readable(manager.directory, sorted(manager.all_steps(), reverse=True), read)
-    if found is None:
-        where = manager.directory
-        raise UserError(
-            f'config.workdir: no checkpoint in "{where}"; train first, or give the WORKDIR of a run'
-        )
-    return found
+        return _read_first(folder, steps if step is None else [step], read)
 
 
-def stored_config(workdir: str) -> dict[str, Any] | None:
+def list_steps(workdir: str) -> list[int]:
+    """Returns the steps that were saved, readable or not, the newest first."""
+    folder = _find_checkpoints(workdir)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def read_config(workdir: str) -> dict[str, Any] | None:
     """Returns the configuration that wrote the newest step, or else the reference, of a workdir;
     None without both."""
-    folder = epath.Path(workdir).resolve()
-    steps = (
-        [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
-        if (folder / "checkpoints").is_dir()
-        else []
-    )
-    for holder in (*sorted(steps, key=lambda p: -int(p.name)), folder / "reference"):
+    folder = _find_checkpoints(workdir)
+    steps = [folder / str(step) for step in list_steps(workdir)]
+    for holder in (*steps, folder.parent / "reference"):
         try:
             return json.loads((holder / "config" / "metadata").read_text())
         except (OSError, ValueError):
@@ -203,7 +196,7 @@ def check_same_run(workdir: str, config_json: str) -> None:
 
     Raises: UserError naming each field that differs and matters for continuing the run.
     """
-    stored = stored_config(workdir)
+    stored = read_config(workdir)
     if stored is None:
         return
     before = config_rules.flatten(stored)
@@ -221,7 +214,7 @@ def check_same_run(workdir: str, config_json: str) -> None:
         )
 
 
-def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
+def save_frozen(workdir: str, frozen: Frozen, config_json: str) -> None:
     """Writes `<workdir>/reference` (a `Frozen` whose empty trees are left out) and waits; an
     earlier one is replaced.
 
@@ -229,12 +222,12 @@ def save_frozen(workdir: str, frozen: Any, config_json: str) -> None:
     """
     folder = epath.Path(workdir).resolve() / "reference"
     items = {name: ocp.args.StandardSave(tree) for name, tree in frozen._asdict().items() if tree}
-    with full_disk_told(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with tell_full_disk(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(json.loads(config_json)))
         checkpointer.save(folder, args=args, force=True)
 
 
-def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
+def restore_frozen(workdir: str, abstract_frozen: Frozen) -> Frozen | None:
     """Returns the `Frozen` of `<workdir>/reference`, sharded as `abstract_frozen`; None if it was
     not written yet.
 
@@ -261,7 +254,7 @@ def restore_frozen(workdir: str, abstract_frozen: Any) -> Any | None:
     return abstract_frozen._replace(**{name: restored[name] for name in items})
 
 
-def _models(state: Any) -> dict[str, Params]:
+def _split_models(state: TrainState) -> dict[str, Params]:
     """Item name -> tree: the parameters of each role, and their average where there is one."""
     roles = {role: getattr(state, role) for role in ROLES}
     averages = {
@@ -270,31 +263,23 @@ def _models(state: Any) -> dict[str, Params]:
     return {role: parts.params for role, parts in roles.items()} | averages
 
 
-def _with_models(state: Any, models: dict[str, Params]) -> Any:
-    def role(name: str) -> Any:
-        return getattr(state, name)._replace(params=models[name], ema=models.get(name + _AVERAGE))
-
-    return state._replace(**{name: role(name) for name in ROLES})
-
-
-@contextlib.contextmanager
-def _reader(workdir: str) -> Iterator[ocp.CheckpointManager]:
-    """A manager that changes nothing, so that a run that is being trained can be read."""
-    folder = epath.Path(workdir).resolve() / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(
-            f'config.workdir: "{folder}" does not exist; train first, or give the WORKDIR of a run'
-        )
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        yield manager
+def _join_models(state: TrainState, models: dict[str, Params]) -> TrainState:
+    """Inverse of `_split_models`."""
+    parts = {
+        role: getattr(state, role)._replace(params=models[role], ema=models.get(role + _AVERAGE))
+        for role in ROLES
+    }
+    return state._replace(**parts)
 
 
-def _first_readable(
+def _find_checkpoints(workdir: str) -> epath.Path:
+    return epath.Path(workdir).resolve() / "checkpoints"
+
+
+def _read_first(
     folder: epath.Path, steps: list[int], read: Callable[[int], Any]
-) -> tuple[int, Any] | None:
-    """Returns (step, read(step)) of the first of `steps` that all processes can read; None if
-    `steps` is empty."""
+) -> tuple[int, Any]:
+    """Returns (step, read(step)) of the first of `steps` that all processes can read."""
     for step in steps:
         failure, value = None, None
         try:
@@ -304,16 +289,12 @@ def _first_readable(
         if np.all(multihost_utils.process_allgather(np.array(failure is None))):
             return step, value
         reason = _one_line(failure) if failure else "another process could not read it"
-        logging.error(
-            "Checkpoint %s cannot be read (%s); trying the one before it.",
-            folder / str(step),
-            reason,
-        )
-    if steps:
-        raise UserError(
-            f'config.workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}; give another WORKDIR'
-        ) from failure
-    return None
+        where = folder / str(step)
+        logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", where, reason)
+    raise UserError(
+        f'config.workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}; '
+        "give another WORKDIR"
+    ) from failure
 
 
 def _set_aside(path: epath.Path) -> None:
@@ -325,7 +306,7 @@ def _set_aside(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_told(folder: os.PathLike) -> Iterator[None]:
+def tell_full_disk(folder: os.PathLike) -> Iterator[None]:
     """Raises UserError of one line in place of an error, of whatever type, that says that the disk
     is full."""
     where = epath.Path(folder)
@@ -336,8 +317,8 @@ def full_disk_told(folder: os.PathLike) -> Iterator[None]:
             raise
         free = next((shutil.disk_usage(p).free for p in (where, *where.parents) if p.exists()), 0)
         raise UserError(
-            f'config.workdir: no space left to write "{where}" ({free:,} bytes free); what was complete is intact; '
-            "free some space and run the same command again"
+            f'config.workdir: no space left to write "{where}" ({free:,} bytes free); what was '
+            "complete is intact; free some space and run the same command again"
         ) from e
 
 

@@ -2,30 +2,27 @@
 nothing itself."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
+
+from popi_jax.config import Config
 
 _ROLES = {
-    "inference": "The inference model: it reads a person's raw signals and writes a short summary of preferences.",
-    "generator": "The generator: it answers a prompt given the summary that the inference model wrote.",
+    "inference": (
+        "The inference model: it reads a person's raw signals and writes a short summary of "
+        "preferences."
+    ),
+    "generator": (
+        "The generator: it answers a prompt given the summary that the inference model wrote."
+    ),
 }
 _KINDS = {
-    "sample": (
-        "> **SAMPLE DATA. This model was trained on MADE people in the format of PRISM, not on PRISM.**\n"
-        "> It shows that the pipeline runs; it says nothing about real people, and no published number compares with\n"
-        "> its scores."
-    ),
+    "sample": """\
+> **SAMPLE DATA. This model was trained on MADE people in the format of PRISM, not on PRISM.**
+> It shows that the pipeline runs; it says nothing about real people, and no published number
+> compares with its scores.""",
     "published": "Trained on the published files of {source}.",
     "own": "Trained on data of the person who ran the training ({source}).",
     "": "Which data were used was not recorded with this run (configured source: {source}).",
-}
-_LICENCES = {
-    "prism": (
-        "PRISM (arXiv 2404.16019): human-written texts CC-BY-4.0; model responses CC-BY-NC-4.0 under the terms of "
-        "their providers, so weights trained on them are for non-commercial use. Do not try to identify participants."
-    ),
-    "prefeval": "PrefEval (arXiv 2502.09597): CC-BY-NC-4.0, so weights trained on it are for non-commercial use.",
-    "jsonl": "Own data: the licence is that of the person who provided them.",
-    "sample": "The made data are part of popi_jax and add no conditions.",
 }
 _SNIPPET = '''from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +43,11 @@ signals = """profile: I teach physics at a school and have little time.
 asked: what is a black hole
 liked: A star's remains, so dense that light cannot leave.
 disliked: Black holes are a fascinating topic! There is so much to say about them..."""
-summary = reply("inference", [{"role": "user", "content": signals + @SUMMARY_INSTRUCTION@}], @SUMMARY_LEN@)
+summary = reply(
+    "inference",
+    [{"role": "user", "content": signals + @SUMMARY_INSTRUCTION@}],
+    @SUMMARY_LEN@,
+)
 answer = reply(
     "generator",
     [
@@ -59,57 +60,59 @@ print(f"summary: {summary}\\nanswer: {answer}")
 '''
 
 
-def render(
-    config: Any,
-    *,
-    role: str,
-    step: int,
-    num_params: int,
-    architecture: str,
-    dtype: str,
-    data: str,
-    results: list[dict[str, Any]],
-) -> str:
-    """Returns the card of a run with this `popi_jax.config.Config`.
+class Facts(NamedTuple):
+    """What the card says of one export."""
 
-    `data` is published, sample, own, or "" when unknown; `results` are the rows of a table, [] for
-    none."""
-    source = config.data.source
+    role: str
+    step: int
+    num_params: int
+    architecture: str  # name of the class in transformers
+    data: str  # published, sample, own, or "" when unknown
+    licence: str  # of the data
+
+
+def render(config: Config, facts: Facts, results: list[dict[str, Any]]) -> str:
+    """Returns the card of a run's export; `results` are the rows of a table, [] for none."""
+    source, d = config.data.source, config.data
     base = config.model.checkpoint or "none: trained from random weights on these data alone"
-    licence = _LICENCES["sample" if data == "sample" else source]
-    tags = ["popi_jax", f"{role}-model", *(["sample-data"] if data == "sample" else [])]
+    tags = ["popi_jax", f"{facts.role}-model", *["sample-data"] * (facts.data == "sample")]
+    header = ["library_name: transformers", "pipeline_tag: text-generation"]
+    header.append(f"tags: [{', '.join(tags)}]")
+    summary = {
+        "base weights": base,
+        "data": f"{facts.data or 'not recorded'} (source {source})",
+        "checkpoint": f"update {facts.step} of all stages",
+        "parameters": f"{facts.num_params:,}, stored as {config.model.dtype}",
+        "architecture": facts.architecture,
+    }
+    lines = [f"| {name} | {value} |" for name, value in summary.items()]
     parts = [
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{', '.join(tags)}]\n---",
-        f"# {config.name or 'run'}: {role} model",
-        _KINDS[data].format(source=source),
-        f"{_ROLES[role]} Both were trained on one preference objective with popi_jax.",
-        f"""| | |
-|---|---|
-| base weights | {base} |
-| data | {data or "not recorded"} (source {source}) |
-| checkpoint | update {step} of all stages |
-| parameters | {num_params:,}, stored as {dtype} |
-| architecture | {architecture} |""",
+        "\n".join(["---", *header, "---"]),
+        f"# {config.name or 'run'}: {facts.role} model",
+        _KINDS[facts.data].format(source=source),
+        f"{_ROLES[facts.role]} Both were trained on one preference objective with popi_jax.",
+        "\n".join(["| | |", "|---|---|", *lines]),
         "## Use",
         "The two models work together; this runs both, from the folder above this one:",
-        f"```python\n{_snippet(config)}```",
-        "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`, `liked:` and `disliked:`\n"
-        f"lines in this order, several past pairs {config.data.pair_layout} (grouped: `disliked:` lines last); what\n"
-        f"is missing is left out. Training showed at most {config.data.context_len} tokens of signals,\n"
-        f"{config.data.summary_len} of summary, "
-        f"{config.data.turn_len} of prompt and {config.data.answer_len} of answer.",
+        f"```python\n{_render_snippet(config)}```",
+        "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`,\n"
+        f"`liked:` and `disliked:` lines in this order, several past pairs {d.pair_layout}\n"
+        "(grouped: `disliked:` lines last); what is missing is left out. Training showed at most\n"
+        f"{d.context_len} tokens of signals, {d.summary_len} of summary, {d.turn_len} of prompt\n"
+        f"and {d.answer_len} of answer.",
         "## Results",
-        _table(results) if results else "This run was not evaluated.",
+        _render_table(results) if results else "This run was not evaluated.",
         "## Training",
         "The settings of the run that differ between experiments:",
-        _table(_settings(config)),
+        _render_table(_list_settings(config)),
         "## Licence",
-        f"{licence}\n\n{_base_licence(config)}",
+        facts.licence,
+        _state_base_licence(config),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _snippet(config: Any) -> str:
+def _render_snippet(config: Config) -> str:
     model, data = config.model, config.data
     before_summary = f"{model.answer_instruction}\n" if model.answer_instruction else ""
     return (
@@ -122,7 +125,7 @@ def _snippet(config: Any) -> str:
     )
 
 
-def _settings(config: Any) -> list[dict[str, Any]]:
+def _list_settings(config: Config) -> list[dict[str, Any]]:
     values = {
         "seed": config.seed,
         "schedule.phases": ", ".join(config.schedule.phases),
@@ -138,23 +141,24 @@ def _settings(config: Any) -> list[dict[str, Any]]:
     return [{"field": name, "value": value} for name, value in values.items()]
 
 
-def _base_licence(config: Any) -> str:
+def _state_base_licence(config: Config) -> str:
     if config.model.checkpoint:
-        return f"The weights derive from {config.model.checkpoint} and stay under the licence of that model."
+        base = config.model.checkpoint
+        return f"The weights derive from {base} and stay under the licence of that model."
     return "The weights derive from no other model."
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _render_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table; its columns are the keys of the rows in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
         columns,
         ["---"] * len(columns),
-        *([_cell(row.get(c, "")) for c in columns] for row in rows),
+        *([_render_cell(row.get(c, "")) for c in columns] for row in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def _render_cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", "\\|")

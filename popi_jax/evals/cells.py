@@ -1,41 +1,29 @@
-"""What the generator makes of each kind of context, on the same users and pairs, before and after
-training.
+"""Scores a list of conditions on the same users and pairs: each cell is a text about the users and
+a generator. Touches no file."""
 
-Three programs do everything: greedy summaries, sampled summaries, and log-probs of pairs behind a
-given text. The parameters are arguments, so each is compiled once per shape. Touches no file."""
-
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
-from popi_jax.arrays import Params, Tokens, UserBatch
-from popi_jax.data.batches import make_eval_batches
-from popi_jax.data.encode import fit_signals
+from popi_jax import distributed
+from popi_jax.arrays import PairLengths, PairLogps, Params, UserBatch
+from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
-from popi_jax.data.tokenizer import Tokenizer
-from popi_jax.evals.metrics import score_pairs
-from popi_jax.losses.preference import PairLengths, PairLogps, pair_margins
-from popi_jax.models.sampling import Sampling
-from popi_jax.models.transformer import TransformerConfig
-from popi_jax.objectives import preference_objective
-from popi_jax.popi.roles import Glue, pair_logps, rollout, splice
-from popi_jax.sharding import Rules, replicated, spec
+from popi_jax.evals import conditions, metrics
+from popi_jax.evals.conditions import BEFORE_RL, TRAINED, Condition, People
+from popi_jax.evals.generators import Generator, Summarizer, encode_users
+from popi_jax.losses.preference import PreferenceObjective, pair_margins
+from popi_jax.progress import Progress
+from popi_jax.run import Run
+from popi_jax.sharding import place_whole
+from popi_jax.training.loop import plan_run
 
-CONDITIONS = (
-    "no_signals",
-    "raw_signals",
-    "summary_before_rl",
-    "summary",
-    "other_user_summary",
-    "oracle",
-)
-_KEY = 3  # folded into the key of the seed; training uses 0 to 2
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # how the summaries of a condition are decoded
 
 
 class Models(NamedTuple):
@@ -45,12 +33,27 @@ class Models(NamedTuple):
     generator: Params
 
 
-class Row(NamedTuple):
-    """One condition: the generator sees `context_tokens` tokens about the user; fields as in
+class Text(NamedTuple):
+    """A text about each user."""
+
+    condition: Condition
+    decoding: str  # of its summaries, a key of TEMPERATURES; none: it holds no summary
+
+
+class Cell(NamedTuple):
+    text: Text
+    generator: str
+
+
+NOTHING = Text(Condition("nothing", conditions.tell_nothing), "none")
+
+
+class Result(NamedTuple):
+    """The generator sees `context_tokens` tokens about a user; the other fields as in
     metrics.Score."""
 
     condition: str
-    decoding: str  # of the summary: greedy | sampled (temperature 1) | none: it is no summary of the inference model
+    decoding: str
     accuracy: float
     stderr: float
     n: int
@@ -59,209 +62,113 @@ class Row(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    rows: list[Row]
-    before_rl: dict[str, Row]  # the generator as it was before the main stage; {} without oracles
-    summaries: Tokens  # [users seq], greedy, of the trained inference model, without end token
-
-
-def num_passes(users: Sequence[User], config: Any) -> int:
-    """How many times `evaluate` goes through the users, for a progress bar."""
-    rows = 10 if any(user.oracle for user in users) else 8
-    if not preference_objective(config).needs_reference:
-        references = 0
-    else:
-        references = rows if config.generator.reference == "summary" else 1
-    return 4 + rows + references
+    rows: list[Result]  # of the trained generator
+    before_rl: dict[str, Result]  # condition -> the same of the generator before the main stage
+    summaries: list[Ids]  # greedy, of the trained inference model, in its tokens
 
 
 def evaluate(
-    trained: Models,
-    before: Models,
+    run: Run,
     users: Sequence[User],
-    *,
-    tokenizer: Tokenizer,
-    glue: Glue,
-    model: TransformerConfig,
-    sampling: Sampling,
-    config: Any,
-    mesh: Mesh,
-    advance: Callable[[], None],
+    models: dict[str, Models],
+    told: Sequence[Condition] = conditions.CONDITIONS,
 ) -> Evaluation:
-    """Scores the users' pairs under all conditions; `advance` is called after each batch of each
-    pass.
+    """Scores the users' pairs under the conditions `told`, with models of the names that they use.
 
-    The text about the user, in the place of the summary, is: nothing (no_signals), the raw signals
-    as the inference model sees them (raw_signals), a summary by the inference model as it was
-    `before` (summary_before_rl) or `trained` (summary), that summary of another person
-    (other_user_summary), the true persona (oracle; only users who have one). Summaries are drawn as
-    `sampling` says, at temperature 0 and 1. The generator is the trained one in all rows. Margins
-    are those of the objective of training; their reference, if they have one, is the generator
-    `before`, without any text unless `generator.reference` says otherwise. Where both are equal,
-    no_signals has margins of 0."""
-    batches = list(make_eval_batches(users, tokenizer, config))
-    placed = [place(batch.batch, mesh, model.rules) for batch in batches]
-    size = config.evaluation.batch_users
-    num_users = len(users)
-    mask = np.concatenate([batch.batch.pair_mask for batch in batches])[:num_users]
-    score = jax.jit(
-        partial(_text_logps, model=model, prefix=glue.generator_prefix),
-        out_shardings=replicated(mesh),
-    )
-
-    def logps(params: Params, text: Tokens) -> PairLogps:
-        results = []
-        for start, batch in zip(range(0, len(placed) * size, size), placed, strict=True):
-            rows = (start + np.arange(size)) % num_users
-            here = place(Tokens(text.ids[rows, None], text.lengths[rows, None]), mesh, model.rules)
-            results.append(jax.device_get(score(params, here, batch)))
-            advance()
-        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[:num_users]), *results)
-
-    nothing = Tokens(
-        np.zeros((num_users, config.data.summary_len), np.int32), np.zeros(num_users, np.int32)
-    )
-    objective = preference_objective(config)
-    sides = (
-        [getattr(batch.batch, side).lengths for batch in batches] for side in PairLengths._fields
-    )
-    lengths = PairLengths(*(jnp.asarray(np.concatenate(side)[:num_users]) for side in sides))
-    sees_text = config.generator.reference == "summary"
-    unseen = (
-        logps(before.generator, nothing) if objective.needs_reference and not sees_text else None
-    )
-
-    def row(
-        condition: str, decoding: str, text: Tokens, counted: np.ndarray, params: Params
-    ) -> Row:
-        reference = (
-            logps(before.generator, text) if objective.needs_reference and sees_text else unseen
-        )
-        margins = pair_margins(logps(params, text), lengths, reference, objective=objective)
-        seen = counted.any(axis=1)
-        return Row(
-            condition,
-            decoding,
-            *score_pairs(np.asarray(margins), counted),
-            float(text.lengths[seen].mean()),
-        )
-
-    texts = [
-        ("no_signals", "none", nothing, mask),
-        ("raw_signals", "none", _raw_signals(users, tokenizer, config), mask),
-    ]
-    other, differs = other_persons([user.user_id for user in users])
-    of_trained = {}
-    for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        drawn = sampling._replace(temperature=temperature)
-        program = summarizer(model=model, glue=glue, sampling=drawn, seed=config.seed, mesh=mesh)
-        early = summarize(program, before.inference, placed, num_users, advance)
-        late = of_trained[decoding] = summarize(
-            program, trained.inference, placed, num_users, advance
-        )
-        texts += [
-            ("summary_before_rl", decoding, early, mask),
-            ("summary", decoding, late, mask),
-            ("other_user_summary", decoding, _take(late, other), mask & differs[:, None]),
-        ]
-    oracle = Tokens(
-        *(
-            np.concatenate(parts)[:num_users]
-            for parts in zip(*(b.oracle for b in batches), strict=True)
-        )
-    )
-    known = mask & (oracle.lengths > 0)[:, None]
-    texts.append(("oracle", "none", oracle, known))
-    texts.sort(key=lambda text: CONDITIONS.index(text[0]))  # keeps greedy before sampled
-    rows = [row(*text, trained.generator) for text in texts if text[3].any()]
-    drifted = (
-        {"oracle": row("oracle", "none", oracle, known, before.generator)} if known.any() else {}
-    )
-    return Evaluation(rows, drifted, of_trained["greedy"])
+    Margins are those of the objective of training; their reference, if they have one, is the
+    generator before RL, without any text unless `generator.reference` says otherwise. Where that is
+    the generator that is scored too, no_signals has margins of 0. A condition under which no pair
+    counts is left out.
+    """
+    encoded = encode_users(run, users, run.config)
+    placed = [place_whole(batch, run.mesh, run.inference.model.rules) for batch in encoded]
+    real = _join_pairs(encoded, len(users))
+    counted = {c: real.pair_mask & _count_users(c, users)[:, None] for c in told}
+    cells = _list_cells([c for c in told if counted[c].any()])
+    objective = plan_run(run).plan.generator.objective
+    references = {cell: _find_reference(run, cell, objective) for cell in cells}
+    # all that is drawn and scored, each once
+    scored = dict.fromkeys([*cells, *(cell for cell in references.values() if cell)])
+    texts = dict.fromkeys(cell.text for cell in scored)
+    drawn = {(TRAINED, "greedy"): None}
+    drawn |= {(t.condition.summaries_by, t.decoding): None for t in texts if t.decoding != "none"}
+    shown, done = distributed.is_main_process(), itertools.count(1)
+    total = (len(drawn) + len(scored)) * len(placed)
+    with Progress(total, label="evaluation", enabled=shown) as progress:
+        advance = lambda: progress.update(next(done))  # noqa: E731
+        summaries: dict[tuple[str, str], list[Ids]] = {}
+        for name, decoding in drawn:
+            summarizer = Summarizer(run.inference, models[name].inference, run.config.seed)
+            found = summarizer.write(placed, TEMPERATURES[decoding], advance)
+            summaries[name, decoding] = found[: len(users)]
+        written = {text: _write_text(run, users, text, summaries) for text in texts}
+        logps: dict[Cell, PairLogps] = {}
+        for cell in scored:
+            generator = Generator(run.generator, models[cell.generator].generator, run.mesh)
+            ids = written[cell.text]
+            logps[cell] = generator.score(ids, placed, _pick_length(run, ids), advance)
+    lengths = PairLengths(jnp.asarray(real.chosen.lengths), jnp.asarray(real.rejected.lengths))
+    rows, before = [], {}
+    for cell in cells:
+        reference = references[cell]
+        known = logps[reference] if reference else None
+        margins = pair_margins(logps[cell], lengths, known, objective=objective)
+        text, mask = cell.text, counted[cell.text.condition]
+        score = metrics.score_pairs(np.asarray(margins), mask)
+        seen = [len(ids) for ids, row in zip(written[text], mask, strict=True) if row.any()]
+        result = Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
+        if cell.generator == BEFORE_RL:
+            before[result.condition] = result
+        else:
+            rows.append(result)
+    return Evaluation(rows, before, summaries[TRAINED, "greedy"])
 
 
-def summarizer(
-    *, model: TransformerConfig, glue: Glue, sampling: Sampling, seed: int, mesh: Mesh
-) -> Callable[[Params, UserBatch], Tokens]:
-    """Compiles (params, users) -> one summary per user [users seq], without end tokens; every
-    process gets all."""
-    parts = partial(_summaries, model=model, glue=glue, sampling=sampling, seed=seed)
-    return jax.jit(parts, out_shardings=replicated(mesh))
+def _list_cells(told: Sequence[Condition]) -> list[Cell]:
+    cells = []
+    for condition in told:
+        decodings = TEMPERATURES if condition.summaries_by else ("none",)
+        for decoding, name in itertools.product(decodings, condition.scored_by):
+            cells.append(Cell(Text(condition, decoding), name))
+    return cells
 
 
-def summarize(
-    program: Callable[[Params, UserBatch], Tokens],
-    params: Params,
-    placed: Sequence[UserBatch],
-    num_users: int,
-    advance: Callable[[], None],
-) -> Tokens:
-    """Summaries of the first `num_users` users of the batches, as numpy arrays."""
-    results = []
-    for batch in placed:
-        results.append(jax.device_get(program(params, batch)))
-        advance()
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *results)
+def _find_reference(run: Run, cell: Cell, objective: PreferenceObjective) -> Cell | None:
+    """The cell whose log-probs the margins of another are measured from."""
+    if not objective.needs_reference:
+        return None
+    sees_text = run.config.generator.reference == "summary"
+    return Cell(cell.text if sees_text else NOTHING, BEFORE_RL)
 
 
-def other_persons(
-    user_ids: Sequence[str],
-) -> tuple[Int[np.ndarray, " users"], Bool[np.ndarray, " users"]]:
-    """For each user the number of another one, and whether that is another person.
-
-    The users are rotated by the least number of places that gives the fewest of them a summary of
-    themselves. A person whose signals were drawn several times is "ann", "ann#2", ...: one person
-    still."""
-    _, persons = np.unique([user_id.split("#")[0] for user_id in user_ids], return_inverse=True)
-    places = np.arange(len(persons))
-    same = [int((persons == np.roll(persons, -shift)).sum()) for shift in range(1, len(persons))]
-    other = np.roll(places, -(1 + int(np.argmin(same)))) if same else places
-    return other, persons != persons[other]
+def _count_users(condition: Condition, users: Sequence[User]) -> Bool[np.ndarray, " users"]:
+    counts = condition.count_users
+    return np.ones(len(users), bool) if counts is None else np.array(counts(users), bool)
 
 
-def place(batch: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Puts arrays that every process holds whole on the mesh, split along the leading axis."""
-    sharding = NamedSharding(mesh, spec(("batch",), rules))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
-    )
+def _join_pairs(encoded: Sequence[UserBatch], num_users: int) -> UserBatch:
+    """All users in one batch, without those that fill the last."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *encoded)
 
 
-def _summaries(
-    params: Params,
-    users: UserBatch,
-    *,
-    model: TransformerConfig,
-    glue: Glue,
-    sampling: Sampling,
-    seed: int,
-) -> Tokens:
-    key = jax.random.fold_in(jax.random.key(seed), _KEY)
-    drawn = rollout(params, users, key, model=model, glue=glue, sampling=sampling, group_size=1)
-    lengths = drawn.summaries.lengths - drawn.finished.astype(jnp.int32)
-    return Tokens(drawn.summaries.ids[:, 0], lengths[:, 0])
+def _write_text(
+    run: Run, users: Sequence[User], text: Text, summaries: dict[tuple[str, str], list[Ids]]
+) -> list[Ids]:
+    """The text about each user in tokens of the generator."""
+    words, reader = run.inference.tokenizer, run.generator.tokenizer
+    given = summaries.get((text.condition.summaries_by, text.decoding), [])
+    if reader is not words:
+        given = [reader.encode(words.decode(ids).strip()) for ids in given]
+    texts = text.condition.make_texts(People(users, reader, run.config, given))
+    limit = max(_list_lengths(run))
+    return [list(ids[:limit]) for ids in texts]
 
 
-def _text_logps(
-    params: Params,
-    text: Tokens,
-    users: UserBatch,
-    *,
-    model: TransformerConfig,
-    prefix: tuple[int, ...],
-) -> PairLogps:
-    """Log-probs of the replies [users pairs] behind a text [users 1 seq] without end token."""
-    contexts = splice(prefix, text, jnp.zeros(text.lengths.shape, bool))
-    return jax.tree.map(lambda x: x[:, 0], pair_logps(params, contexts, users, model=model))
+def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
+    """The padded length of texts: one of two, so that the conditions share two programs."""
+    longest = max(map(len, texts))
+    return min(length for length in _list_lengths(run) if longest <= length)
 
 
-def _take(text: Tokens, rows: np.ndarray) -> Tokens:
-    return Tokens(text.ids[rows], text.lengths[rows])
-
-
-def _raw_signals(users: Sequence[User], tokenizer: Tokenizer, config: Any) -> Tokens:
-    limit = config.data.context_len
-    rows = [tokenizer.encode(fit_signals(user, tokenizer, config).text) for user in users]
-    ids = np.zeros((len(rows), limit), np.int32)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return Tokens(ids, np.array([len(tokens) for tokens in rows], np.int32))
+def _list_lengths(run: Run) -> tuple[int, int]:
+    return run.config.data.summary_len, run.config.data.context_len

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from popi_jax.checkpoints import hf_config, hf_io, hf_names
+from popi_jax.checkpoints import hf_config, hf_io, hf_names, hf_write
 from popi_jax.errors import UserError
 from popi_jax.models.packing import Level
 from popi_jax.models.transformer import Transformer, TransformerConfig, get_head, init_boxed, unbox
@@ -48,16 +48,9 @@ PARAMS = {cfg: make_params(cfg) for cfg in (CFG, TIED)}
 
 def write(folder: Path, cfg: TransformerConfig = CFG, dtype: str = "float32", **sizes: int) -> Path:
     folder.mkdir(exist_ok=True)
-    hf_io.write_model(
-        folder,
-        PARAMS[cfg],
-        cfg,
-        dtype=dtype,
-        max_len=64,
-        special_ids=IDS,
-        mark={"role": "generator"},
-        **sizes,
-    )
+    config = hf_write.make_config(cfg, dtype=dtype, max_len=64, special_ids=IDS)
+    config |= {hf_write.MARK: {"role": "generator"}}
+    hf_write.write_model(folder, PARAMS[cfg], cfg, config, **sizes)
     return folder
 
 
@@ -92,34 +85,36 @@ def test_the_table_names_each_parameter_once(cfg):
         tuple(k.key for k in path): x.shape
         for path, x in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    rows = hf_names.table(cfg)
-    layers = {row.path: (cfg.num_layers,) if row.stacked else () for row in rows}
-    assert {row.path: layers[row.path] + row.shape for row in rows} == leaves
-    assert len({row.path for row in rows}) == len({row.name for row in rows}) == len(rows)
+    weights = hf_names.list_weights(cfg)
+    layers = {w.path: (cfg.num_layers,) if w.stacked else () for w in weights}
+    assert {w.path: layers[w.path] + w.shape for w in weights} == leaves
+    assert len({w.path for w in weights}) == len({w.name for w in weights}) == len(weights)
     # 9 tensors per layer, embedding, final norm, and the head when it is not the embedding
-    assert len(hf_names.stored_shapes(cfg)) == 9 * cfg.num_layers + 2 + (not cfg.tied_embeddings)
+    assert len(hf_names.list_stored_shapes(cfg)) == 9 * cfg.num_layers + 2 + (
+        not cfg.tied_embeddings
+    )
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED])
 def test_names_there_and_back_is_identity(cfg):
-    tensors = dict(hf_names.to_hf(PARAMS[cfg], cfg))
-    assert {name: x.shape for name, x in tensors.items()} == hf_names.stored_shapes(cfg)
+    tensors = dict(hf_write.list_tensors(PARAMS[cfg], cfg))
+    assert {name: x.shape for name, x in tensors.items()} == hf_names.list_stored_shapes(cfg)
     assert all(x.flags.c_contiguous for x in tensors.values())
 
-    def leaf(row):
-        whole = (slice(None),) * (row.stacked + len(row.shape))
+    def make_leaf(weight):
+        whole = (slice(None),) * (weight.stacked + len(weight.shape))
         return hf_names.read_part(
-            row, whole, lambda name, index: tensors[name][index], cfg, np.float32
+            weight, whole, lambda name, index: tensors[name][index], cfg, np.float32
         )
 
-    assert_same(hf_names.build_tree(leaf, cfg), PARAMS[cfg])
+    assert_same(hf_names.build_tree(make_leaf, cfg), PARAMS[cfg])
 
 
 def test_a_tree_of_another_model_is_an_error():
     with pytest.raises(ValueError, match="lm_head"):
-        list(hf_names.to_hf(PARAMS[CFG], TIED))
+        list(hf_write.list_tensors(PARAMS[CFG], TIED))
     with pytest.raises(ValueError, match="shape"):
-        list(hf_names.to_hf(PARAMS[CFG], dataclasses.replace(CFG, num_layers=3)))
+        list(hf_write.list_tensors(PARAMS[CFG], dataclasses.replace(CFG, num_layers=3)))
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED])
@@ -153,7 +148,9 @@ def test_shards_hold_at_most_the_given_bytes(tmp_path):
     assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     assert len(files) > 2
     assert not (tmp_path / "model.safetensors").exists()
-    sizes = {name: 4 * int(np.prod(shape)) for name, shape in hf_names.stored_shapes(CFG).items()}
+    sizes = {
+        name: 4 * int(np.prod(shape)) for name, shape in hf_names.list_stored_shapes(CFG).items()
+    }
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert index["weight_map"].keys() == sizes.keys()
     for file in files:
@@ -293,7 +290,7 @@ def names(folder: Path) -> list[str]:
 
 def test_an_export_replaces_an_earlier_one(tmp_path):
     for step in (1, 2):
-        with hf_io.new_export(tmp_path / "out") as folder:
+        with hf_write.open_export(tmp_path / "out") as folder:
             write(folder)
             (folder / f"{step}.txt").write_text("")
     assert names(tmp_path) == ["out"]
@@ -306,9 +303,9 @@ def test_an_export_replaces_an_earlier_one(tmp_path):
 
 
 def test_an_export_that_fails_changes_nothing(tmp_path):
-    with hf_io.new_export(tmp_path / "out") as folder:
+    with hf_write.open_export(tmp_path / "out") as folder:
         write(folder)
-    with pytest.raises(ZeroDivisionError), hf_io.new_export(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), hf_write.open_export(tmp_path / "out") as folder:
         (folder / "half.txt").write_text("")
         raise ZeroDivisionError
     assert names(tmp_path) == ["out"]
@@ -325,17 +322,17 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     for name in ("llama", "file", "notes"):
         with (
             pytest.raises(UserError, match="something other than an earlier export"),
-            hf_io.new_export(tmp_path / name),
+            hf_write.open_export(tmp_path / name),
         ):
             pass
     with (
         pytest.raises(UserError, match="cannot write in"),
-        hf_io.new_export(tmp_path / "file/x/out"),
+        hf_write.open_export(tmp_path / "file/x/out"),
     ):
         pass
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
-    with hf_io.new_export(tmp_path / "empty") as folder:
+    with hf_write.open_export(tmp_path / "empty") as folder:
         write(folder)
     assert "config.json" in names(tmp_path / "empty")
 

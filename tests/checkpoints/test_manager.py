@@ -100,7 +100,7 @@ def write_run(folder: Path, steps: int, keep: int = 5) -> list:
 def restore(folder: Path):
     iterator = Batches()
     m = manager.open_manager(str(folder), 5, CONFIG_JSON)
-    found = manager.restore_latest(m, abstract(make_state(0)), iterator)
+    found = manager.restore_latest(m, lambda _: abstract(make_state(0)), iterator)
     return m, found, iterator
 
 
@@ -114,7 +114,7 @@ def flip_a_bit_of_each_file(folder: Path) -> None:
 def test_restores_arrays_key_and_iterator_bitwise(tmp_path):
     following = write_run(tmp_path, 2)
     m, (step, state), iterator = restore(tmp_path)
-    assert step == manager.newest_step(m) == 2
+    assert step == 2
     manager.close(m)
     assert_same(state, make_state(2))
     np.testing.assert_array_equal(next(iterator), following[1])
@@ -122,7 +122,7 @@ def test_restores_arrays_key_and_iterator_bitwise(tmp_path):
 
 def test_an_empty_workdir_restores_nothing(tmp_path):
     m, found, _ = restore(tmp_path)
-    assert found is None and manager.newest_step(m) == 0
+    assert found is None
     manager.close(m)
 
 
@@ -135,8 +135,8 @@ def test_saving_a_step_twice_leaves_the_first(tmp_path):
     m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
     for seed in (1, 2):
         manager.save(m, 7, make_state(seed), None, CONFIG_JSON)
-        manager.wait(m)
-    _, state = manager.restore_latest(m, abstract(make_state(0)), None)
+        m.wait_until_finished()
+    _, state = manager.restore_latest(m, lambda _: abstract(make_state(0)), None)
     manager.close(m)
     assert_same(state, make_state(1))
 
@@ -144,7 +144,7 @@ def test_saving_a_step_twice_leaves_the_first(tmp_path):
 def test_saving_an_older_step_is_an_error(tmp_path):
     m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
     manager.save(m, 7, make_state(1), None, CONFIG_JSON)
-    manager.wait(m)
+    m.wait_until_finished()
     with pytest.raises(RuntimeError, match="step 3 is older than 7"):
         manager.save(m, 3, make_state(1), None, CONFIG_JSON)
     manager.close(m)
@@ -178,7 +178,7 @@ def test_restores_on_another_mesh(tmp_path):
     manager.close(m)
     target = abstract(place(make_state(0), mesh((2, 4)), P("y", "x")))
     m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
-    _, state = manager.restore_latest(m, target, None)
+    _, state = manager.restore_latest(m, lambda _: target, None)
     manager.close(m)
     assert_same(state, make_state(1))
     assert state.generator.params["a"]["kernel"].sharding.spec == P("y", "x")
@@ -236,7 +236,7 @@ SAVE_FOREVER = """
 import sys
 from tests.checkpoints import test_manager as t
 m = t.manager.open_manager(sys.argv[1], 2, t.CONFIG_JSON)
-found = t.manager.restore_latest(m, t.abstract(t.make_state(0, rows=30000)), None)
+found = t.manager.restore_latest(m, lambda _: t.abstract(t.make_state(0, rows=30000)), None)
 step = found[0] if found else 0
 while True:
     step += 1
@@ -259,7 +259,9 @@ def test_killed_at_any_time_the_newest_step_is_whole(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         m = manager.open_manager(str(tmp_path), 2, CONFIG_JSON)
-        newest, state = manager.restore_latest(m, abstract(make_state(0, rows=30000)), None)
+        newest, state = manager.restore_latest(
+            m, lambda _: abstract(make_state(0, rows=30000)), None
+        )
         manager.close(m)
         assert newest > last
         assert_same(state, make_state(newest, rows=30000))
@@ -289,6 +291,18 @@ def test_reading_parameters_passes_over_damage_and_moves_nothing(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
+def test_reading_parameters_of_a_step(tmp_path):
+    write_run(tmp_path, 3)
+    step, params = manager.restore_params(str(tmp_path), "generator", step=2)
+    assert step == 2
+    assert_same(params, make_state(2).generator.params)
+    with pytest.raises(UserError, match=r"--step=9: not in .*that are there: 1, 2, 3$"):
+        manager.restore_params(str(tmp_path), "generator", step=9)
+    shutil.rmtree(tmp_path / "checkpoints/2/generator")  # no other step is taken instead
+    with pytest.raises(UserError, match=r"none of the checkpoints \[2\] .* can be read"):
+        manager.restore_params(str(tmp_path), "generator", step=2)
+
+
 def test_reading_parameters_where_there_are_none(tmp_path):
     with pytest.raises(UserError, match="does not exist; train first"):
         manager.restore_params(str(tmp_path), "generator")
@@ -308,7 +322,7 @@ def test_a_workdir_of_another_run_is_refused(tmp_path):
         in message
     )
     assert "\n" not in message
-    assert manager.stored_config(str(tmp_path)) == CONFIG
+    assert manager.read_config(str(tmp_path)) == CONFIG
 
 
 def test_fields_that_do_not_touch_learning_may_change(tmp_path):
@@ -367,7 +381,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_stays(tmp_path,
             caplog.at_level("ERROR"),
         ):
             manager.save(m, 2, make_state(2, rows=200_000), None, CONFIG_JSON)
-            manager.wait(m)
+            with manager.tell_full_disk(tmp_path):
+                m.wait_until_finished()
         assert "\n" not in str(error.value)
         assert not any("Traceback" in logging.Formatter().format(r) for r in caplog.records)
         manager.close(m)
@@ -387,7 +402,7 @@ def test_a_full_disk_is_known_inside_other_errors(tmp_path):
         "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 8: No space left on device"
     )
     for error in (full, wrapped, store, ExceptionGroup("several", [KeyError("x"), full])):
-        with pytest.raises(UserError, match="no space left"), manager.full_disk_told(tmp_path):
+        with pytest.raises(UserError, match="no space left"), manager.tell_full_disk(tmp_path):
             raise error
-    with pytest.raises(ValueError, match="out of memory"), manager.full_disk_told(tmp_path):
+    with pytest.raises(ValueError, match="out of memory"), manager.tell_full_disk(tmp_path):
         raise ValueError("RESOURCE_EXHAUSTED: out of memory on device")

@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from popi_jax.checkpoints import hf_config, hf_names
+from popi_jax.checkpoints import hf_config, hf_names, hf_write
 from popi_jax.models.presets import PRESETS
-from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.models.transformer import TransformerConfig, init_boxed, unbox
 
 RELEASED = json.loads((Path(__file__).parent / "released_shapes.json").read_text())
 # metadata.total_size of the published index, bfloat16; Gemma's holds a vision tower (SigLIP) and a
@@ -70,7 +70,7 @@ def test_tree_and_published_tensors_map_one_to_one(name: str) -> None:
             f"model.layers.{i}.{tensor}": tuple(shape)
             for tensor, shape in released["each_layer"].items()
         }
-    assert hf_names.stored_shapes(cfg) == published
+    assert hf_names.list_stored_shapes(cfg) == published
     size = sum(math.prod(shape) for shape in published.values())
     assert 2 * (size + VISION.get(name, 0)) == INDEX_BYTES[name]
     tree = unbox(jax.eval_shape(lambda key: init_boxed(key, cfg), jax.random.key(0)))
@@ -78,12 +78,16 @@ def test_tree_and_published_tensors_map_one_to_one(name: str) -> None:
         tuple(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     assert leaves == {
-        row.path: (cfg.num_layers,) * row.stacked + row.shape for row in hf_names.table(cfg)
+        w.path: (cfg.num_layers,) * w.stacked + w.shape for w in hf_names.list_weights(cfg)
     }
 
 
+def count_params(cfg: TransformerConfig) -> int:
+    return sum(math.prod(shape) for shape in hf_names.list_stored_shapes(cfg).values())
+
+
 def test_parameter_counts_are_the_published_ones() -> None:
-    assert {name: hf_names.num_params(cfg) for name, cfg in PRESETS.items()} == COUNTS
+    assert {name: count_params(cfg) for name, cfg in PRESETS.items()} == COUNTS
 
 
 LLAMA_31 = {
@@ -272,7 +276,7 @@ def test_config_files_in_both_spellings(name: str, tmp_path: Path) -> None:
     cfg = hf_config.read_config(tmp_path)
     assert cfg == PRESETS[name]
     base = hf_config.read_base(tmp_path)
-    config = hf_config.hf_config(
+    config = hf_write.make_config(
         cfg, dtype="bfloat16", max_len=99, special_ids={}, model_type=base.model_type
     )
     assert config["architectures"] == [hf_config.FAMILIES[base.model_type].architecture]
@@ -301,7 +305,7 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(qwen | {"max_window_layers": 3}))
     cfg = hf_config.read_config(tmp_path)
     assert (cfg.sliding_window, cfg.local_layers) == (7, (False, False, False, True))
-    written = hf_config.hf_config(cfg, dtype="float32", max_len=9, special_ids={})
+    written = hf_write.make_config(cfg, dtype="float32", max_len=9, special_ids={})
     assert (written["max_window_layers"], written["use_sliding_window"]) == (3, True)
     (tmp_path / "config.json").write_text(
         json.dumps(qwen | {"layer_types": ["chunked_attention"] * 4})
@@ -315,6 +319,6 @@ def test_windows_of_some_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
 def test_a_family_that_computes_something_else_is_refused(model_type: str) -> None:
     with pytest.raises(ValueError, match="does not compute"):
-        hf_config.hf_config(
+        hf_write.make_config(
             PRESETS["qwen3-8b"], dtype="float32", max_len=9, special_ids={}, model_type=model_type
         )

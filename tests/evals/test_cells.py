@@ -7,53 +7,100 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from popi_jax.popi.roles import pair_logps
 
 from popi_jax.arrays import Tokens
-from popi_jax.data import batches, encode, prompts
-from popi_jax.evals import cells
+from popi_jax.data import batches, encode, prompts, tokenizer
+from popi_jax.data.records import User
+from popi_jax.evals import cells, conditions, generators
 from popi_jax.evals.cells import Evaluation, Models
-from tests.tiny_run import Run, shared_run
+from popi_jax.evals.conditions import CONDITIONS, Condition
+from popi_jax.models.transformer import init_boxed, unbox
+from popi_jax.popi.scorer import Scorer
+from popi_jax.run import RoleParts, Run, list_banned
+from tests.tiny_run import TinyRun, shared_run
 
 
-def evaluate(run: Run, trained: Models, users: list, calls: list) -> Evaluation:
-    built = run.built
-    with jax.set_mesh(built.mesh):
-        return cells.evaluate(
-            trained,
-            Models(run.frozen.inference, run.frozen.generator),
-            users,
-            tokenizer=built.tokenizer,
-            glue=built.glue,
-            model=built.model,
-            sampling=built.sampling,
-            config=built.config,
-            mesh=built.mesh,
-            advance=lambda: calls.append(1),
-        )
+class Bar:
+    """Stands in for the progress bar."""
+
+    def __init__(self, total: int, *, label: str, enabled: bool) -> None:
+        self.total, self.steps = total, [0]
+        BARS.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, step: int) -> None:
+        self.steps.append(step)
+
+
+BARS: list[Bar] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bar():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "Progress", Bar)
+        yield
+
+
+def evaluate(
+    tiny: TinyRun, trained: Models, users: list, told: tuple = CONDITIONS, run: Run | None = None
+) -> Evaluation:
+    before = Models(tiny.frozen.inference, tiny.frozen.generator)
+    with jax.set_mesh(tiny.run.mesh):
+        models = {"trained": trained, "before_rl": before}
+        return cells.evaluate(run or tiny.run, users, models, told)
+
+
+def use_trained(tiny: TinyRun) -> Models:
+    return Models(tiny.now.inference.params, tiny.now.generator.params)
+
+
+def use_frozen(tiny: TinyRun) -> Models:
+    return Models(tiny.frozen.inference, tiny.frozen.generator)
+
+
+def count_programs() -> tuple[int, int]:
+    """How many programs were compiled that write summaries, and that score texts."""
+    return generators.draw_summaries._cache_size(), generators.score_texts._cache_size()
+
+
+def check_bar(num_users: int, num_passes: int, size: int) -> None:
+    """The newest bar ends full."""
+    total = num_passes * math.ceil(num_users / size)
+    assert BARS[-1].total == total
+    assert BARS[-1].steps == list(range(total + 1))
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def tiny() -> TinyRun:
     return shared_run(8)
 
 
 @pytest.fixture(scope="module")
-def users(run) -> list:
-    found = list(run.built.dataset.splits["test"])
-    assert len(found) % run.built.config.evaluation.batch_users  # the last batch is padded
+def users(tiny) -> list:
+    found = list(tiny.run.dataset.splits["test"])
+    assert len(found) % tiny.run.config.evaluation.batch_users  # the last batch is padded
     return found
 
 
 @pytest.fixture(scope="module")
-def evaluated(run, users) -> tuple[Evaluation, int]:
-    calls: list = []
-    trained = Models(run.now.inference.params, run.now.generator.params)
-    return evaluate(run, trained, users, calls), len(calls)
+def evaluated(tiny, users) -> Evaluation:
+    before = count_programs()
+    found = evaluate(tiny, use_trained(tiny), users)
+    # greedy and sampled summaries; texts as long as summaries and as long as signals
+    assert count_programs() == (before[0] + 2, before[1] + 2)
+    # summaries of two models in two ways, ten cells, and the reference without a text
+    check_bar(len(users), 4 + 10 + 1, tiny.run.config.evaluation.batch_users)
+    return found
 
 
 def test_conditions_and_decodings(evaluated, users):
-    found = [(row.condition, row.decoding) for row in evaluated[0].rows]
+    found = [(row.condition, row.decoding) for row in evaluated.rows]
     both = ["summary_before_rl", "summary", "other_user_summary"]
     assert found == [
         ("no_signals", "none"),
@@ -61,26 +108,19 @@ def test_conditions_and_decodings(evaluated, users):
         *itertools.product(both, ["greedy", "sampled"]),
         ("oracle", "none"),
     ]
-    assert {row.n for row in evaluated[0].rows} == {sum(len(user.pairs) for user in users)}
+    assert {row.n for row in evaluated.rows} == {sum(len(user.pairs) for user in users)}
 
 
-def test_the_bar_ends_full(evaluated, run, users):
-    assert evaluated[1] == cells.num_passes(users, run.built.config) * math.ceil(
-        len(users) / run.built.config.evaluation.batch_users
-    )
-
-
-def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, users):
+def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, tiny, users):
     """Nats of each condition, from contexts made here by hand, all users in one batch, on one
     device."""
-    built, evaluation = run.built, evaluated[0]
-    cfg, words = built.config, built.tokenizer
+    cfg, words = tiny.run.config, tiny.run.generator.tokenizer
     whole = dataclasses.replace(
         cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users))
     )
     (batch,) = batches.make_eval_batches(users, words, whole)
-    program = jax.jit(partial(pair_logps, model=built.model))
-    now, before = jax.device_get((run.now.generator.params, run.frozen.generator))
+    program = jax.jit(Scorer(tiny.run.generator.model).score_pairs)
+    now, before = jax.device_get((tiny.now.generator.params, tiny.frozen.generator))
 
     def margins(params, texts: list[list[int]]) -> np.ndarray:
         rows = [[*prompts.render_generator_prefix(words, cfg), *text] for text in texts]
@@ -92,7 +132,7 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
         return np.asarray(logps.chosen - logps.rejected, np.float64)[:, 0]
 
     nothing = [[] for _ in users]
-    summaries = [list(ids[:length]) for ids, length in zip(*evaluation.summaries, strict=True)]
+    summaries = evaluated.summaries
     header = len(prompts.render_inference_context(words, ""))  # the inference model reads them so
     raw = [encode.fit_signals(user, words, cfg).context[header:] for user in users]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
@@ -102,7 +142,7 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
         values = cfg.generator.beta * (margins(params, texts) - reference)
         return float(np.logaddexp(0, -values)[batch.batch.pair_mask].mean())
 
-    rows = {(row.condition, row.decoding): row for row in evaluation.rows}
+    rows = {(row.condition, row.decoding): row for row in evaluated.rows}
     close = partial(pytest.approx, rel=1e-4)
     assert rows["no_signals", "none"].nats == close(nats(now, nothing))
     assert rows["raw_signals", "none"].nats == close(nats(now, raw))
@@ -111,8 +151,8 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
         nats(now, [*summaries[1:], summaries[0]])
     )
     assert rows["oracle", "none"].nats == close(nats(now, oracle))
-    assert evaluation.before_rl["oracle"].nats == close(nats(before, oracle))
-    assert len({round(row.nats, 3) for row in evaluation.rows}) == len(
+    assert evaluated.before_rl["oracle"].nats == close(nats(before, oracle))
+    assert len({round(row.nats, 3) for row in evaluated.rows}) == len(
         rows
     )  # or the comparison would say little
     assert rows["no_signals", "none"].context_tokens == 0
@@ -127,10 +167,10 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, run, u
     )
 
 
-def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(run, users):
+def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(tiny, users):
     """Exactly: the reference is scored by the same program. And what was trained is read in the
     right place."""
-    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), users[:8], [])
+    evaluation = evaluate(tiny, use_frozen(tiny), users[:8])
     rows = {(row.condition, row.decoding): row for row in evaluation.rows}
     assert rows["no_signals", "none"][2:4] == (0.5, 0.0)
     assert rows["no_signals", "none"].nats == pytest.approx(math.log(2), rel=1e-12)
@@ -141,11 +181,10 @@ def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(run, user
     assert rows["oracle", "none"].nats != rows["no_signals", "none"].nats
 
 
-def test_what_cannot_be_asked_is_left_out(run, users):
+def test_what_cannot_be_asked_is_left_out(tiny, users):
     """A single user has no other one; a user without a persona has no oracle."""
-    calls: list = []
     alone = [dataclasses.replace(users[0], oracle="")]
-    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), alone, calls)
+    evaluation = evaluate(tiny, use_frozen(tiny), alone)
     assert {row.condition for row in evaluation.rows} == {
         "no_signals",
         "raw_signals",
@@ -154,20 +193,91 @@ def test_what_cannot_be_asked_is_left_out(run, users):
     }
     assert evaluation.before_rl == {}
     assert all(math.isnan(row.stderr) for row in evaluation.rows)
-    assert len(calls) == cells.num_passes(alone, run.built.config) - 2  # nobody else's summary
+    check_bar(1, 4 + 6 + 1, tiny.run.config.evaluation.batch_users)
 
 
-def test_oracle_counts_only_users_who_have_one(run, users):
+def test_oracle_counts_only_users_who_have_one(tiny, users):
     some = [
         dataclasses.replace(user, oracle="" if i % 2 else user.oracle)
         for i, user in enumerate(users[:8])
     ]
-    evaluation = evaluate(run, Models(run.frozen.inference, run.frozen.generator), some, [])
+    evaluation = evaluate(tiny, use_frozen(tiny), some)
     (oracle,) = [row for row in evaluation.rows if row.condition == "oracle"]
     assert oracle.n == sum(len(user.pairs) for user in some[::2])
-    limit = run.built.config.data.summary_len
-    lengths = [len(run.built.tokenizer.encode(user.oracle)) for user in some[::2]]
+    limit = tiny.run.config.data.summary_len
+    lengths = [len(tiny.run.generator.tokenizer.encode(user.oracle)) for user in some[::2]]
     assert oracle.context_tokens == pytest.approx(np.mean([min(n, limit) for n in lengths]))
+
+
+def test_a_new_condition_is_one_value_and_compiles_nothing(tiny, users, evaluated):
+    def tell_profile(people: conditions.People) -> list[list[int]]:
+        return [people.tokenizer.encode(user.profile)[:20] for user in people.users]
+
+    before = count_programs()
+    told = (*CONDITIONS, Condition("profile", tell_profile))
+    evaluation = evaluate(tiny, use_trained(tiny), users, told)
+    assert count_programs() == before
+    assert evaluation.rows[:-1] == evaluated.rows
+    row = evaluation.rows[-1]
+    assert (row.condition, row.decoding, row.n) == ("profile", "none", evaluated.rows[0].n)
+    words = tiny.run.generator.tokenizer
+    lengths = [min(len(words.encode(user.profile)), 20) for user in users]
+    assert row.context_tokens == pytest.approx(np.mean(lengths)) and np.mean(lengths) > 1
+    assert row.nats not in [other.nats for other in evaluated.rows]
+    check_bar(len(users), 4 + 11 + 1, tiny.run.config.evaluation.batch_users)
+
+
+def test_two_roles_with_different_models_and_tokenizers(tiny, users, monkeypatch):
+    """A summary goes to the generator as text."""
+    config, written = tiny.run.config, tiny.run.inference.tokenizer
+    texts = prompts.list_training_texts(users[:5], config)
+    words = tokenizer.train(texts, 300)  # other words, and another size
+    model = dataclasses.replace(
+        tiny.run.generator.model, vocab_size=320, num_layers=1, mlp_dim=64, rope_theta=55.0
+    )
+    prefix = tuple(prompts.render_generator_prefix(words, config))
+    sampling = tiny.run.generator.sampling._replace(
+        end_id=words.eos_id, banned=list_banned(words, model), max_len=6
+    )
+    run = tiny.run._replace(generator=RoleParts(model, words, prefix, sampling))
+    params = jax.jit(lambda key: unbox(init_boxed(key, model)))(jax.random.key(3))
+    contexts = []
+    score, draw = generators.score_texts, generators.draw_replies
+
+    def see_texts(params, texts, *rest, **static):
+        ids, lengths = jax.device_get(texts)
+        contexts.extend(row[0, : n[0]].tolist() for row, n in zip(ids, lengths, strict=True))
+        return score(params, texts, *rest, **static)
+
+    def see_context(params, context, *rest, **static):
+        ids, lengths = jax.device_get(context)
+        contexts.append(ids[0, : lengths[0]].tolist())
+        return draw(params, context, *rest, **static)
+
+    monkeypatch.setattr(generators, "score_texts", see_texts)
+    monkeypatch.setattr(generators, "draw_replies", see_context)
+    (summary,) = [c for c in CONDITIONS if c.name == "summary"]
+    models = Models(tiny.now.inference.params, params)
+    with jax.set_mesh(run.mesh):
+        both = {"trained": models, "before_rl": models}
+        evaluation = cells.evaluate(run, users[:8], both, (summary,))
+        rows = generators.list_summaries(run, users[:8], evaluation.summaries)
+        generator = generators.Generator(run.generator, params, run.mesh)
+        del contexts[8 * 2 :]  # greedy and sampled; then those of the reference, which are empty
+        (answer,) = generator.reply(rows[0]["summary"], "tea?", sampling=sampling, num=1, seed=0)
+    expected = [words.encode(row["summary"]) for row in rows]
+    assert contexts[:8] == expected != evaluation.summaries
+    assert [row["summary"] for row in rows] == [
+        written.decode(ids).strip() for ids in evaluation.summaries
+    ]
+    row = evaluation.rows[0]
+    assert row.context_tokens == pytest.approx(np.mean([len(ids) for ids in expected]))
+    assert contexts[-1] == [*prefix, *expected[0]]
+    assert isinstance(answer, str)
+
+
+def name_users(ids: list[str]) -> list[User]:
+    return [User(user_id, "", "", (), (), ()) for user_id in ids]
 
 
 @pytest.mark.parametrize(
@@ -180,13 +290,13 @@ def test_oracle_counts_only_users_who_have_one(run, users):
     ],
 )
 def test_another_person_is_never_oneself(ids, other, differs):
-    found, mask = cells.other_persons(ids)
-    assert found.tolist() == other
-    assert mask.tolist() == differs
+    people = name_users(ids)
+    assert conditions.find_others(people) == other
+    assert conditions.have_others(people) == differs
 
 
 def test_two_personas_in_a_sorted_file():
     ids = [f"friendly#{i}" for i in range(30)] + [f"unfriendly#{i}" for i in range(30)]
-    other, differs = cells.other_persons(ids)
-    assert sorted(other.tolist()) == list(range(60))
-    assert differs.all()
+    people = name_users(ids)
+    assert sorted(conditions.find_others(people)) == list(range(60))
+    assert all(conditions.have_others(people))

@@ -1,11 +1,10 @@
-import os
+import json
 from pathlib import Path
 
 import pytest
-from etils import epath
 
 from popi_jax.evals import render
-from popi_jax.evals.cells import Row
+from popi_jax.evals.cells import Evaluation, Result
 
 ROW = {
     "condition": "summary",
@@ -67,30 +66,50 @@ def test_made_data_are_called_made_and_real_data_are_not():
     assert "Best accuracy" not in text
 
 
-def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "rows.jsonl"
-    render.write_jsonl(path, [{"a": "é"}, {"a": 2}])
-    assert path.read_text(encoding="utf-8") == '{"a": "é"}\n{"a": 2}\n'
-
-    def killed(source: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        render.write_text(path, "new")
-    assert path.read_text(encoding="utf-8") == '{"a": "é"}\n{"a": 2}\n'
+def write(workdir: Path, step: int, split: str = "test") -> None:
+    results = RESULTS | {"step": step, "split": split}
+    render.write_results(str(workdir), results, [{"user_id": "u1", "summary": f"é{step}"}])
 
 
-def test_files_in_a_bucket(bucket: str) -> None:
-    render.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": "é"}])
-    render.write_jsonl(f"{bucket}/run/rows.jsonl", [{"a": 2}])
-    (file,) = epath.Path(f"{bucket}/run").iterdir()
-    assert (file.name, file.read_text()) == ("rows.jsonl", '{"a": 2}\n')
+def read_step(path: Path) -> int:
+    return json.loads(path.read_text())["step"]
+
+
+def test_each_step_is_kept_and_the_newest_is_shown(tmp_path):
+    for step in (5, 7):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    write(tmp_path, 5)
+    write(tmp_path, 7)
+    assert read_step(tmp_path / "results.json") == 7
+    write(tmp_path, 5)  # an older one again
+    write(tmp_path, 5, "validation")
+    assert read_step(tmp_path / "results.json") == 7
+    assert "at step 7" in (tmp_path / "results.md").read_text()
+    assert "é7" in (tmp_path / "summaries.jsonl").read_text(encoding="utf-8")
+    assert read_step(tmp_path / "results_validation.json") == 5
+    for name, step in (("test-5", 5), ("test-7", 7), ("validation-5", 5)):
+        folder = tmp_path / "results" / name
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "results.json",
+            "results.md",
+            "summaries.jsonl",
+        ]
+        assert read_step(folder / "results.json") == step
+        assert f"at step {step}" in (folder / "results.md").read_text()
+        assert f"é{step}" in (folder / "summaries.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("left", ['{"step": 700}', "{}", "[1"])
+def test_results_of_a_run_that_is_gone_are_replaced(tmp_path, left):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "results.json").write_text(left)
+    write(tmp_path, 5)
+    assert read_step(tmp_path / "results.json") == 5
 
 
 def test_an_unknown_error_is_null_in_json():
-    row = Row("summary", "greedy", 0.5, float("nan"), 8, 0.7, 3.0)
-    assert render._as_json(render.Evaluation([row], {"oracle": row}, None)) == {
+    row = Result("summary", "greedy", 0.5, float("nan"), 8, 0.7, 3.0)
+    assert render._list_results(Evaluation([row], {"oracle": row}, [])) == {
         "rows": [row._asdict() | {"stderr": None}],
         "before_rl": {"oracle": {"decoding": "greedy", "accuracy": 0.5, "stderr": None, "n": 8}
         | {"nats": 0.7, "context_tokens": 3.0}},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
-from popi_jax.checkpoints import hf_config, hf_io, hf_names
+from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.logprobs import token_logits
 from popi_jax.models.attention import RopeScaling, frequencies
 from popi_jax.models.decode import Sampling, sample, sample_keys
@@ -70,7 +70,7 @@ def params() -> dict:
 
 @pytest.fixture(scope="module")
 def tensors(params: dict) -> dict[str, np.ndarray]:
-    return dict(hf_names.to_hf(params, EVERYTHING))
+    return dict(hf_write.list_tensors(params, EVERYTHING))
 
 
 def tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int) -> Tokens:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from popi_jax.arrays import Tokens
-from popi_jax.checkpoints import adapter, hf_io
+from popi_jax.checkpoints import adapter, hf_write
 from popi_jax.models import lora as lora_lib
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.packing import Tree
@@ -132,9 +132,8 @@ def test_peft_loads_it_and_computes_the_same(base: dict, trained: dict, tmp_path
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     (tmp_path / "base").mkdir(), (tmp_path / "adapter").mkdir()
-    hf_io.write_model(
-        tmp_path / "base", base, MODEL, dtype="float32", max_len=64, special_ids={}, mark={}
-    )
+    config = hf_write.make_config(MODEL, dtype="float32", max_len=64, special_ids={})
+    hf_write.write_model(tmp_path / "base", base, MODEL, config)
     adapter.write_adapter(
         tmp_path / "adapter", trained, MODEL, alpha=ALPHA, base=str(tmp_path / "base")
     )

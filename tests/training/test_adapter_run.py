@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax import export, finished_run
-from popi_jax import run as builds
+from popi_jax import export
 from popi_jax.checkpoints import hf_io
-from popi_jax.config import to_json
 from popi_jax.errors import UserError
 from popi_jax.models.lora import merge
-from popi_jax.training import loop
+from popi_jax.run import open_run
+from popi_jax.training import loop, reference, restore
 from tests.tiny_run import config_of, on_devices, shared_run
 
 STEPS = 3
@@ -41,15 +40,15 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
     config = config_of(
         tmp_path / "run", *(f"--config.{name}={value}" for name, value in own.items())
     )
-    run = Path(config.workdir)
+    workdir = Path(config.workdir)
     with on_devices(1):
-        built = builds.build(config, to_json(config))
-        first = loop.train(built)
+        run = open_run(config)
+        first = loop.train(run)
         end = jax.device_get(
             (first.state.inference.params, first.state.generator.params, first.state.generator.ema)
         )
-        shutil.rmtree(run / "checkpoints" / str(STEPS))
-        again = loop.train(built)  # from the step before
+        shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+        again = loop.train(run)  # from the step before
         state = again.state
         for x, y in zip(
             leaves(end),
@@ -63,8 +62,8 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
         )
 
         # what is used later is the average of the adapters, on the base that both roles share
-        restored = finished_run.restore_run(built)
-        used, used_by_generator = loop.whole_models(again, config)
+        restored = restore.restore_run(run)
+        used, used_by_generator = loop.use_models(again, config)
         for x, y in zip(
             leaves((used, used_by_generator)),
             leaves((restored.inference, restored.generator)),
@@ -72,14 +71,14 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
         ):
             np.testing.assert_array_equal(x, y)
         assert again.frozen.inference is again.frozen.generator
-        whole = hf_io.read_params(base, built.model)
+        whole = hf_io.read_params(base, run.inference.model)
         for x, y in zip(leaves(again.frozen.generator), leaves(whole), strict=True):
             np.testing.assert_array_equal(x, y)
-    assert not (run / "reference" / "generator").exists()  # the base is not copied into the run
+    assert not (workdir / "reference" / "generator").exists()  # the base is not copied into the run
 
     for _ in range(2):  # an earlier export is replaced
-        export.export_role(run, "generator", tmp_path / "out" / "generator")
-    merged = hf_io.read_params(tmp_path / "out" / "generator", built.model)
+        export.export_role(workdir, "generator", tmp_path / "out" / "generator")
+    merged = hf_io.read_params(tmp_path / "out" / "generator", run.inference.model)
     expected = merge(whole, end[2], scale=config.generator.lora.alpha / config.generator.lora.rank)
     for x, y in zip(leaves(merged), leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
@@ -87,4 +86,4 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
 
     shutil.rmtree(base)
     with on_devices(1), pytest.raises(UserError, match="base"):
-        loop.lora_base(built)
+        reference.read_base(config, run.inference.model, run.mesh)

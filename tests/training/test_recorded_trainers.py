@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from popi_jax.arrays import RoleState, Tokens, UserBatch
-from popi_jax.checkpoints import hf_config, hf_io, hf_names
+from popi_jax.checkpoints import hf_config, hf_io, hf_write
 from popi_jax.losses.grpo import PolicyObjective, policy_loss, policy_sums
 from popi_jax.models.packing import Tree
 from popi_jax.models.transformer import TransformerConfig
@@ -39,7 +39,7 @@ def nested(tokens: Tokens, axes: int) -> Tokens:
 
 
 def assert_gradients(found: dict, values: Any, prefix: str, cfg: TransformerConfig) -> None:
-    named = dict(hf_names.to_hf(jax.device_get(found), cfg))
+    named = dict(hf_write.list_tensors(jax.device_get(found), cfg))
     expected = {
         key.removeprefix(prefix): values[key] for key in values.files if key.startswith(prefix)
     }

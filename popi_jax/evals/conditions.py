@@ -1,0 +1,99 @@
+"""What the generator is told of a user when it is scored, as data: `CONDITIONS` is the list of
+today. A new condition is one more value."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from popi_jax.config import Config
+from popi_jax.data.encode import Ids, fit_signals
+from popi_jax.data.records import User
+from popi_jax.data.tokenizer import Tokenizer
+
+# names of the models that are scored: as trained, and as they were at the start of the main stage
+TRAINED, BEFORE_RL = "trained", "before_rl"
+
+
+class People(NamedTuple):
+    """All that a text about the users of an evaluation can be made of."""
+
+    users: Sequence[User]
+    tokenizer: Tokenizer  # of the generator
+    config: Config
+    summaries: Sequence[Ids] = ()  # one for each user where the condition asks for them
+
+
+class Condition(NamedTuple):
+    """A text about each user, in the place of the summary in the generator's context."""
+
+    name: str
+    # in tokens of the generator; what is longer than data.context_len is cut
+    make_texts: Callable[[People], Sequence[Ids]]
+    # the inference model of which `make_texts` gets summaries, once greedy and once sampled
+    summaries_by: str = ""
+    count_users: Callable[[Sequence[User]], Sequence[bool]] | None = None  # None: all count
+    scored_by: tuple[str, ...] = (TRAINED,)  # the generators that are scored
+
+
+def tell_nothing(people: People) -> list[Ids]:
+    return [[] for _ in people.users]
+
+
+def tell_signals(people: People) -> list[Ids]:
+    """The raw signals, shortened as for the inference model."""
+    words, config = people.tokenizer, people.config
+    return [words.encode(fit_signals(user, words, config).text) for user in people.users]
+
+
+def tell_summary(people: People) -> Sequence[Ids]:
+    return people.summaries
+
+
+def tell_summary_of_another(people: People) -> list[Ids]:
+    return [people.summaries[number] for number in find_others(people.users)]
+
+
+def tell_persona(people: People) -> list[Ids]:
+    """The true persona."""
+    limit = people.config.data.summary_len
+    return [people.tokenizer.encode(user.oracle.strip())[:limit] for user in people.users]
+
+
+def find_others(users: Sequence[User]) -> list[int]:
+    """For each user the number of another one.
+
+    The users are rotated by the least number of places that gives the fewest of them a summary of
+    themselves. A person whose signals were drawn several times is "ann", "ann#2", ...: one person
+    still."""
+    persons = np.unique(_name_persons(users), return_inverse=True)[1]
+    count = len(persons)
+    same = [int((persons == np.roll(persons, -shift)).sum()) for shift in range(1, count)]
+    shift = 1 + int(np.argmin(same)) if same else 0
+    return [(number + shift) % count for number in range(count)]
+
+
+def have_others(users: Sequence[User]) -> list[bool]:
+    """Whether `find_others` finds another person for each user."""
+    names = _name_persons(users)
+    return [name != names[other] for name, other in zip(names, find_others(users), strict=True)]
+
+
+def have_persona(users: Sequence[User]) -> list[bool]:
+    return [bool(user.oracle.strip()) for user in users]
+
+
+def _name_persons(users: Sequence[User]) -> list[str]:
+    return [user.user_id.split("#")[0] for user in users]
+
+
+CONDITIONS = (
+    Condition("no_signals", tell_nothing),
+    Condition("raw_signals", tell_signals),
+    Condition("summary_before_rl", tell_summary, summaries_by=BEFORE_RL),
+    Condition("summary", tell_summary, summaries_by=TRAINED),
+    Condition(
+        "other_user_summary", tell_summary_of_another, summaries_by=TRAINED, count_users=have_others
+    ),
+    Condition("oracle", tell_persona, count_users=have_persona, scored_by=(TRAINED, BEFORE_RL)),
+)

@@ -1,0 +1,65 @@
+"""The models of a run, read from its checkpoints, for all that uses a run."""
+
+from typing import NamedTuple
+
+from popi_jax.arrays import Frozen, Params, TrainState
+from popi_jax.checkpoints import manager
+from popi_jax.errors import UserError
+from popi_jax.models.transformer import join_adapters
+from popi_jax.run import Run
+from popi_jax.training import loop, reference, setup
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds of both roles, and the models that the main stage started from."""
+
+    step: int
+    inference: Params
+    generator: Params
+    frozen: Frozen
+
+
+def restore_role(run: Run, role: str, step: int | None = None) -> tuple[int, Params]:
+    """Returns (step, whole model) of one role, laid out on the mesh; no step: the newest readable.
+
+    It is the average of the parameters where the run keeps one; adapters are joined with their
+    base. Raises: UserError when it cannot be read.
+    """
+    adapted = setup.adapter_scale(getattr(run.config, role))
+    base = reference.read_base(run.config, run.inference.model, run.mesh) if adapted else {}
+    return _restore_whole(run, role, step, base)
+
+
+def restore_run(run: Run, step: int | None = None) -> Restored:
+    """Returns both roles at a step; None: the newest readable.
+
+    Raises: UserError when it cannot be read, or the run has not reached its main stage.
+    """
+    workdir = run.config.workdir
+    base = reference.read_base(run.config, run.inference.model, run.mesh)
+    own = manager.restore_frozen(workdir, setup.own_params(loop.plan_run(run).plan, _get_shapes(run)))
+    if own is None:
+        raise UserError(
+            f'config.workdir: the run in "{workdir}" is still in its warm-up; continue the training'
+        )
+    found, inference = _restore_whole(run, "inference", step, base)
+    other, generator = _restore_whole(run, "generator", step, base)
+    if found != other:
+        raise UserError(
+            f'config.workdir: in "{workdir}" the newest readable checkpoint of one model is of '
+            f"step {found}, of the other {other}; try again if the run is being trained, else "
+            f"name one with --step, or continue the training"
+        )
+    return Restored(found, inference, generator, reference.stand_on_base(own, base))
+
+
+def _restore_whole(run: Run, role: str, step: int | None, base: Params) -> tuple[int, Params]:
+    shapes = getattr(_get_shapes(run), role).params
+    found, params = manager.restore_params(run.config.workdir, role, shapes, step)
+    scale = setup.adapter_scale(getattr(run.config, role))
+    return found, join_adapters(base, params, scale=scale) if scale else params
+
+
+def _get_shapes(run: Run) -> TrainState:
+    roles = setup.plan_warmup_roles(run.config)  # the parameters have the same shapes in all stages
+    return setup.abstract_state(run.inference.model, roles, run.mesh, run.config)
