@@ -1,7 +1,6 @@
 """The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the
 jitted programs."""
 
-import dataclasses
 import json
 import math
 import time
@@ -34,9 +33,8 @@ from popi_jax.objectives import preference_objective
 from popi_jax.popi.roles import Glue, empty_summary, pair_logps
 from popi_jax.popi.steps import warmup_step
 from popi_jax.popi.update import Parts, popi_update, role_turns
-from popi_jax.programs import Store, StoredProgram, load_early
 from popi_jax.progress import Progress
-from popi_jax.run import Built, compiled_folder
+from popi_jax.run import Built
 from popi_jax.sharding import place_batch, replicated, shards
 from popi_jax.training import optim
 from popi_jax.training.budgets import main_budgets, warmup_budgets
@@ -162,7 +160,7 @@ def static_parts(
     fill: fills.Fill | None,
 ) -> tuple[Parts, Transforms]:
     """`make_parts` of a run that need not exist."""
-    cfg = program_config(config)
+    cfg = config
     turns = role_turns(parse_phases(cfg.schedule.phases)).sum(axis=0)
     main = Transforms(
         optim.inference_transform(cfg, int(turns[0])), optim.generator_transform(cfg, int(turns[1]))
@@ -175,31 +173,6 @@ def static_parts(
         )
     parts = Parts(model, main, glue, sampling, cfg, cfg.warmup.steps, budgets)
     return parts, Transforms(warmup, warmup)
-
-
-def program_config(cfg: Config) -> Config:
-    """The configuration as programs may see it: without the fields that must not decide on any
-    result of theirs, so that runs which differ in these alone share what is compiled."""
-    nothing = {str: "", int: 0, bool: False}
-
-    def without(section: Any, *names: str) -> Any:
-        return dataclasses.replace(
-            section, **{name: nothing[type(getattr(section, name))] for name in names}
-        )
-
-    return dataclasses.replace(
-        without(cfg, "name", "seed", "workdir"),
-        data=without(cfg.data, "path", "prepared", "download", "workers"),
-        schedule=without(cfg.schedule, "log_every", "save_every", "keep"),
-        evaluation=without(cfg.evaluation, "batch_users", "max_users"),
-    )
-
-
-def program_store(built: Built, *static: Any) -> Store:
-    """Where the programs of a run are kept; `static` is what they have bound beside what is in
-    `built`."""
-    settings = program_config(built.config), built.model, built.glue, built.sampling, *static
-    return Store(compiled_folder(built.config) / "programs", built.mesh, repr(settings))
 
 
 def train(built: Built) -> Trained:
@@ -220,29 +193,22 @@ def train(built: Built) -> Trained:
     )
     base = lora_base(built)
     budgets_of_warmup = warmup_budgets(fill, shards(built.model.rules.batch), cfg=cfg)
-    store = program_store(built, parts.budgets, budgets_of_warmup)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, built.config_json)
-    stage = "warmup" if checkpoints.newest_step(manager) < warmup_steps else "main"
-    early = {stage: load_early(stage, store)}
     abstract = abstract_state(built.model, parts.transforms, built.mesh, cfg=cfg)
     # the layout of what an update returns is that of what it is given, so that it is compiled once
-    updating: Any = {
-        "store": store,
-        "donate_argnums": (0,),
-        "out_shardings": (shardings_of(abstract), None),
-    }
+    updating: Any = {"donate_argnums": (0,), "out_shardings": (shardings_of(abstract), None)}
     warmup_update = partial(
         warmup_step, model=built.model, transforms=warmup_transforms, budgets=budgets_of_warmup
     )
-    warmup = StoredProgram(warmup_update, name="warmup", early=early.get("warmup"), **updating)
+    warmup = jax.jit(warmup_update, **updating)
     main_update = partial(popi_update, parts=parts, phases=phases)
-    main = StoredProgram(main_update, name="main", early=early.get("main"), **updating)
+    main = jax.jit(main_update, **updating)
 
     batches = open_batches(built)
     restored = checkpoints.restore_latest(manager, abstract, batches)
     if restored is None:
         transforms = warmup_transforms if warmup_steps else parts.transforms
-        step, state = 0, _first_state(built, transforms, abstract, store)
+        step, state = 0, _first_state(built, transforms, abstract)
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
@@ -428,15 +394,11 @@ def reference_pairs(params: Params, built: Built) -> PairLogps:
     )
 
 
-def _first_state(
-    built: Built, transforms: Transforms, abstract: TrainState, store: Store
-) -> TrainState:
-    cfg, layout, seen = built.config, shardings_of(abstract), program_config(built.config)
-    init = partial(init_state, model=built.model, transforms=transforms, cfg=seen)
+def _first_state(built: Built, transforms: Transforms, abstract: TrainState) -> TrainState:
+    cfg, layout = built.config, shardings_of(abstract)
+    init = partial(init_state, model=built.model, transforms=transforms, cfg=cfg)
     if not cfg.model.checkpoint:
-        return StoredProgram(init, name="init", store=store, out_shardings=layout)(
-            jnp.int32(cfg.seed)
-        )
+        return jax.jit(init, out_shardings=layout)(jnp.int32(cfg.seed))
 
     def start(role: str) -> Params:
         if trains_adapters(cfg, role):
@@ -449,10 +411,8 @@ def _first_state(
             cfg.model.checkpoint, built.model, abstract_params(built.model, built.mesh, "float32")
         )
 
-    begin = partial(new_state, transforms=transforms, cfg=seen)
-    program = StoredProgram(
-        begin, name="begin", store=store, out_shardings=layout, donate_argnums=(0, 1)
-    )
+    begin = partial(new_state, transforms=transforms, cfg=cfg)
+    program = jax.jit(begin, out_shardings=layout, donate_argnums=(0, 1))
     return program(start("inference"), start("generator"), jax.random.key(cfg.seed))
 
 
