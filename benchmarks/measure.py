@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks.programs import Program
 from benchmarks.workloads import Workload
-from popi_jax.flops import flops
+from popi_jax.flops import count_flops
 from popi_jax.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def prepare(program: Program, work: Workload) -> Case:
     traced, start = _since(start), _now()
     compiled = lowered.compile()
     seconds = _since(start)
-    counted = flops(program.step, *arguments, while_trips=max(work.summary_len, 1))
+    counted = count_flops(program.step, *arguments, while_trips=max(work.summary_len, 1))
     zero = Seconds(0.0, 0.0)
     case = Case(
         program.name,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints import adapter, hf_io
-from popi_jax.flops import flops
+from popi_jax.flops import count_flops
 from popi_jax.models import lora as lora_lib
 from popi_jax.models.decode import Sampling, sample, sample_keys
 from popi_jax.models.packing import Budget
@@ -136,7 +136,9 @@ def test_one_pass_over_the_layers_scores_the_base_too(
     for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
         assert np.abs(y).max() > 1e-3
-    assert flops(one, trained, base) == pytest.approx(flops(two, trained, base), rel=0.01)
+    assert count_flops(one, trained, base) == pytest.approx(
+        count_flops(two, trained, base), rel=0.01
+    )
 
 
 def test_one_pass_gathers_each_sharded_weight_once(base: dict, trained: dict) -> None:

@@ -95,7 +95,7 @@ def check_layout(traffic: Traffic, case: Case) -> None:
     sampling = [
         c
         for c in traffic.collectives
-        if any(loop.says("/decode/") or "decode" in loop.op_name for loop in c.loops)
+        if any(loop.is_in("/decode/") or "decode" in loop.op_name for loop in c.loops)
     ]
     # what does move: sums of activations, and which token is the likeliest of the parts of a
     # vocabulary
