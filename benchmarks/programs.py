@@ -222,7 +222,7 @@ def make_padded_and_dense(
         program = setup.make(f"generator step/{kind}", step, state.generator, *inputs)
         found["generator step"][kind] = program
         step = partial(_take_two, partial(train_inference, budgets=needed))
-        inputs = setup.frozen.inference, margins, None, rollouts, users
+        inputs = state.inference.params, margins, None, rollouts, users
         program = setup.make(f"inference step/{kind}", step, state.inference, *inputs)
         found["inference step"][kind] = program
     return found

@@ -9,7 +9,7 @@ import pytest
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.config_check import parse_phases
-from popi_jax.flops import count_flops, count_jaxpr_flops
+from popi_jax.flops import count_flops, count_jaxpr_flops, count_scope_flops
 from popi_jax.models.presets import PRESETS
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import init_boxed, unbox
@@ -138,7 +138,7 @@ def test_agrees_with_xla_where_nothing_loops() -> None:
 # a context, a turn, an answer, a summary.
 LLAMA = dataclasses.replace(PRESETS["llama-3.1-8b"], dtype="bfloat16", remat="full")
 L, D, N, KV, H, F, V = 32, 4096, 32, 8, 128, 14336, 128256
-USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 2048, 256, 512, 128, 8, 16
+USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 512, 128, 512, 128, 8, 16
 MATRICES = D * (N + 2 * KV) * H + N * H * D + 3 * D * F  # weights of a layer that a token meets
 OF_HEAD = 2 * D * V  # for the logits of one token
 
@@ -201,8 +201,9 @@ def summaries_trained() -> int:
     return USERS * (2 * forward(*packed) + backward(*packed) + (1 + 4) * logits)
 
 
-def traced(phases: str) -> jax.extend.core.Jaxpr:
-    """The update of Llama 3.1 8B, from shapes alone."""
+@pytest.fixture(scope="module")
+def both_turns() -> jax.extend.core.Jaxpr:
+    """The update of Llama 3.1 8B, of one role or the other, from shapes alone."""
     cfg = replace(replace(make_config(), "batch", users=USERS, pairs=PAIRS), "data", summary_len=Z)
     cfg = replace(cfg, "inference", group_size=GROUP)
     glue = Glue(tuple(range(PREFIX)), tuple(range(INSTRUCTION)))
@@ -220,25 +221,27 @@ def traced(phases: str) -> jax.extend.core.Jaxpr:
     params = unbox(jax.eval_shape(functools.partial(init_boxed, cfg=LLAMA), jax.random.key(0)))
     start = functools.partial(new_state, transforms=parts.transforms, cfg=cfg)
     state = jax.eval_shape(start, params, params, jax.random.key(0))
-    update = functools.partial(popi_update, parts=parts, phases=parse_phases((phases,)))
+    phases = parse_phases(("alternate 1:1 2",))
+    update = functools.partial(popi_update, parts=parts, phases=phases)
     return jax.make_jaxpr(update)(state, Frozen(params, params), users).jaxpr
 
 
-def test_the_generators_turn_by_hand() -> None:
+def test_the_generators_turn_by_hand(both_turns: jax.extend.core.Jaxpr) -> None:
     """A summary of each user, the reference behind no summary, and the preference step."""
-    expected = (
-        drawn(1) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
-    )
-    assert count_jaxpr_flops(traced("generator 1"), while_trips=Z) == pytest.approx(
-        expected, rel=0.01
-    )
+    step = pairs_of_users(PREFIX + Z, trained=True)
+    expected = drawn(1) + pairs_of_users(PREFIX, trained=False) + step
+    scopes = ("sampling", "reference", "generator_step")
+    found = count_scope_flops(both_turns, scopes, while_trips=Z, branch=0)
+    assert sum(found.values()) == pytest.approx(expected, rel=0.01)
+    assert found["generator_step"] == pytest.approx(step, rel=0.01)
+    assert set(found) == set(scopes)
 
 
-def test_of_both_turns_the_dearer_counts() -> None:
+def test_of_both_turns_the_dearer_counts(both_turns: jax.extend.core.Jaxpr) -> None:
     """That of the inference model: behind each summary the generator scores the replies without a
     gradient."""
     rewards = GROUP * pairs_of_users(PREFIX + Z, trained=False)
     expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + rewards + summaries_trained()
-    assert count_jaxpr_flops(traced("alternate 1:1 2"), while_trips=Z) == pytest.approx(
-        expected, rel=0.01
-    )
+    found = count_jaxpr_flops(both_turns, while_trips=Z)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found == sum(count_scope_flops(both_turns, (), while_trips=Z, branch=1).values())
