@@ -45,17 +45,17 @@ def train_until_step(name: str, folder: Path, step: int) -> float:
     pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-    while process.poll() is None and last_step(folder / "run") < step:
+    while process.poll() is None and read_last_step(folder / "run") < step:
         time.sleep(0.01)
     seconds = time.monotonic() - began
     process.terminate()  # it saves, then ends
     _, errors = process.communicate()
-    if last_step(folder / "run") < step:
+    if read_last_step(folder / "run") < step:
         raise StartError(f"{name}: {(errors.strip().splitlines() or ['no message'])[-1]}")
     return seconds
 
 
-def last_step(workdir: Path) -> int:
+def read_last_step(workdir: Path) -> int:
     """The last step of which the metrics are written, 0 if there is none."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -76,7 +76,7 @@ def measure_starts(name: str, rounds: int, folder: Path) -> dict[str, list[float
         for kind in seconds:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(begun, run)
-            seconds[kind].append(train_until_step(name, folder, last_step(run) + 1))
+            seconds[kind].append(train_until_step(name, folder, read_last_step(run) + 1))
         print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return seconds
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import bench, compare, growth, measure, operations, padding, profile
+from benchmarks import bench, compare, growth, measure, operations, padding, profile, restart
 from benchmarks.growth_chart import choose_step
 from benchmarks.programs import make_users
 from benchmarks.workloads import TINY, WORKLOADS, Workload
@@ -199,3 +199,14 @@ def test_settings_that_are_none_are_told(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         padding.main(["--no-steps", "--confg.seed=1"])
     assert "--confg.seed=1: unknown" in capsys.readouterr().err
+
+
+def test_starts_end_at_a_whole_line_of_metrics(tmp_path: pathlib.Path) -> None:
+    assert restart.read_last_step(tmp_path) == 0
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 0.')
+    assert restart.read_last_step(tmp_path) == 1
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    assert restart.read_last_step(tmp_path) == 2
+    text = restart.render({"smoke": {"cold": [6.0, 8.0], "warm": [2.0, 4.0]}})
+    assert "| smoke | 7 | 3 | 2.5 | 2.00 to 3.00 |" in text
