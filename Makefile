@@ -112,7 +112,7 @@ bench-padding: $(STAMP) ## how much is padding in the batches of CONFIG, and wha
 bench-growth: $(STAMP) ## cost against the number of users, pairs and samples
 	$(RUN) benchmarks.growth $(ARGS)
 
-bench-restart: $(STAMP) ## seconds to the first step, cold and with compiled programs
+bench-restart: $(STAMP) ## seconds to the first step, cold and with the cache of compiled programs
 	$(RUN) benchmarks.restart $(ARGS)
 
 profile: $(STAMP) ## trace PROGRAM, and show where its time goes

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import options
-from benchmarks.report import table
+from benchmarks import options, tables
 from popi_jax.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +27,12 @@ class CompareError(Exception):
 
 
 class Verdict(NamedTuple):
-    rows: list[
-        tuple[str, float, float, float, str]
-    ]  # program, least, median and greatest ratio, verdict
+    # program, least, median and greatest ratio, verdict
+    rows: list[tuple[str, float, float, float, str]]
     slower: list[str]
 
 
-def verdict(ratios: Mapping[str, Sequence[float]], threshold: float) -> Verdict:
+def judge(ratios: Mapping[str, Sequence[float]], threshold: float) -> Verdict:
     """A program is slower when the median of its ratios is over the threshold."""
     rows = []
     for name, values in ratios.items():
@@ -45,22 +43,23 @@ def verdict(ratios: Mapping[str, Sequence[float]], threshold: float) -> Verdict:
 
 
 @contextlib.contextmanager
-def tree_of(revision: str) -> Iterator[Path]:
+def check_out(revision: str) -> Iterator[Path]:
     """A temporary work tree of a revision, removed at the end. Raises: CompareError."""
     folder = Path(tempfile.mkdtemp(prefix="popi-base-"))
     tree = folder / "tree"
     try:
-        done = _git("worktree", "add", "--detach", str(tree), revision)
+        done = _run_git("worktree", "add", "--detach", str(tree), revision)
         if done.returncode:
             reason = done.stderr.strip().splitlines()
             raise CompareError(
-                f'BASE = "{revision}": {reason[-1] if reason else "git failed"}; give a commit, tag or branch'
+                f'BASE = "{revision}": {reason[-1] if reason else "git failed"}; '
+                "give a commit, tag or branch"
             )
         yield tree
     finally:
-        _git("worktree", "remove", "--force", str(tree))
+        _run_git("worktree", "remove", "--force", str(tree))
         shutil.rmtree(folder, ignore_errors=True)
-        _git("worktree", "prune")
+        _run_git("worktree", "prune")
 
 
 class Worker:
@@ -78,20 +77,20 @@ class Worker:
 
     def start(self) -> None:
         """Waits until all programs are compiled. Raises: CompareError."""
-        self.programs = self._answer()["programs"]
+        self.programs = self._read_answer()["programs"]
 
     def step(self, name: str) -> float:
         """CPU seconds of one step."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
-        return self._answer()["cpu"]
+        return self._read_answer()["cpu"]
 
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         found = (
@@ -104,7 +103,9 @@ class Worker:
         return found
 
 
-def ratios(now: Worker, base: Worker, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def measure_ratios(
+    now: Worker, base: Worker, names: Sequence[str], rounds: int
+) -> dict[str, list[float]]:
     """Pairs of steps, the two trees first in turns; the first pair of each program is not
     counted."""
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -122,7 +123,7 @@ def ratios(now: Worker, base: Worker, names: Sequence[str], rounds: int) -> dict
 
 def compare(revision: str, workloads: Sequence[str], rounds: int, threshold: float) -> int:
     """Raises: CompareError."""
-    with tree_of(revision) as tree, contextlib.ExitStack() as stack:
+    with check_out(revision) as tree, contextlib.ExitStack() as stack:
         workers = [
             Worker("this tree", ROOT, workloads),
             Worker(f'BASE = "{revision}"', tree, workloads),
@@ -134,31 +135,25 @@ def compare(revision: str, workloads: Sequence[str], rounds: int, threshold: flo
             worker.start()
         now, base = workers
         both = [name for name in now.programs if now.programs[name] == base.programs.get(name)]
-        judged = verdict(ratios(now, base, both, rounds), threshold)
-    print(table(("program", "least ratio", "median", "greatest", "verdict"), judged.rows))
+        judged = judge(measure_ratios(now, base, both, rounds), threshold)
+    head = ("program", "least ratio", "median", "greatest", "verdict")
+    print(tables.render_table(head, judged.rows))
     for name in sorted({*now.programs, *base.programs} - {*both}):
-        where = (
-            "this tree alone"
-            if name not in base.programs
-            else revision
-            if name not in now.programs
-            else ""
-        )
-        print(f"not compared: {name} ({f'in {where}' if where else 'the work differs'})")
+        where = "in this tree alone" if name not in base.programs else f"in {revision}"
+        where = "the work differs" if name in now.programs and name in base.programs else where
+        print(f"not compared: {name} ({where})")
     if judged.slower:
-        print(
-            f"error: slower than {revision} by more than {threshold:g}: {', '.join(judged.slower)}",
-            file=sys.stderr,
-        )
+        names = ", ".join(judged.slower)
+        print(f"error: slower than {revision} by more than {threshold:g}: {names}", file=sys.stderr)
     return 1 if judged.slower else 0
 
 
-def _git(*args: str) -> subprocess.CompletedProcess[str]:
+def _run_git(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = options.parser(__doc__, rounds=7)
+    flags = options.make_parser(__doc__, rounds=7)
     flags.add_argument(
         "--base", required=True, metavar="REVISION", help="commit, tag or branch to compare with"
     )

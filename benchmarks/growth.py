@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import options
+from benchmarks import options, tables
 from benchmarks.growth_chart import Line, Panel, draw
-from benchmarks.report import table, write_json, write_text
 from benchmarks.workloads import TINY, Workload
 
 # heads of 64, as in small released models: with smaller ones a softmax costs a CPU as much as the
@@ -50,7 +49,7 @@ class Fit(NamedTuple):
     r2: float  # share of the variance that the line explains
 
 
-def fit(points: Sequence[tuple[float, float]]) -> Fit:
+def fit_line(points: Sequence[tuple[float, float]]) -> Fit:
     """The least-squares line through points (x, y), of at least two different x."""
     n = len(points)
     mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
@@ -62,7 +61,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
     return Fit(slope, intercept, 1 - rest / total if total else 1.0)
 
 
-def plan(panels: Sequence[str]) -> list[Series]:
+def plan_series(panels: Sequence[str]) -> list[Series]:
     found = [
         Series("users", LABELS[w.name], [(n, w._replace(users=n)) for n in (1, 2, 4, 8)])
         for w in (PAIRS, SAMPLES, BOTH)
@@ -79,10 +78,10 @@ def plan(panels: Sequence[str]) -> list[Series]:
     return [series for series in found if series.panel in panels]
 
 
-def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
+def measure_growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
     """Compiles one program for each point, then times all of them in turns."""
     from benchmarks import measure
-    from benchmarks.programs import programs
+    from benchmarks.programs import make_programs
     from popi_jax.progress import Progress
 
     works = dict.fromkeys(work for one in series for _, work in one.works)
@@ -90,14 +89,14 @@ def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
     with Progress(len(works), label="programs compiled", interval=10.0) as progress:
         for work in works:
             name = f"{work.name}/{STEPS[work.name]}"
-            (program,) = (p for p in programs(work, GEOMETRY) if p.name == name)
-            cases[work] = measure.prepare(program, work)
+            (program,) = (p for p in make_programs(work, GEOMETRY) if p.name == name)
+            cases[work] = measure.prepare_case(program, work)
             progress.update(len(cases))
     compiled = measure.run_rounds([*cases.values()], rounds)
     lines = []
     for one in series:
         points = [
-            (n, measure.spread([s.cpu for s in cases[work].steps])["median"])
+            (n, tables.compute_spread([s.cpu for s in cases[work].steps])["median"])
             for n, work in one.works
         ]
         flops = [(n, cases[work].flops) for n, work in one.works]
@@ -108,20 +107,20 @@ def growth(series: Sequence[Series], rounds: int) -> dict[str, Any]:
                     "panel": one.panel,
                     "label": one.label,
                     "cpu_s": points,
-                    "fit": fit(points)._asdict(),
+                    "fit": fit_line(points)._asdict(),
                 },
-                **{"flops": flops, "flops_fit": fit(flops)._asdict(), "memory_bytes": memory},
+                **{"flops": flops, "flops_fit": fit_line(flops)._asdict(), "memory_bytes": memory},
             }
         )
     return {
-        "machine": measure.machine(),
+        "machine": measure.describe_machine(),
         "rounds": rounds,
         "compilations_in_timed_rounds": compiled,
         "lines": lines,
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     rows = [
         (
             *(line["panel"], line["label"], ", ".join(f"{n}: {s:.3g}" for n, s in line["cpu_s"])),
@@ -144,10 +143,10 @@ def markdown(result: dict[str, Any]) -> str:
         "GFLOP for one more",
         "R² of FLOP",
     )
-    return table(head, rows)
+    return tables.render_table(head, rows)
 
 
-def chart(result: dict[str, Any]) -> str:
+def draw_chart(result: dict[str, Any]) -> str:
     titles = {"users": "users", "pairs": "pairs of a user (K)", "samples": "samples of a user (G)"}
     panels = []
     for name, title in titles.items():
@@ -162,12 +161,10 @@ def chart(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = options.parser(__doc__, rounds=5, workloads=False)
+    flags = options.make_parser(__doc__, rounds=5, workloads=False)
     names = ("users", "pairs", "samples")
     flags.add_argument("--only", choices=names, nargs="+", default=names, help="what is varied")
-    flags.add_argument(
-        "--out", default="work/bench/growth.json", metavar="FILE", help="where the figures go"
-    )
+    options.add_out(flags, "work/bench/growth.json")
     flags.add_argument(
         "--chart",
         default="docs/performance/growth.svg",
@@ -175,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the chart goes",
     )
     args = flags.parse_args(argv)
-    result = growth(plan(args.only), args.rounds)
-    write_json(args.out, result)
-    write_text(args.chart, chart(result))
-    print(markdown(result))
+    result = measure_growth(plan_series(args.only), args.rounds)
+    tables.write_json(args.out, result)
+    tables.write_text(args.chart, draw_chart(result))
+    print(render(result))
     return 0
 
 

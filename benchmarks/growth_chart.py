@@ -23,16 +23,17 @@ class Panel(NamedTuple):
 
 def draw(panels: Sequence[Panel], y_label: str) -> str:
     """Both axes of a panel begin at 0."""
-    parts = [part for i, panel in enumerate(panels) for part in _panel(panel, i * WIDTH, y_label)]
-    size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
-    body = "\n".join(parts)
+    width = WIDTH * len(panels)
+    drawn = [_draw_panel(panel, i * WIDTH, y_label) for i, panel in enumerate(panels)]
+    size = f'width="{width}" height="{HEIGHT}" viewBox="0 0 {width} {HEIGHT}"'
+    body = "\n".join(line for panel in drawn for line in panel)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>'
     return f'{head}\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
 
 
-def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
+def _draw_panel(panel: Panel, offset: int, y_label: str) -> list[str]:
     points = [point for line in panel.lines for point in line.points]
-    x_step, y_step = nice_step(max(x for x, _ in points)), nice_step(max(y for _, y in points))
+    x_step, y_step = choose_step(max(x for x, _ in points)), choose_step(max(y for _, y in points))
     x_max, y_max = (
         step * -(-max(p[i] for p in points) // step) for i, step in enumerate((x_step, y_step))
     )
@@ -45,7 +46,8 @@ def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{content}</text>'
 
     def stroke(a: tuple[float, float], b: tuple[float, float], colour: str) -> str:
-        return f'<line x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}" stroke="{colour}"/>'
+        ends = f'x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}"'
+        return f'<line {ends} stroke="{colour}"/>'
 
     made = [text(offset + (LEFT + right) / 2, 18, panel.title, more='font-weight="bold"')]
     for i in range(round(y_max / y_step) + 1):
@@ -77,7 +79,7 @@ def _panel(panel: Panel, offset: int, y_label: str) -> list[str]:
     return made
 
 
-def nice_step(largest: float) -> float:
+def choose_step(largest: float) -> float:
     """A step of 1, 2 or 5 times a power of ten that divides an axis into at most six parts."""
     power = 1e-9
     while True:

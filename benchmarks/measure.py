@@ -4,7 +4,6 @@ compilations."""
 import dataclasses
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -17,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.programs import Program
+from benchmarks.tables import compute_spread
 from benchmarks.workloads import Workload
-from popi_jax.flops import flops
+from popi_jax.flops import count_flops
 from popi_jax.progress import Progress
 
 ROOT = Path(__file__).parents[1]
-COMPILED = "/jax/core/compile/backend_compile_duration"  # event of JAX: one program was compiled, or read from a cache
+# event of JAX: one program was compiled, or read from a cache
+COMPILED = "/jax/core/compile/backend_compile_duration"
 SQUARE = (512, 1024, 2048)
 TALL = ((4096, 256, 1024), (4096, 1024, 256), (2048, 1024, 4096))
 
@@ -50,22 +51,22 @@ class Case:
     steps: list[Seconds] = dataclasses.field(default_factory=list)
 
     def step(self) -> Seconds:
-        start = _now()
+        start = _read_clock()
         self.carry, results = self.run(self.carry, *self.inputs)
         jax.block_until_ready((self.carry, results))
-        return _since(start)
+        return _measure_since(start)
 
 
-def prepare(program: Program, work: Workload) -> Case:
+def prepare_case(program: Program, work: Workload) -> Case:
     """Compiles a program and runs its first step. The rollout of a workload writes `summary_len`
     tokens."""
     arguments = (program.carry, *program.inputs)
-    start = _now()
+    start = _read_clock()
     lowered = program.step.lower(*arguments)  # type: ignore[attr-defined]
-    traced, start = _since(start), _now()
+    traced, start = _measure_since(start), _read_clock()
     compiled = lowered.compile()
-    seconds = _since(start)
-    counted = flops(program.step, *arguments, while_trips=max(work.summary_len, 1))
+    seconds = _measure_since(start)
+    counted = count_flops(program.step, *arguments, while_trips=max(work.summary_len, 1))
     zero = Seconds(0.0, 0.0)
     case = Case(
         program.name,
@@ -77,12 +78,12 @@ def prepare(program: Program, work: Workload) -> Case:
         seconds,
         zero,
     )
-    case.memory = memory(compiled)
+    case.memory = read_memory(compiled)
     case.first = case.step()
     return case
 
 
-def memory(compiled: Any) -> dict[str, int]:
+def read_memory(compiled: Any) -> dict[str, int]:
     """Bytes that a compiled program needs at once; a donated argument, in which an output lies,
     counts once."""
     stats = compiled.memory_analysis()
@@ -103,7 +104,7 @@ def run_rounds(
     """Runs one step of each case per round, so that drift of the machine hits all alike; returns
     the compilations."""
     with (
-        compilations() as count,
+        count_compilations() as count,
         Progress(rounds * len(cases), label=label, interval=interval) as progress,
     ):
         for step in range(rounds * len(cases)):
@@ -114,7 +115,7 @@ def run_rounds(
 
 
 @contextmanager
-def compilations() -> Iterator[list[int]]:
+def count_compilations() -> Iterator[list[int]]:
     """Counts in a list of one number the programs that are compiled meanwhile."""
     count = [0]
 
@@ -128,7 +129,7 @@ def compilations() -> Iterator[list[int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def matmul_peak(
+def measure_matmul_peak(
     shapes: Iterable[tuple[int, int, int]] = (*((n, n, n) for n in SQUARE), *TALL), repeats: int = 5
 ) -> float:
     """FLOP per CPU second of the fastest float32 product of matrices: what a program could reach
@@ -139,18 +140,18 @@ def matmul_peak(
         times = max(1, int(4e9 / (2 * m * k * n)))  # some 50 ms at least, as clocks are coarse
         jax.block_until_ready(product(a, b))
         for _ in range(repeats):
-            start = _now()
+            start = _read_clock()
             for _ in range(times):
                 out = product(a, b)
             jax.block_until_ready(out)
-            best = max(best, 2 * m * k * n * times / max(_since(start).cpu, 1e-9))
+            best = max(best, 2 * m * k * n * times / max(_measure_since(start).cpu, 1e-9))
     return best
 
 
-def summary(case: Case, peak: float) -> dict[str, Any]:
+def summarize_case(case: Case, peak: float) -> dict[str, Any]:
     """What is reported of a case; `mfu` is the share of the matrix products' peak in the CPU
     seconds of a step."""
-    cpu = spread([step.cpu for step in case.steps])
+    cpu = compute_spread([step.cpu for step in case.steps])
     return {
         "program": case.name,
         "tokens": case.tokens,
@@ -158,7 +159,7 @@ def summary(case: Case, peak: float) -> dict[str, Any]:
         "compile_cpu_s": case.compile.cpu,
         "first_call_wall_s": case.first.wall,
         "cpu_s": cpu,
-        "wall_s": spread([step.wall for step in case.steps]),
+        "wall_s": compute_spread([step.wall for step in case.steps]),
         "tokens_per_cpu_s": case.tokens / max(cpu["median"], 1e-9),
         "flops": case.flops,
         "mfu": case.flops / max(cpu["median"], 1e-9) / peak,
@@ -166,17 +167,13 @@ def summary(case: Case, peak: float) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def peak_rss() -> int:
+def read_peak_rss() -> int:
     """Bytes of memory that this process had at most."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What figures depend on beside the code."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -189,12 +186,12 @@ def machine() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "revision": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "revision": run_git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(run_git("status", "--porcelain")),
     }
 
 
-def git(*args: str) -> str:
+def run_git(*args: str) -> str:
     """What git says of this tree; "" where there is none."""
     try:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -203,10 +200,10 @@ def git(*args: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _now() -> Seconds:
+def _read_clock() -> Seconds:
     return Seconds(time.process_time(), time.perf_counter())
 
 
-def _since(start: Seconds) -> Seconds:
-    now = _now()
+def _measure_since(start: Seconds) -> Seconds:
+    now = _read_clock()
     return Seconds(now.cpu - start.cpu, now.wall - start.wall)

@@ -5,14 +5,14 @@ import argparse
 from benchmarks.workloads import WORKLOADS
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return number
 
 
-def workload_names(text: str) -> list[str]:
+def parse_workloads(text: str) -> list[str]:
     """Raises: argparse.ArgumentTypeError for a name that is none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -21,7 +21,7 @@ def workload_names(text: str) -> list[str]:
     return names or [*WORKLOADS]
 
 
-def parser(
+def make_parser(
     description: str | None, *, rounds: int, workloads: bool = True
 ) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
@@ -31,16 +31,20 @@ def parser(
         text = f"of benchmarks/workloads.py, with commas between: {', '.join(WORKLOADS)}"
         made.add_argument(
             "--workloads",
-            type=workload_names,
+            type=parse_workloads,
             default=",".join(WORKLOADS),
             metavar="A,B",
             help=text,
         )
     made.add_argument(
         "--rounds",
-        type=positive,
+        type=parse_positive,
         default=rounds,
         metavar="N",
         help="steps of each program that are timed",
     )
     return made
+
+
+def add_out(flags: argparse.ArgumentParser, default: str) -> None:
+    flags.add_argument("--out", default=default, metavar="FILE", help="where the figures go")

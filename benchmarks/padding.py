@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import options
-from benchmarks.report import table, write_json
+from benchmarks import options, tables
 from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data.measure import Fill
@@ -33,7 +32,7 @@ class Padding(NamedTuple):
     fitting: float  # share of the batches
 
 
-def padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
+def measure_padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
     """Of the signals and of the pairs, summaries left out, and of the replies, to which the LM head
     is applied."""
     seen = list(batches)
@@ -54,33 +53,30 @@ def padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
     return found
 
 
-def of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
+def measure_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     """Of the first batches that a run makes. In a process of its own: a run starts devices and sets
     a mesh.
 
     Raises: UserError.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_of_configuration, (name, settings))
+        return pool.apply(_measure_configuration, (name, settings))
 
 
-def _of_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
+def _measure_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
     from popi_jax import cli
-    from popi_jax.config import to_json
     from popi_jax.data import batches
-    from popi_jax.run import build
-    from popi_jax.training.loop import open_fill
+    from popi_jax.run import open_run
 
     with tempfile.TemporaryDirectory() as workdir:
         config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
-        built = build(config, to_json(config))
-        made = batches.make_user_batches(
-            built.dataset.splits["train"], built.tokenizer, built.config, seed=config.seed
-        )
-        return padding(islice(iter(made), BATCHES), open_fill(built))
+        run = open_run(config)
+        users, words = run.dataset.splits["train"], run.inference.tokenizer
+        made = batches.make_user_batches(users, words, run.config, seed=config.seed)
+        return measure_padding(islice(iter(made), BATCHES), run.measured.fill)
 
 
-def uneven(users: UserBatch, seed: int = 0) -> UserBatch:
+def cut_texts(users: UserBatch, seed: int = 0) -> UserBatch:
     """The batch with texts of normally distributed lengths."""
     rng = np.random.default_rng(seed)
 
@@ -93,14 +89,14 @@ def uneven(users: UserBatch, seed: int = 0) -> UserBatch:
     return users._replace(**texts)
 
 
-def steps(work: Workload, geometry: Geometry, rounds: int) -> list[dict[str, Any]]:
+def time_steps(work: Workload, geometry: Geometry, rounds: int) -> list[dict[str, Any]]:
     """CPU seconds of both gradient steps of a workload of kind popi, with padding and without."""
     from benchmarks import measure
-    from benchmarks.programs import padded_and_dense
+    from benchmarks.programs import make_padded_and_dense
 
     cases = {
-        (name, kind): measure.prepare(program, work)
-        for name, pair in padded_and_dense(work, geometry, uneven).items()
+        (name, kind): measure.prepare_case(program, work)
+        for name, pair in make_padded_and_dense(work, geometry, cut_texts).items()
         for kind, program in pair.items()
     }
     measure.run_rounds([*cases.values()], rounds)
@@ -112,64 +108,58 @@ def steps(work: Workload, geometry: Geometry, rounds: int) -> list[dict[str, Any
             {
                 "step": name,
                 "width": geometry.embed_dim,
-                "padded_cpu_s": measure.spread([s.cpu for s in padded.steps]),
-                "dense_cpu_s": measure.spread([s.cpu for s in dense.steps]),
-                "ratio": measure.spread(ratios),
+                "padded_cpu_s": tables.compute_spread([s.cpu for s in padded.steps]),
+                "dense_cpu_s": tables.compute_spread([s.cpu for s in dense.steps]),
+                "ratio": tables.compute_spread(ratios),
             }
         )
     return rows
 
 
-def markdown(shares: dict[str, Padding]) -> str:
+def render(shares: dict[str, Padding]) -> str:
     rows = [(name, *(f"{100 * share:.1f} %" for share in one)) for name, one in shares.items()]
-    return table(("padding", "of slots", "of what is computed", "batches that fit"), rows)
+    return tables.render_table(
+        ("padding", "of slots", "of what is computed", "batches that fit"), rows
+    )
 
 
-def markdown_of_steps(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
-        (
-            *(
-                row["step"],
-                row["width"],
-                row["padded_cpu_s"]["median"],
-                row["dense_cpu_s"]["median"],
-            ),
-            *(row["ratio"]["median"], row["ratio"]["min"], row["ratio"]["max"]),
-        )
-        for row in rows
-    ]
-    return table(("step", "width", "padded, CPU s", "dense, CPU s", "ratio", "min", "max"), cells)
+def render_steps(rows: Sequence[dict[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        medians = row["padded_cpu_s"]["median"], row["dense_cpu_s"]["median"]
+        ratio = row["ratio"]["median"], row["ratio"]["min"], row["ratio"]["max"]
+        cells.append((row["step"], row["width"], *medians, *ratio))
+    head = ("step", "width", "padded, CPU s", "dense, CPU s", "ratio", "min", "max")
+    return tables.render_table(head, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     from popi_jax.errors import UserError
 
-    flags = options.parser(__doc__, rounds=5, workloads=False)
+    flags = options.make_parser(__doc__, rounds=5, workloads=False)
     flags.formatter_class = argparse.RawDescriptionHelpFormatter
     flags.add_argument(
         "--config", default="prism", help="configuration whose batches are looked at (prism)"
     )
     flags.add_argument("--no-steps", action="store_true", help="time nothing")
-    flags.add_argument(
-        "--out", default="work/bench/padding.json", metavar="FILE", help="where the figures go"
-    )
+    options.add_out(flags, "work/bench/padding.json")
     args, settings = flags.parse_known_args(argv)
     if unknown := [flag for flag in settings if not flag.startswith("--config.")]:
         flags.error(f"{unknown[0]}: unknown; settings are --config.FIELD=VALUE")
     try:
-        shares = of_configuration(args.config, settings)
+        shares = measure_configuration(args.config, settings)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(markdown(shares))
+    print(render(shares))
     result: dict[str, Any] = {"padding": {name: one._asdict() for name, one in shares.items()}}
     if not args.no_steps:
         result["steps"] = [
-            *steps(WORKLOADS["popi"], TINY, args.rounds),
-            *steps(WORKLOADS["popi"]._replace(users=1), WIDE, args.rounds),
+            *time_steps(WORKLOADS["popi"], TINY, args.rounds),
+            *time_steps(WORKLOADS["popi"]._replace(users=1), WIDE, args.rounds),
         ]
-        print(f"\n{markdown_of_steps(result['steps'])}")
-    write_json(args.out, result)
+        print(f"\n{render_steps(result['steps'])}")
+    tables.write_json(args.out, result)
     return 0
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import options
-from benchmarks.hlo import Operation, operations
-from benchmarks.report import table, write_text
+from benchmarks import options, tables
+from benchmarks.operations import Operation, read_operations
 from benchmarks.workloads import TINY, WORKLOADS
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +21,7 @@ class Event(NamedTuple):
     seconds: float
 
 
-def events_of(folder: Path) -> list[Event]:
+def read_events(folder: Path) -> list[Event]:
     """The runs of single operations in the newest trace below a folder; of the waiting around them
     none."""
     from jax.profiler import ProfileData
@@ -37,7 +36,7 @@ def events_of(folder: Path) -> list[Event]:
     return found
 
 
-def by_operation(
+def sum_by_operation(
     events: Iterable[Event], known: Mapping[str, Operation]
 ) -> dict[str, tuple[float, int]]:
     """Operation -> (seconds, runs); what is no operation of the program is left out, as are loops
@@ -48,10 +47,10 @@ def by_operation(
         if event.name in known:
             seconds[event.name] += event.seconds
             runs[event.name] += 1
-    return {name: (seconds[name], runs[name]) for name, _ in _largest(seconds)}
+    return {name: (seconds[name], runs[name]) for name, _ in _sort_by_size(seconds)}
 
 
-def page(
+def render_page(
     name: str,
     totals: Mapping[str, tuple[float, int]],
     known: Mapping[str, Operation],
@@ -64,55 +63,48 @@ def page(
     kinds: defaultdict[str, float] = defaultdict(float)
     for operation, (seconds, _) in totals.items():
         kinds[known[operation].kind] += seconds
-    of_kinds = [(kind, 1e3 * s / steps, f"{100 * s / whole:.1f} %") for kind, s in _largest(kinds)]
-    of_operations = [
-        (
-            f"`{operation}`",
-            *(
-                known[operation].kind,
-                1e3 * seconds / steps,
-                f"{100 * seconds / whole:.1f} %",
-                runs / steps,
-            ),
-            f"{_short(known[operation].asked_by)} {_relative(known[operation].source)}".strip(),
-        )
-        for operation, (seconds, runs) in list(totals.items())[:longest]
+    kind_rows = [
+        (kind, 1e3 * s / steps, f"{100 * s / whole:.1f} %") for kind, s in _sort_by_size(kinds)
     ]
+    rows = []
+    for operation, (seconds, runs) in list(totals.items())[:longest]:
+        kind, asked_by, source = known[operation]
+        times = 1e3 * seconds / steps, f"{100 * seconds / whole:.1f} %", runs / steps
+        place = f"{_shorten(asked_by)} {_make_relative(source)}".strip()
+        rows.append((f"`{operation}`", kind, *times, place))
+    head = ("operation", "kind", "ms per step", "share", "runs", "asked for by")
+    lines = [f"- {key}: {value}" for key, value in facts]
     return "\n".join(
         (
-            f"# Profile of {name}",
+            f"# Profile of {name}\n",
+            *lines,
+            "- times are those of single operations, several of which ran at once on many cores\n",
+            tables.render_table(("kind of operation", "ms per step", "share"), kind_rows),
             "",
-            *(f"- {key}: {value}" for key, value in facts),
-            "- times are those of single operations as they ran, several of them at once on several cores",
-            "",
-            table(("kind of operation", "ms per step", "share"), of_kinds),
-            "",
-            table(
-                ("operation", "kind", "ms per step", "share", "runs", "asked for by"), of_operations
-            ),
+            tables.render_table(head, rows),
             "",
         )
     )
 
 
-def profile(name: str, steps: int, out: Path) -> str:
+def profile_program(name: str, steps: int, out: Path) -> str:
     """Raises: LookupError for a name that no program has."""
     import jax
 
     from benchmarks import measure
-    from benchmarks.programs import programs
+    from benchmarks.programs import make_programs
 
     work = WORKLOADS[name.partition("/")[0]]
-    made = {program.name: program for program in programs(work, TINY)}
+    made = {program.name: program for program in make_programs(work, TINY)}
     if name not in made:
         raise LookupError(f'"{name}": must be one of {", ".join(made)}')
-    case = measure.prepare(made[name], work)
+    case = measure.prepare_case(made[name], work)
     shutil.rmtree(out, ignore_errors=True)
     with jax.profiler.trace(str(out)):
         case.steps += [case.step() for _ in range(steps)]
-    known = operations(case.run.as_text())
-    cpu = measure.spread([step.cpu for step in case.steps])["median"]
-    wall = measure.spread([step.wall for step in case.steps])["median"]
+    known = read_operations(case.run.as_text())
+    cpu = tables.compute_spread([step.cpu for step in case.steps])["median"]
+    wall = tables.compute_spread([step.wall for step in case.steps])["median"]
     facts = [
         ("steps traced", str(steps)),
         ("seconds per step, traced", f"{cpu:.3g} CPU, {wall:.3g} wall"),
@@ -122,23 +114,25 @@ def profile(name: str, steps: int, out: Path) -> str:
         ),
         ("memory", ", ".join(f"{key} {size / 1e6:.0f} MB" for key, size in case.memory.items())),
     ]
-    return page(name, by_operation(events_of(out), known), known, steps=steps, facts=facts)
+    return render_page(
+        name, sum_by_operation(read_events(out), known), known, steps=steps, facts=facts
+    )
 
 
-def _largest(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
+def _sort_by_size(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(numbers.items(), key=lambda item: -item[1])
 
 
-def _short(path: str) -> str:
+def _shorten(path: str) -> str:
     """The last parts of a path of names."""
     return "/".join(path.split("/")[-4:])
 
 
-def _relative(source: str) -> str:
+def _make_relative(source: str) -> str:
     return source.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
 
 
-def _workload_of(text: str) -> str:
+def _parse_program(text: str) -> str:
     if text.partition("/")[0] not in WORKLOADS:
         raise argparse.ArgumentTypeError(
             f'"{text}": must begin with one of {", ".join(f"{n}/" for n in WORKLOADS)}'
@@ -147,10 +141,10 @@ def _workload_of(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = options.parser(__doc__, rounds=2, workloads=False)
+    flags = options.make_parser(__doc__, rounds=2, workloads=False)
     flags.add_argument(
         "--program",
-        type=_workload_of,
+        type=_parse_program,
         default="popi/fused_update",
         metavar="NAME",
         help="workload/program",
@@ -164,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = flags.parse_args(argv)
     try:
-        text = profile(args.program, args.rounds, args.out)
+        text = profile_program(args.program, args.rounds, args.out)
     except LookupError as e:
         print(f"error: --program = {e.args[0]}", file=sys.stderr)
         return 2
-    write_text(args.out / "summary.md", text)
+    tables.write_text(args.out / "summary.md", text)
     print(text)
     return 0
 

@@ -1,6 +1,7 @@
 """The jitted programs of a workload with random inputs: the very functions that `make train`
 runs."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,19 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from popi_jax.popi.roles import Budgets, Glue, empty_summary, pair_logps, rollout, splice
-from popi_jax.popi.steps import generator_step, inference_step
 
-from benchmarks.workloads import Geometry, Workload
+from benchmarks.workloads import STORED_REFERENCE, Geometry, Workload
 from configs.base import compose
-from popi_jax.arrays import Rollouts, Tokens, UserBatch
-from popi_jax.config import Config, from_config_dict, parse_phases
-from popi_jax.losses.preference import PairLogps
+from popi_jax.arrays import Frozen, PairLogps, Rollouts, Tokens, TrainState, UserBatch
+from popi_jax.config import Config, from_config_dict
 from popi_jax.models.decode import Sampling
+from popi_jax.models.packing import Budgets
 from popi_jax.models.transformer import TransformerConfig
-from popi_jax.popi.update import Parts, popi_update
-from popi_jax.training import optim
-from popi_jax.training.setup import Frozen, Transforms, init_state
+from popi_jax.popi.generator_step import generator_step
+from popi_jax.popi.inference_step import inference_step
+from popi_jax.popi.rollout import PromptTokens, splice
+from popi_jax.popi.scorer import repeat_ids
+from popi_jax.popi.update import popi_update
+from popi_jax.training import setup as setups
 
 END = 1
 PREFIX_LEN = 4  # tokens of a conversation's header, part of the signals or the prompt
@@ -34,16 +36,38 @@ class Program(NamedTuple):
     step: Callable[..., tuple[Any, Any]]
     carry: Any
     inputs: tuple[Any, ...]
-    compute_dtype: str
 
 
-def transformer(
-    geometry: Geometry, *, dtype: str = "float32", remat: str = "none"
-) -> TransformerConfig:
-    return TransformerConfig(**geometry._asdict(), dtype=dtype, remat=remat)
+class Setup(NamedTuple):
+    """What the programs of a workload have in common."""
+
+    work: Workload
+    cfg: Config
+    update: setups.UpdateSetup
+    state: TrainState
+    frozen: Frozen
+    users: UserBatch
+
+    def make(self, name: str, step: Callable[..., Any], carry: Any, *inputs: Any) -> Program:
+        copied = jax.tree.map(jnp.copy, carry)
+        return Program(f"{self.work.name}/{name}", jax.jit(step, donate_argnums=0), copied, inputs)
+
+    def train_generator(self, role: Any, *inputs: Any) -> tuple[Any, Any]:
+        plan, scorer = self.update.plan.generator, self.update.scorer
+        return generator_step(role, {}, *inputs, plan=plan, scorer=scorer)[:2]
+
+    def train_inference(self, role: Any, *inputs: Any) -> tuple[Any, Any]:
+        frozen, margins, rollouts, users = inputs
+        plan, scorer = self.update.plan.inference, self.update.scorer
+        return inference_step(
+            role, frozen, margins, None, rollouts, users, plan=plan, scorer=scorer
+        )
+
+    def draw(self, params: Any, users: UserBatch, key: Any) -> Rollouts:
+        return self.update.sampler.sample(params, users, key, self.cfg.inference.group_size)
 
 
-def config(work: Workload, phase: str) -> Config:
+def make_config(work: Workload, phase: str) -> Config:
     c = compose("scale=laptop")
     c.name = "bench"
     c.warmup.steps = 0
@@ -55,179 +79,168 @@ def config(work: Workload, phase: str) -> Config:
     return from_config_dict(c)
 
 
-def tokens(rng: np.random.Generator, rows: tuple[int, ...], length: int, vocab_size: int) -> Tokens:
+def make_tokens(
+    rng: np.random.Generator, rows: tuple[int, ...], length: int, vocab_size: int
+) -> Tokens:
     ids = rng.integers(2, vocab_size, (*rows, length)).astype(np.int32)
     return Tokens(jnp.asarray(ids), jnp.full(rows, length, jnp.int32))
 
 
-def user_batch(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
+def make_users(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
     """Users whose texts all have the full length; the headers of a conversation count as part of
     the texts."""
     rng = np.random.default_rng(seed)
     users, pairs = work.users, max(work.pairs, 1)
-    behind = (
-        work.prompt_len if work.kind == "popi" or work.signals_len else work.prompt_len - PREFIX_LEN
-    )
+    has_header = work.kind != "popi" and not work.signals_len
+    prompt_len = work.prompt_len - (PREFIX_LEN if has_header else 0)
     return UserBatch(
         index=jnp.arange(users, dtype=jnp.int32),
-        context=tokens(rng, (users,), max(work.signals_len - TURN_LEN, 1), vocab_size),
-        turns=tokens(rng, (users, pairs), max(behind, 1), vocab_size),
-        chosen=tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
-        rejected=tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
+        context=make_tokens(rng, (users,), max(work.signals_len - TURN_LEN, 1), vocab_size),
+        turns=make_tokens(rng, (users, pairs), max(prompt_len, 1), vocab_size),
+        chosen=make_tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
+        rejected=make_tokens(rng, (users, pairs), max(work.answer_len, 2), vocab_size),
         pair_mask=jnp.ones((users, pairs), bool),
         pair_number=jnp.arange(users * pairs, dtype=jnp.int32).reshape(users, pairs),
     )
 
 
-def programs(
-    work: Workload, geometry: Geometry, *, dtype: str = "float32", remat: str = "none"
-) -> list[Program]:
-    """The programs of a workload, none compiled yet."""
-    model = transformer(geometry, dtype=dtype, remat=remat)
-    phase = {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind]
-    cfg = config(work, phase)
-    glue = Glue(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
+def make_setup(work: Workload, geometry: Geometry) -> Setup:
+    cfg = make_config(work, {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind])
+    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat="none")
+    prompts = PromptTokens(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
     sampling = Sampling(1.0, max(work.summary_len, 2), END, banned=(END,))
-    transforms = Transforms(
-        optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000)
-    )
-    parts = Parts(model, transforms, glue, sampling, cfg, first_step=0)
-    init = jax.jit(partial(init_state, model=model, transforms=transforms, cfg=cfg))
+    # so many users that no log-probs are stored
+    update = setups.plan_update(cfg, model, prompts, sampling, num_users=10**9)
+    roles = setups.Roles(update.plan.inference.role, update.plan.generator.role)
+    init = jax.jit(partial(setups.init_state, model=model, roles=roles, config=cfg))
     state, other = init(jnp.int32(0)), init(jnp.int32(1))
     frozen = Frozen(other.inference.params, other.generator.params)
-    users = user_batch(work, geometry.vocab_size)
-    made: list[Program] = []
+    return Setup(work, cfg, update, state, frozen, make_users(work, geometry.vocab_size))
 
-    def add(name: str, step: Callable[..., tuple[Any, Any]], carry: Any, *inputs: Any) -> None:
-        copied = jax.tree.map(jnp.copy, carry)
-        made.append(
-            Program(f"{work.name}/{name}", jax.jit(step, donate_argnums=0), copied, inputs, dtype)
-        )
 
-    step_of = partial(generator_step, model=model, tx=transforms.generator, cfg=cfg)
+def make_programs(work: Workload, geometry: Geometry) -> list[Program]:
+    """The programs of a workload, none compiled yet."""
+    setup = make_setup(work, geometry)
     if work.kind == "dpo":
-        contexts = jax.tree.map(lambda x: x[:, None], _dpo_contexts(work, users, glue))
+        return _make_preference_programs(setup)
+    rollouts = jax.jit(setup.draw)(setup.state.inference.params, setup.users, jax.random.key(0))
+    made = _make_sampling_programs(setup, rollouts)
+    return made if work.kind == "grpo" else made[:2] + _make_joint_programs(setup, rollouts)
 
-        def generator(
-            role: Any, frozen: Any, contexts: Tokens, users: UserBatch
-        ) -> tuple[Any, Any]:
-            reference = pair_logps(frozen, contexts, users, model=model)
-            return step_of(role, frozen, reference, contexts, users)[:2]
 
-        def stored(
-            role: Any, reference: PairLogps, contexts: Tokens, users: UserBatch
-        ) -> tuple[Any, Any]:
-            return step_of(role, {}, reference, contexts, users)[:2]
+def _make_preference_programs(setup: Setup) -> list[Program]:
+    """A preference step that scores the reference itself, and one for which it is stored."""
+    score = setup.update.scorer.score_pairs
+    users, frozen = setup.users, setup.frozen.generator
+    contexts = jax.tree.map(lambda x: x[:, None], _make_dpo_contexts(setup))
 
-        reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, contexts, users)
-        add("generator_step", generator, state.generator, frozen.generator, contexts, users)
-        add("generator_step+stored_reference", stored, state.generator, reference, contexts, users)
-        return made
+    def step(role: Any, frozen: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
+        return setup.train_generator(role, score(frozen, contexts, users), contexts, users)
 
-    draw = partial(
-        rollout, model=model, glue=glue, sampling=sampling, group_size=cfg.inference.group_size
-    )
+    role, reference = setup.state.generator, jax.jit(score)(frozen, contexts, users)
+    stored = f"generator_step{STORED_REFERENCE}"
+    return [
+        setup.make("generator_step", step, role, frozen, contexts, users),
+        setup.make(stored, setup.train_generator, role, reference, contexts, users),
+    ]
+
+
+def _make_sampling_programs(setup: Setup, rollouts: Rollouts) -> list[Program]:
+    """Samples alone, a policy-gradient step on given ones, and both."""
+    users, frozen, role = setup.users, setup.frozen.inference, setup.state.inference
+    zeros = jnp.zeros((*rollouts.finished.shape, users.pair_mask.shape[1]))
+    margins = zeros + rollouts.logps[:, :, :1]
 
     def sample(key: Any, params: Any, users: UserBatch) -> tuple[Any, Any]:
-        return jax.random.fold_in(key, 1), draw(params, users, key)
+        return jax.random.fold_in(key, 1), setup.draw(params, users, key)
 
-    rollouts = jax.jit(lambda params, users, key: draw(params, users, key))(
-        state.inference.params, users, jax.random.key(0)
-    )
-    margins = (
-        jnp.zeros((work.users, cfg.inference.group_size, max(work.pairs, 1)))
-        + rollouts.logps[:, :, :1]
-    )
-    update = partial(inference_step, model=model, tx=transforms.inference, glue=glue, cfg=cfg)
-
-    def learn(
-        role: Any, frozen: Any, margins: Any, rollouts: Any, users: UserBatch
-    ) -> tuple[Any, Any]:
-        return update(role, frozen, margins, None, rollouts, users)
-
-    def both(carry: Any, frozen: Any, margins: Any, users: UserBatch) -> tuple[Any, Any]:
+    def step(carry: Any, frozen: Any, margins: Any, users: UserBatch) -> tuple[Any, Any]:
         role, key = carry
-        rollouts = draw(role.params, users, key)
-        role, metrics = update(role, frozen, margins, None, rollouts, users)
+        rollouts = setup.draw(role.params, users, key)
+        role, metrics = setup.train_inference(role, frozen, margins, rollouts, users)
         return (role, jax.random.fold_in(key, 1)), metrics
 
-    add("rollout", sample, jax.random.key(0), state.inference.params, users)
-    add("inference_update", learn, state.inference, frozen.inference, margins, rollouts, users)
-    if work.kind == "grpo":
-        add(
-            "inference_step",
-            both,
-            (state.inference, jax.random.key(0)),
-            frozen.inference,
-            margins,
-            users,
-        )
-        return made
+    key, inputs = jax.random.key(0), (frozen, margins, rollouts, users)
+    return [
+        setup.make("rollout", sample, key, role.params, users),
+        setup.make("inference_update", setup.train_inference, role, *inputs),
+        setup.make("inference_step", step, (role, key), frozen, margins, users),
+    ]
 
-    contexts = splice(glue.generator_prefix, rollouts.summaries, rollouts.finished)
+
+def _make_joint_programs(setup: Setup, rollouts: Rollouts) -> list[Program]:
+    """Rewards of summaries, a preference step behind one of them, and the whole update."""
+    users, state, frozen = setup.users, setup.state, setup.frozen
+    prefix = setup.update.plan.generator_prefix
+    score = setup.update.scorer.score_pairs
 
     def reward(carry: Any, params: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
-        return carry, pair_logps(params, contexts, users, model=model)
+        return carry, score(params, contexts, users)
 
-    nothing = jax.tree.map(lambda x: x[:, None], empty_summary(glue.generator_prefix, work.users))
-    reference = jax.jit(partial(pair_logps, model=model))(frozen.generator, nothing, users)
+    contexts = splice(prefix, rollouts.summaries, rollouts.finished)
+    nothing = repeat_ids(prefix, (setup.work.users, 1))
+    reference = jax.jit(score)(frozen.generator, nothing, users)
     first = jax.tree.map(lambda x: x[:, :1], contexts)
-    add("reward", reward, jnp.int32(0), state.generator.params, contexts, users)
-    add(
-        "generator_step",
-        lambda role, *rest: step_of(role, {}, *rest)[:2],
-        state.generator,
-        reference,
-        first,
-        users,
-    )
-    fused = partial(popi_update, parts=parts, phases=parse_phases(cfg.schedule.phases))
-    add(
-        "fused_update",
-        lambda state, frozen, users: fused(state, frozen, users),
-        state,
-        frozen,
-        users,
-    )
-    return made
+    update = partial(popi_update, **setup.update._asdict())
+    role, step = state.generator, setup.train_generator
+    return [
+        setup.make("reward", reward, jnp.int32(0), role.params, contexts, users),
+        setup.make("generator_step", step, role, reference, first, users),
+        setup.make("fused_update", update, state, frozen, users),
+    ]
 
 
-def padded_and_dense(
-    work: Workload, geometry: Geometry, uneven: Callable[[UserBatch], UserBatch]
+def make_padded_and_dense(
+    work: Workload, geometry: Geometry, cut: Callable[[UserBatch], UserBatch]
 ) -> dict[str, dict[str, Program]]:
-    """Both gradient steps on texts of uneven lengths: with all their padding, and in no more places
-    than they need."""
-    model, cfg = transformer(geometry), config(work, "joint")
-    glue = Glue(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
-    transforms = Transforms(
-        optim.inference_transform(cfg, 1000), optim.generator_transform(cfg, 1000)
-    )
-    state = jax.jit(partial(init_state, model=model, transforms=transforms, cfg=cfg))(jnp.int32(0))
-    frozen = jax.tree.map(jnp.copy, state.inference.params)
-    users = jax.tree.map(jnp.asarray, uneven(user_batch(work, geometry.vocab_size)))
+    """Both gradient steps on texts of the lengths that `cut` leaves: with all their padding, and in
+    no more places than they need."""
+    setup = make_setup(work, geometry)
+    users = jax.tree.map(jnp.asarray, cut(setup.users))
     # as long as the other texts: samples of a model that knows when to stop
-    drawn = uneven(
-        users._replace(
-            context=tokens(np.random.default_rng(1), (work.users, work.group), work.summary_len, 8)
-        )
-    )
-    summaries = jax.tree.map(jnp.asarray, drawn.context)
     shape = work.users, work.group
+    drawn = make_tokens(np.random.default_rng(1), shape, work.summary_len, 8)
+    summaries = jax.tree.map(jnp.asarray, cut(users._replace(context=drawn)).context)
     rollouts = Rollouts(summaries, jnp.ones(shape, bool), jnp.zeros((*shape, work.summary_len)))
-    contexts = jax.tree.map(
-        lambda x: x[:, :1], splice(glue.generator_prefix, summaries, rollouts.finished)
-    )
+    spliced = splice(setup.update.plan.generator_prefix, summaries, rollouts.finished)
+    contexts = jax.tree.map(lambda x: x[:, :1], spliced)
     zeros = jnp.zeros((work.users, 1, work.pairs))
-    margins = (
-        jnp.zeros((*shape, work.pairs)) + jnp.arange(work.group, dtype=jnp.float32)[None, :, None]
-    )
+    numbers = jnp.arange(work.group, dtype=jnp.float32)
+    margins = jnp.zeros((*shape, work.pairs)) + numbers[None, :, None]
+    budgets = _count_budgets(users, contexts, summaries, work)
+    state, plan = setup.state, setup.update.plan
+    found: dict[str, dict[str, Program]] = {"generator step": {}, "inference step": {}}
+    for kind, needed in (("padded", None), ("dense", budgets)):
+        scorer = dataclasses.replace(setup.update.scorer, budgets=needed)
+        train = partial(generator_step, plan=plan.generator, scorer=scorer)
+        inputs: Any = {}, PairLogps(zeros, zeros), contexts, users
+        step = partial(_take_two, train)
+        program = setup.make(f"generator step/{kind}", step, state.generator, *inputs)
+        found["generator step"][kind] = program
+        learn = partial(inference_step, plan=plan.inference, scorer=scorer)
+        inputs = state.inference.params, margins, None, rollouts, users
+        step = partial(_take_two, learn)
+        program = setup.make(f"inference step/{kind}", step, state.inference, *inputs)
+        found["inference step"][kind] = program
+    return found
 
-    def count(*parts: Tokens) -> int:
-        return sum(int(part.lengths.sum()) for part in parts)
+
+def _take_two(step: Callable[..., Any], *args: Any) -> Any:
+    """The role and the metrics alone of what a step returns."""
+    return step(*args)[:2]
+
+
+def _count_budgets(
+    users: UserBatch, contexts: Tokens, summaries: Tokens, work: Workload
+) -> Budgets:
+    """No more places than these texts need."""
+
+    def count(*texts: Tokens) -> int:
+        return sum(int(text.lengths.sum()) for text in texts)
 
     replies = count(users.chosen, users.rejected)
     signals = count(users.context) + work.users * TURN_LEN
-    needed = Budgets(
+    return Budgets(
         shards=1,
         rollout_shards=1,
         rollout_signals=signals,
@@ -237,36 +250,12 @@ def padded_and_dense(
         pairs=count(users.turns) + replies,
         answers=replies,
     )
-    found: dict[str, dict[str, Program]] = {"generator step": {}, "inference step": {}}
-    for kind, budgets in (("padded", None), ("dense", needed)):
-        static: Any = {"model": model, "cfg": cfg, "budgets": budgets}
-
-        def generator(role: Any, users: UserBatch, static: Any = static) -> tuple[Any, Any]:
-            reference = PairLogps(zeros, zeros)
-            return generator_step(
-                role, {}, reference, contexts, users, tx=transforms.generator, **static
-            )[:2]
-
-        def inference(
-            role: Any, frozen: Any, users: UserBatch, static: Any = static
-        ) -> tuple[Any, Any]:
-            more: Any = {"tx": transforms.inference, "glue": glue}
-            return inference_step(role, frozen, margins, None, rollouts, users, **more, **static)
-
-        for name, step, role, rest in (
-            ("generator step", generator, state.generator, ()),
-            ("inference step", inference, state.inference, (frozen,)),
-        ):
-            carry, inputs = jax.tree.map(jnp.copy, role), (*rest, users)
-            found[name][kind] = Program(
-                f"{name}/{kind}", jax.jit(step, donate_argnums=0), carry, inputs, model.dtype
-            )
-    return found
 
 
-def _dpo_contexts(work: Workload, users: UserBatch, glue: Glue) -> Tokens:
+def _make_dpo_contexts(setup: Setup) -> Tokens:
     """What the pairs of a user share: the raw signals, or no more than a header."""
+    work, signals = setup.work, setup.users.context
     if not work.signals_len:
-        return empty_summary(glue.generator_prefix, work.users)
-    ids = jnp.concatenate([users.context.ids, users.context.ids[:, :TURN_LEN]], axis=1)
+        return repeat_ids(setup.update.plan.generator_prefix, (work.users,))
+    ids = jnp.concatenate([signals.ids, signals.ids[:, :TURN_LEN]], axis=1)
     return Tokens(ids, jnp.full((work.users,), ids.shape[1], jnp.int32))

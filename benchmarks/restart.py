@@ -1,8 +1,8 @@
-"""Seconds from the start of a process that continues a run to the end of its first step, compiled
-programs kept or not.
+"""Seconds from the start of a process that continues a run to the metrics of its first step, with
+JAX's cache of compiled programs and without.
 
-The run is started beforehand and stopped after its first checkpoint. Cold and warm starts take
-turns; before a cold one the folder of compiled programs is deleted."""
+The run is started beforehand and stopped after its first checkpoint; each start continues a copy
+of it. Cold and warm starts take turns; before a cold one the cache is deleted."""
 
 import json
 import os
@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import options
-from benchmarks.report import table, write_json
+from benchmarks import options, tables
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
@@ -29,136 +28,88 @@ class StartError(Exception):
     """Told in one line."""
 
 
-def flags_of(name: str, folder: Path) -> list[str]:
-    places = {
-        "workdir": folder / "run",
-        "data.prepared": folder / "prepared",
-        "data.path": folder / "published",
-    }
-    return [
-        *RUNS[name],
-        *(f"--config.{field}={path}" for field, path in places.items()),
-        "--config.data.download=false",
-    ]
+def train_until_step(name: str, folder: Path, step: int) -> float:
+    """Trains in a process of its own and ends it when the metrics of a step are there.
 
-
-def begin(name: str, folder: Path) -> None:
-    """Trains until the first checkpoint is there, then stops the run as a user would. Raises:
-    StartError."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    Returns the seconds until then. Raises: StartError.
+    """
+    places = {"workdir": "run", "data.prepared": "prepared", "data.path": "published"}
     command = [
-        sys.executable,
-        "-m",
-        "popi_jax.train",
-        *flags_of(name, folder),
-        "--config.schedule.save_every=1",
+        *(sys.executable, "-m", "popi_jax.train", *RUNS[name]),
+        *(f"--config.{field}={folder / place}" for field, place in places.items()),
+        # metrics of a step are written when it is saved
+        *("--config.data.download=false", "--config.schedule.save_every=1"),
     ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_own_cache(),
-    )
-    checkpoints = folder / "run" / "checkpoints"
-    while process.poll() is None and not (checkpoints / "1").exists():
-        time.sleep(0.1)
-    process.terminate()
+    # without a cache that earlier runs may have filled
+    env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    began = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    while process.poll() is None and read_last_step(folder / "run") < step:
+        time.sleep(0.01)
+    seconds = time.monotonic() - began
+    process.terminate()  # it saves, then ends
     _, errors = process.communicate()
-    if not any(path.name.isdigit() for path in checkpoints.glob("*")):
+    if read_last_step(folder / "run") < step:
         raise StartError(f"{name}: {(errors.strip().splitlines() or ['no message'])[-1]}")
+    return seconds
 
 
-def start(name: str, folder: Path) -> dict[str, Any]:
-    """One start of the run in a process of its own. Raises: StartError."""
-    command = [sys.executable, "-m", "benchmarks.start", repr(time.time()), *flags_of(name, folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=_own_cache(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise StartError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def read_last_step(workdir: Path) -> int:
+    """The last step of which the metrics are written, 0 if there is none."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
-def _own_cache() -> dict[str, str]:
-    """The environment, without a cache that earlier runs may have filled."""
-    return {
-        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
-    }
+def measure_starts(name: str, rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of the cold and of the warm starts of a run. Raises: StartError."""
+    run, begun = folder / "run", folder / "begun"
+    for old in (run, begun):
+        shutil.rmtree(old, ignore_errors=True)
+    train_until_step(name, folder, 1)
+    run.rename(begun)
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for number in range(rounds):
+        shutil.rmtree(folder / "compiled", ignore_errors=True)
+        for kind in seconds:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(begun, run)
+            seconds[kind].append(train_until_step(name, folder, read_last_step(run) + 1))
+        print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    return seconds
 
 
-def restart(names: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
-    """Raises: StartError."""
-    results = {}
-    for name in names:
-        own = folder / name
-        own.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        begin(name, own)
-        found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
-        for number in range(rounds):
-            shutil.rmtree(own / "compiled", ignore_errors=True)
-            for kind in found:
-                found[kind].append(start(name, own))
-            left = (time.monotonic() - began) / (number + 1) * (rounds - number - 1)
-            print(
-                f"{name}: round {number + 1} of {rounds}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-        results[name] = found
-    return results
-
-
-def middle(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The start whose seconds are the median (of two in the middle the lower)."""
-    number = statistics.median_low([one["seconds"] for one in starts])
-    return next(one for one in starts if one["seconds"] == number)
-
-
-def markdown(results: dict[str, Any]) -> str:
-    text = []
-    for name, found in results.items():
-        cold, warm = middle(found["cold"]), middle(found["warm"])
-        rows: list[tuple[Any, ...]] = [("all", cold["seconds"], warm["seconds"])]
-        rows += [(part, cold["parts"][part], warm["parts"][part]) for part in cold["parts"]]
-        rows += [
-            (f"of these: {part}", cold["within"][part], warm["within"][part])
-            for part in cold["within"]
-        ]
-        rows += [("programs compiled", cold["compiled"], warm["compiled"])]
-        rounds = [
-            a["seconds"] / b["seconds"] for a, b in zip(found["cold"], found["warm"], strict=True)
-        ]
-        ratio = f"{cold['seconds'] / warm['seconds']:.2f} (in one round {min(rounds):.2f} to {max(rounds):.2f})"
-        text += [f"{name}: cold / warm = {ratio}", "", table(("seconds", "cold", "warm"), rows), ""]
-    return "\n".join(text)
+def render(starts: dict[str, dict[str, list[float]]]) -> str:
+    rows = []
+    for name, seconds in starts.items():
+        middle = {kind: statistics.median(values) for kind, values in seconds.items()}
+        ratios = [cold / warm for cold, warm in zip(seconds["cold"], seconds["warm"], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append((name, middle["cold"], middle["warm"], statistics.median(ratios), spread))
+    return tables.render_table(("seconds", "cold", "warm", "cold / warm", "in one round"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = options.parser(__doc__, rounds=3, workloads=False)
-    flags.add_argument(
-        "--runs",
-        nargs="+",
-        choices=[*RUNS],
-        default=[*RUNS],
-        help="configurations that are started",
-    )
-    flags.add_argument(
-        "--folder", type=Path, default=Path("work/restart"), help="where data and programs are kept"
-    )
-    flags.add_argument(
-        "--out", default="work/bench/restart.json", metavar="FILE", help="where the figures go"
-    )
+    flags = options.make_parser(__doc__, rounds=3, workloads=False)
+    allowed: Any = {"nargs": "+", "choices": [*RUNS], "default": [*RUNS]}
+    flags.add_argument("--runs", **allowed, help="configurations that are started")
+    place: Any = {"type": Path, "default": Path("work/restart")}
+    flags.add_argument("--folder", **place, help="where data and programs are kept")
+    options.add_out(flags, "work/bench/restart.json")
     args = flags.parse_args(argv)
+    starts: dict[str, dict[str, list[float]]] = {}
     try:
-        results = restart(args.runs, args.rounds, args.folder.resolve())
+        for name in args.runs:
+            folder = args.folder.resolve() / name
+            folder.mkdir(parents=True, exist_ok=True)
+            starts[name] = measure_starts(name, args.rounds, folder)
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    write_json(args.out, results)
-    print(markdown(results))
+    tables.write_json(args.out, starts)
+    print(render(starts))
     return 0
 
 

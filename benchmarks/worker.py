@@ -22,20 +22,20 @@ def main(names: list[str]) -> None:
     try:
         import jax
 
-        from benchmarks.programs import programs
+        from benchmarks import programs
         from benchmarks.workloads import TINY, WORKLOADS
 
+        # trees from before this name have another
+        make: Any = getattr(programs, "make_programs", getattr(programs, "programs", None))
         works = [WORKLOADS[name] for name in names if name in WORKLOADS]
         cases: dict[str, Any] = {}
         shapes: dict[str, Any] = {}
         for work in works:
-            for program in programs(work, TINY):
-                compiled = program.step.lower(program.carry, *program.inputs).compile()  # type: ignore[attr-defined]
+            for program in make(work, TINY):
+                compiled = program.step.lower(program.carry, *program.inputs).compile()
                 cases[program.name] = [compiled, program.carry, program.inputs]
                 shapes[program.name] = [work, TINY]
-    except (
-        Exception
-    ) as e:  # of the other tree, whatever it is: the parent process tells it in one line
+    except Exception as e:  # whatever the other tree raises, the parent process tells in one line
         lines = str(e).strip().splitlines()
         answer({"error": f"{type(e).__name__}: {lines[0] if lines else ''}"})
         return

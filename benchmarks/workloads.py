@@ -23,13 +23,13 @@ class Workload(NamedTuple):
     """Lengths in tokens. What does not belong to a kind of work is 0."""
 
     name: str
-    kind: str  # dpo: a preference step; grpo: samples and a policy-gradient step; popi: both roles in one update
+    # dpo: a preference step; grpo: samples and a policy-gradient step; popi: both in one update
+    kind: str
     users: int
     pairs: int = 0  # preference pairs per user (K)
     group: int = 0  # samples per user (G)
-    signals_len: int = (
-        0  # what the inference model reads of a user; dpo: what all prompts of the user share
-    )
+    # what the inference model reads of a user; dpo: what all prompts of the user share
+    signals_len: int = 0
     prompt_len: int = 0
     answer_len: int = 0  # of each of the two replies
     summary_len: int = 0  # of each sample
@@ -41,6 +41,8 @@ class Workload(NamedTuple):
         return self.users * (texts + self.group * self.summary_len)
 
 
+# ends the name of a workload whose reference log-probs are computed beforehand
+STORED_REFERENCE = "+stored_reference"
 TINY = Geometry()
 WIDE = Geometry(
     num_layers=2, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=4096

@@ -36,83 +36,80 @@ def main(config: Config) -> None:
     import jax
 
     from popi_jax.distributed import Herald
-    from popi_jax.planning import report
-    from popi_jax.planning.fits import DoesNotFit, fit
-    from popi_jax.planning.plan import make_plan
+    from popi_jax.planning import fit_report, fits, plan
 
     target = targets.open_target(config)
-    plan = make_plan(config, target)
-    # programs of JAX's cache may have lost the names that say which part of an update an
+    planned = plan.make_plan(config, target)
+    # programs of JAX's cache may have lost the names that say which scope of an update an
     # instruction belongs to
     jax.config.update("jax_enable_compilation_cache", False)
     print(f"compiling for {target.name} ...", file=sys.stderr, flush=True)
     herald = Herald()
     herald.keep("error: the compiler crashed, as told above; with --thorough it takes other ways")
     try:
-        found = fit(plan, target)
+        found = fits.fit(planned, target)
         herald.withdraw()
-    except DoesNotFit as failure:
+    except fits.DoesNotFit as failure:
         herald.withdraw()
-        print(report.render_misfit(plan, target.name, failure))
-        print(_suggestion(config, target, failure.available))
+        print(fit_report.render_misfit(planned, target.name, failure))
+        print(suggest_change(config, target, failure.available))
         sys.exit(1)
-    print(report.render(plan, found))
+    print(fit_report.render(planned, found))
     if REPORT.value:
-        Path(REPORT.value).write_text(json.dumps(report.to_json(plan, found), indent=2) + "\n")
+        numbers = fit_report.to_json(planned, found)
+        Path(REPORT.value).write_text(json.dumps(numbers, indent=2) + "\n")
     if not all(check.holds for check in found.checks):
         sys.exit(1)
 
 
-def _suggestion(config: Config, target: Any, available: float) -> str:
-    from popi_jax.planning.fits import GIB, DoesNotFit, fit
-    from popi_jax.planning.suggest import first_that_may_fit
+def suggest_change(config: Config, target: Any, available: float) -> str:
+    """The cheapest change that should fit; with --suggest the cheapest that does."""
+    from popi_jax.planning import fits, suggest
 
     rules = cli.load_config("prism:scale=laptop").mesh.rules
-    for change, plan, expected in first_that_may_fit(config, target, available, rules):
+    for change, planned, expected in suggest.find_fitting_changes(config, target, available, rules):
+        change_flags = change.to_flags()
         if not SUGGEST.value:
-            also = (
-                f"\ntraining all parameters{_larger(config, available)}"
-                if "lora" in change.flags()
-                else ""
-            )
+            also = ""
+            if "lora" in change_flags:
+                also = f"\ntraining all parameters {suggest_larger_slice(config, available)}"
             return (
-                f"should fit, by an estimate of {expected / GIB:.1f} GiB: {change.flags()}{also}\n"
-                "--suggest compiles such changes and prints the first that does fit"
+                f"should fit, by an estimate of {expected / fits.GIB:.1f} GiB: {change_flags}"
+                f"{also}\n--suggest compiles such changes and prints the first that does fit"
             )
-        print(f"trying {change.flags()}", file=sys.stderr, flush=True)
+        print(f"trying {change_flags}", file=sys.stderr, flush=True)
         try:
-            found = fit(plan, target)
-        except DoesNotFit as failure:
+            total = fits.fit(planned, target).memory.total
+        except fits.DoesNotFit as failure:
             print(f"  {failure}", file=sys.stderr)
             continue
-        return f"fits, with {found.memory.total / GIB:.1f} GiB per device: {change.flags()}"
-    return "no other microbatches, rematerialisation, mesh, users, nor adapters fit; it" + _larger(
-        config, available
+        return f"fits, with {total / fits.GIB:.1f} GiB per device: {change_flags}"
+    return (
+        "no other microbatches, rematerialisation, mesh, users, nor adapters fit; it "
+        + suggest_larger_slice(config, available)
     )
 
 
-def _larger(config: Config, available: float) -> str:
+def suggest_larger_slice(config: Config, available: float) -> str:
     """The next slice of the same chips that the configuration should fit."""
-    from popi_jax.planning.suggest import estimated_bytes
-    from popi_jax.planning.target import chips_of, open_target
+    from popi_jax.planning import plan, suggest, target
 
-    spec = flags.FLAGS.config
-    name, _, options = spec.partition(":")
+    name, _, options = flags.FLAGS.config.partition(":")
     kept = [option for option in options.split(",") if option and not option.startswith("scale=")]
     overrides = [
         arg
         for arg in sys.argv[1:]
         if arg.startswith("--config.") and not arg.startswith("--config.mesh.")
     ]
-    kind, chips = config.mesh.topology.partition(":")[0], chips_of(config.mesh.topology)
-    for scale in cli.list_scales(kind):
+    topology = config.mesh.topology
+    for scale in cli.list_scales(topology.partition(":")[0]):
         larger = cli.load_config(f"{name}:{','.join([*kept, f'scale={scale}'])}", overrides)
-        if chips_of(larger.mesh.topology) > chips:
-            from popi_jax.planning.plan import make_plan
-
-            if (expected := estimated_bytes(make_plan(larger, open_target(larger)))) < available:
-                return f" should fit on SCALE={scale}, by an estimate of {expected / 2**30:.1f} GiB"
-    return " needs chips with more memory"
+        if target.count_chips(larger.mesh.topology) <= target.count_chips(topology):
+            continue
+        planned = plan.make_plan(larger, target.open_target(larger))
+        if (expected := suggest.estimate_bytes(planned)) < available:
+            return f"should fit on SCALE={scale}, by an estimate of {expected / 2**30:.1f} GiB"
+    return "needs chips with more memory"
 
 
 if __name__ == "__main__":

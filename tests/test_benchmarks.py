@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import bench, compare, growth, hlo, measure, padding, profile
-from benchmarks.growth_chart import nice_step
-from benchmarks.programs import user_batch
+from benchmarks import bench, compare, growth, measure, operations, padding, profile, restart
+from benchmarks.growth_chart import choose_step
+from benchmarks.programs import make_users
 from benchmarks.workloads import TINY, WORKLOADS, Workload
 from popi_jax.data.measure import Fill, Spread
 
@@ -23,8 +23,8 @@ SMALL = TINY._replace(
 @pytest.fixture(scope="module")
 def result() -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure.matmul_peak, "__defaults__", (((64, 64, 64),), 1))
-        return bench.bench([(MINUTE, SMALL, True)], rounds=2)
+        patch.setattr(measure.measure_matmul_peak, "__defaults__", (((64, 64, 64),), 1))
+        return bench.time_programs([(MINUTE, SMALL, True)], rounds=2)
 
 
 def test_bench_measures_a_program(result: dict) -> None:
@@ -44,13 +44,13 @@ def test_bench_writes_json_and_prints_a_table(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench, "bench", lambda plan, rounds: result)
+    monkeypatch.setattr(bench, "time_programs", lambda plan, rounds: result)
     out = tmp_path / "new" / "bench.json"
     assert bench.main([f"--out={out}", "--workloads=dpo", "--no-padding"]) == 0
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert "| minute/generator_step |" in capsys.readouterr().out
     monkeypatch.setattr(
-        bench, "bench", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1}
+        bench, "time_programs", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1}
     )
     assert bench.main([f"--out={out}", "--no-padding"]) == 1
 
@@ -64,7 +64,7 @@ def test_unknown_workload_is_told_with_those_allowed(capsys: pytest.CaptureFixtu
 def test_compilations_are_counted() -> None:
     import jax
 
-    with measure.compilations() as count:
+    with measure.count_compilations() as count:
         jax.jit(lambda x: x + 1)(np.ones(3))
         assert count[0] == 1
     jax.jit(lambda x: x + 2)(np.ones(3))
@@ -73,7 +73,7 @@ def test_compilations_are_counted() -> None:
 
 def test_slower_is_a_median_over_the_threshold() -> None:
     ratios = {"same": [0.9, 1.04, 1.3], "slower": [1.0, 1.06, 1.07], "faster": [0.5, 0.9, 2.0]}
-    judged = compare.verdict(ratios, threshold=1.05)
+    judged = compare.judge(ratios, threshold=1.05)
     assert judged.slower == ["slower"]
     assert judged.rows[0] == ("same", 0.9, 1.04, 1.3, "same")
     assert [row[4] for row in judged.rows] == ["same", "slower", "faster"]
@@ -82,20 +82,22 @@ def test_slower_is_a_median_over_the_threshold() -> None:
 def test_unknown_revision_is_one_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = measure.git("worktree", "list")
+    before = measure.run_git("worktree", "list")
     assert compare.main(["--base=no-such-revision"]) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: BASE = "no-such-revision": ') and error.count("\n") == 1
-    assert measure.git("worktree", "list") == before
+    assert measure.run_git("worktree", "list") == before
 
 
 def test_fit_is_that_of_least_squares() -> None:
-    exact = growth.fit([(1, 5.0), (2, 7.0), (4, 11.0)])
+    exact = growth.fit_line([(1, 5.0), (2, 7.0), (4, 11.0)])
     assert exact == pytest.approx((2.0, 3.0, 1.0))
     x, y = np.arange(6.0), np.array([1.0, 1.5, 3.5, 2.0, 5.0, 4.0])
     slope, intercept = np.polyfit(x, y, 1)
     expected = (slope, intercept, np.corrcoef(x, y)[0, 1] ** 2)
-    assert growth.fit(list(zip(x.tolist(), y.tolist(), strict=True))) == pytest.approx(expected)
+    assert growth.fit_line(list(zip(x.tolist(), y.tolist(), strict=True))) == pytest.approx(
+        expected
+    )
 
 
 def test_chart_is_well_formed_and_names_its_lines() -> None:
@@ -104,14 +106,14 @@ def test_chart_is_well_formed_and_names_its_lines() -> None:
         "cpu_s": [(2, 0.1), (16, 0.37)],
         "fit": {"slope": 0.02, "intercept": 0.06},
     }
-    text = growth.chart({"lines": [line | {"panel": "samples"}]})
+    text = growth.draw_chart({"lines": [line | {"panel": "samples"}]})
     root = ElementTree.fromstring(text)
     assert len(root.findall("{*}circle")) == 2 and "signals 256" in text
-    assert [nice_step(x) for x in (0.37, 8, 16, 60)] == pytest.approx([0.1, 2, 5, 10])
+    assert [choose_step(x) for x in (0.37, 8, 16, 60)] == pytest.approx([0.1, 2, 5, 10])
 
 
 def test_growth_varies_one_number_at_a_time() -> None:
-    for series in growth.plan(("users", "pairs", "samples")):
+    for series in growth.plan_series(("users", "pairs", "samples")):
         numbers = [n for n, _ in series.works]
         assert len({work._replace(users=0, pairs=0, group=0) for _, work in series.works}) == 1
         assert numbers == sorted(set(numbers)) and len(numbers) >= 3
@@ -130,7 +132,7 @@ def test_growth_varies_one_number_at_a_time() -> None:
     ],
 )
 def test_kinds_of_operations(opcodes: set[str], asked_by: str, kind: str) -> None:
-    assert hlo.kind(opcodes, asked_by) == kind
+    assert operations.name_kind(opcodes, asked_by) == kind
 
 
 def test_operations_of_a_compiled_program_know_their_source() -> None:
@@ -140,7 +142,7 @@ def test_operations_of_a_compiled_program_know_their_source() -> None:
     def step(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x), None), x, None, length=3)[0]
 
-    known = hlo.operations(jax.jit(step).lower(jnp.ones((32, 32))).compile().as_text())
+    known = operations.read_operations(jax.jit(step).lower(jnp.ones((32, 32))).compile().as_text())
     products = [operation for operation in known.values() if operation.kind == "matrix products"]
     assert products and any(
         pathlib.Path(__file__).name in operation.source for operation in products
@@ -150,31 +152,35 @@ def test_operations_of_a_compiled_program_know_their_source() -> None:
 
 def test_profile_sums_up_the_operations_of_the_program() -> None:
     known = {
-        "dot.1": hlo.Operation("matrix products", "jit(f)/dot", "a.py:3"),
-        "copy.2": hlo.Operation("copies and slices", "", ""),
+        "dot.1": operations.Operation("matrix products", "jit(f)/dot", "a.py:3"),
+        "copy.2": operations.Operation("copies and slices", "", ""),
     }
     events = [
         profile.Event("dot.1", 0.2),
         profile.Event("dot.1", 0.4),
         profile.Event("copy.2", 0.2),
     ]
-    totals = profile.by_operation([*events, profile.Event("ThunkExecutor::Execute", 9.0)], known)
+    totals = profile.sum_by_operation(
+        [*events, profile.Event("ThunkExecutor::Execute", 9.0)], known
+    )
     assert totals == {"dot.1": (pytest.approx(0.6), 2), "copy.2": (0.2, 1)}
-    text = profile.page("f", totals, known, steps=2, facts=[("memory", "1 MB")])
+    text = profile.render_page("f", totals, known, steps=2, facts=[("memory", "1 MB")])
     assert "| matrix products | 300 | 75.0 % |" in text and "a.py:3" in text
 
 
 def test_padding_is_the_share_without_a_token() -> None:
-    users = user_batch(MINUTE, 64)
+    users = make_users(MINUTE, 64)
     half = users._replace(chosen=users.chosen._replace(lengths=users.chosen.lengths // 2))
     full, replies = Spread(8.0, 0.0), Spread(6.0, 0.0)
     pairs = users.turns.ids.shape[-1] + 6.0
-    found = padding.padding([half], Fill(full, Spread(pairs, 0.0), replies, {}))
+    found = padding.measure_padding([half], Fill(full, Spread(pairs, 0.0), replies, {}))
     slots = users.turns.ids.size + 2 * users.chosen.ids.size
     assert found["prompts and replies"].slots == pytest.approx(users.chosen.ids.size / 2 / slots)
     assert found["replies"] == pytest.approx((0.25, 0.0, 1.0))
     # one token too few in the budget: computed padded
-    found = padding.padding([half], Fill(full, Spread(pairs - 0.5, 0.0), Spread(7.0, 0.0), {}))
+    found = padding.measure_padding(
+        [half], Fill(full, Spread(pairs - 0.5, 0.0), Spread(7.0, 0.0), {})
+    )
     assert found["prompts and replies"][1:] == pytest.approx(
         (found["prompts and replies"].slots, 0.0)
     )
@@ -182,8 +188,8 @@ def test_padding_is_the_share_without_a_token() -> None:
 
 
 def test_uneven_texts_leave_the_arrays_as_they_are() -> None:
-    users = user_batch(WORKLOADS["popi"], 64)
-    cut = padding.uneven(users)
+    users = make_users(WORKLOADS["popi"], 64)
+    cut = padding.cut_texts(users)
     assert cut.chosen.ids is users.chosen.ids
     assert 0.4 < cut.chosen.lengths.mean() / users.chosen.ids.shape[-1] < 0.7
     assert cut.chosen.lengths.min() >= 4
@@ -193,3 +199,14 @@ def test_settings_that_are_none_are_told(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         padding.main(["--no-steps", "--confg.seed=1"])
     assert "--confg.seed=1: unknown" in capsys.readouterr().err
+
+
+def test_starts_end_at_a_whole_line_of_metrics(tmp_path: pathlib.Path) -> None:
+    assert restart.read_last_step(tmp_path) == 0
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 0.')
+    assert restart.read_last_step(tmp_path) == 1
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    assert restart.read_last_step(tmp_path) == 2
+    text = restart.render({"smoke": {"cold": [6.0, 8.0], "warm": [2.0, 4.0]}})
+    assert "| smoke | 7 | 3 | 2.5 | 2.00 to 3.00 |" in text

@@ -6,17 +6,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from popi_jax.popi.roles import Glue
 
-from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.config import parse_phases
-from popi_jax.flops import flops, of_jaxpr
+from popi_jax.arrays import Frozen, Tokens, UserBatch
+from popi_jax.flops import count_flops, count_jaxpr_flops, count_scope_flops
 from popi_jax.models.decode import Sampling
 from popi_jax.models.presets import PRESETS
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.popi.update import Parts, popi_update
-from popi_jax.training.setup import Frozen, new_state
-from tests.training.small import make_config, make_parts, replace
+from popi_jax.popi.rollout import PromptTokens
+from popi_jax.popi.update import popi_update
+from popi_jax.training import setup
+from tests.training.small import make_config, replace, roles_of
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 8))
 ONE = 2 * 4 * 8 * 8  # X @ W
@@ -39,47 +38,49 @@ def total(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def test_products() -> None:
-    assert flops(jnp.matmul, X, W) == ONE
-    assert flops(jax.jit(jnp.matmul), X, W) == ONE
+    assert count_flops(jnp.matmul, X, W) == ONE
+    assert count_flops(jax.jit(jnp.matmul), X, W) == ONE
     shape = jax.ShapeDtypeStruct
-    batched = flops(
+    batched = count_flops(
         lambda a, b: jnp.einsum("bij,bkj->bik", a, b),
         shape((3, 4, 8), "float32"),
         shape((3, 5, 8), "f4"),
     )
     assert batched == 3 * 2 * 4 * 5 * 8
-    assert flops(jnp.tanh, X) == 0
+    assert count_flops(jnp.tanh, X) == 0
 
 
 def test_loops_count_as_often_as_they_run() -> None:
-    assert flops(chain, X, W) == 5 * ONE
+    assert count_flops(chain, X, W) == 5 * ONE
     assert (
-        flops(
+        count_flops(
             lambda x, w: jax.lax.scan(lambda x, _: (chain(x, w), None), x, None, length=3)[0], X, W
         )
         == 15 * ONE
     )
-    assert flops(loop, X, W) == ONE
-    assert flops(loop, X, W, while_trips=7) == 7 * ONE
+    assert count_flops(loop, X, W) == ONE
+    assert count_flops(loop, X, W, while_trips=7) == 7 * ONE
 
 
 def test_a_gradient_costs_three_times_the_function() -> None:
     both = jax.value_and_grad(total, argnums=(0, 1))
-    assert flops(both, X, W) == 3 * ONE
-    assert flops(jax.grad(total, argnums=1), X, W) == 2 * ONE  # nothing needs the gradient of x
+    assert count_flops(both, X, W) == 3 * ONE
+    assert (
+        count_flops(jax.grad(total, argnums=1), X, W) == 2 * ONE
+    )  # nothing needs the gradient of x
     deep = jax.grad(lambda x, w: jnp.sum(chain(x, w)), argnums=(0, 1))
-    assert flops(deep, X, W) == 15 * ONE
+    assert count_flops(deep, X, W) == 15 * ONE
 
 
 def test_what_is_computed_again_counts_again() -> None:
     """Of two layers, each kept by nothing but its input, the backward pass computes both anew."""
     layer = jax.checkpoint(lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w))
     both = jax.value_and_grad(lambda x, w: jnp.sum(layer(x, w)), argnums=(0, 1))
-    assert flops(both, X, W) == 8 * ONE
+    assert count_flops(both, X, W) == 8 * ONE
 
 
 def test_the_most_expensive_branch_counts() -> None:
-    assert flops(branches, X, W) == 2 * ONE
+    assert count_flops(branches, X, W) == 2 * ONE
 
 
 def test_what_nothing_needs_does_not_count() -> None:
@@ -87,8 +88,8 @@ def test_what_nothing_needs_does_not_count() -> None:
         _ = x @ w
         return x
 
-    assert flops(unused, X, W) == 0
-    assert flops(jax.jit(unused), X, W) == 0
+    assert count_flops(unused, X, W) == 0
+    assert count_flops(jax.jit(unused), X, W) == 0
 
 
 def test_custom_gradients() -> None:
@@ -97,9 +98,9 @@ def test_custom_gradients() -> None:
         return x @ w
 
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
-    assert flops(product, X, W) == ONE
+    assert count_flops(product, X, W) == ONE
     assert (
-        flops(jax.value_and_grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1)), X, W)
+        count_flops(jax.value_and_grad(lambda x, w: jnp.sum(product(x, w)), argnums=(0, 1)), X, W)
         == 3 * ONE
     )
 
@@ -108,7 +109,7 @@ def test_all_devices_of_a_mesh_count() -> None:
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
     spread = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
-    assert flops(spread, X, W) == ONE
+    assert count_flops(spread, X, W) == ONE
 
 
 def test_axes_that_are_not_mapped_are_not_counted_again() -> None:
@@ -117,7 +118,7 @@ def test_axes_that_are_not_mapped_are_not_counted_again() -> None:
     spread = jax.shard_map(
         jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"rows"}
     )
-    assert flops(spread, X, W) == ONE
+    assert count_flops(spread, X, W) == ONE
 
 
 def test_agrees_with_xla_where_nothing_loops() -> None:
@@ -129,14 +130,14 @@ def test_agrees_with_xla_where_nothing_loops() -> None:
     x, w = jnp.ones((64, 128)), jnp.ones((128, 128))
     program = jax.jit(jax.value_and_grad(network, argnums=(0, 1)))
     counted = program.lower(x, w).compile().cost_analysis()["flops"]
-    assert flops(program, x, w) == pytest.approx(counted, rel=0.02)
+    assert count_flops(program, x, w) == pytest.approx(counted, rel=0.02)
 
 
 # The update of a released model by hand. Letters as in models/transformer.py; C, T, A, Z: slots of
 # a context, a turn, an answer, a summary.
 LLAMA = dataclasses.replace(PRESETS["llama-3.1-8b"], dtype="bfloat16", remat="full")
 L, D, N, KV, H, F, V = 32, 4096, 32, 8, 128, 14336, 128256
-USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 2048, 256, 512, 128, 8, 16
+USERS, PAIRS, GROUP, C, T, A, Z, PREFIX, INSTRUCTION = 4, 4, 8, 512, 128, 512, 128, 8, 16
 MATRICES = D * (N + 2 * KV) * H + N * H * D + 3 * D * F  # weights of a layer that a token meets
 OF_HEAD = 2 * D * V  # for the logits of one token
 
@@ -199,12 +200,14 @@ def summaries_trained() -> int:
     return USERS * (2 * forward(*packed) + backward(*packed) + (1 + 4) * logits)
 
 
-def traced(phases: str) -> jax.extend.core.Jaxpr:
-    """The update of Llama 3.1 8B, from shapes alone."""
+@pytest.fixture(scope="module")
+def both_turns() -> jax.extend.core.Jaxpr:
+    """The update of Llama 3.1 8B, of one role or the other, from shapes alone."""
     cfg = replace(replace(make_config(), "batch", users=USERS, pairs=PAIRS), "data", summary_len=Z)
     cfg = replace(cfg, "inference", group_size=GROUP)
-    glue = Glue(tuple(range(PREFIX)), tuple(range(INSTRUCTION)))
-    parts: Parts = make_parts(cfg)._replace(model=LLAMA, glue=glue, sampling=Sampling(1.0, Z, 10))
+    cfg = replace(cfg, "schedule", phases=("alternate 1:1 2",))
+    prompts, sampling = PromptTokens((1,) * PREFIX, (2,) * INSTRUCTION), Sampling(1.0, Z, 10)
+    made = setup.plan_update(cfg, LLAMA, prompts, sampling, num_users=10**9)
 
     def shape(*dims: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype)
@@ -216,23 +219,28 @@ def traced(phases: str) -> jax.extend.core.Jaxpr:
     replies = tokens(A, *both), tokens(A, *both), shape(*both, dtype="bool"), shape(*both)
     users = UserBatch(shape(USERS), tokens(C, USERS), tokens(T, *both), *replies)
     params = unbox(jax.eval_shape(functools.partial(init_boxed, cfg=LLAMA), jax.random.key(0)))
-    start = functools.partial(new_state, transforms=parts.transforms, cfg=cfg)
+    start = functools.partial(setup.new_state, roles=roles_of(made))
     state = jax.eval_shape(start, params, params, jax.random.key(0))
-    update = functools.partial(popi_update, parts=parts, phases=parse_phases((phases,)))
+    update = functools.partial(popi_update, **made._asdict())
     return jax.make_jaxpr(update)(state, Frozen(params, params), users).jaxpr
 
 
-def test_the_generators_turn_by_hand() -> None:
+def test_the_generators_turn_by_hand(both_turns: jax.extend.core.Jaxpr) -> None:
     """A summary of each user, the reference behind no summary, and the preference step."""
-    expected = (
-        drawn(1) + pairs_of_users(PREFIX, trained=False) + pairs_of_users(PREFIX + Z, trained=True)
-    )
-    assert of_jaxpr(traced("generator 1"), while_trips=Z) == pytest.approx(expected, rel=0.01)
+    step = pairs_of_users(PREFIX + Z, trained=True)
+    expected = drawn(1) + pairs_of_users(PREFIX, trained=False) + step
+    scopes = ("sampling", "reference", "generator_step")
+    found = count_scope_flops(both_turns, scopes, while_trips=Z, branch=0)
+    assert sum(found.values()) == pytest.approx(expected, rel=0.01)
+    assert found["generator_step"] == pytest.approx(step, rel=0.01)
+    assert set(found) == set(scopes)
 
 
-def test_of_both_turns_the_dearer_counts() -> None:
+def test_of_both_turns_the_dearer_counts(both_turns: jax.extend.core.Jaxpr) -> None:
     """That of the inference model: behind each summary the generator scores the replies without a
     gradient."""
     rewards = GROUP * pairs_of_users(PREFIX + Z, trained=False)
     expected = drawn(GROUP) + pairs_of_users(PREFIX, trained=False) + rewards + summaries_trained()
-    assert of_jaxpr(traced("alternate 1:1 2"), while_trips=Z) == pytest.approx(expected, rel=0.01)
+    found = count_jaxpr_flops(both_turns, while_trips=Z)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found == sum(count_scope_flops(both_turns, (), while_trips=Z, branch=1).values())

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks.peers import protocol, report
+from benchmarks.peers import comparison, protocol
 from benchmarks.peers.run import NAMES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,7 +19,7 @@ from benchmarks.peers import protocol
 
 def open_workload(name, geometry):
     print("this goes elsewhere")
-    work, stored = protocol.resolve(name)
+    work, stored = protocol.find_workload(name)
     if work.kind == "grpo":
         raise ValueError("cannot\\nat all")
     def step():
@@ -58,7 +58,7 @@ def test_worker_answers_line_by_line_and_goes_on_after_a_failure() -> None:
 def test_a_paused_loop_makes_one_step_at_a_time_and_times_it_alone() -> None:
     made: list[int] = []
     parts = protocol.Parts()
-    rollout = parts.timed("rollout", lambda: time.sleep(0.02))
+    rollout = parts.wrap("rollout", lambda: time.sleep(0.02))
 
     def loop(pause: protocol.Pause) -> None:
         for number in range(3):
@@ -101,10 +101,10 @@ def test_ratios_are_taken_round_by_round() -> None:
             "tunix": steps(1.0),
         }
     }
-    assert report.ratios_of("dpo", result) == {
+    assert comparison.compute_ratios("dpo", result) == {
         "trl": {"step": {unit: {"min": 1.0, "median": 2.0, "max": 3.0} for unit in ("cpu", "wall")}}
     }
-    without = report.ratios_of("popi", result)["trl"][report.WITHOUT_REWARD]
+    without = comparison.compute_ratios("popi", result)["trl"][comparison.WITHOUT_REWARD]
     assert without["cpu"] == {"min": 0.75, "median": 1.5, "max": 2.0}
 
 
@@ -129,7 +129,7 @@ def test_the_report_names_what_was_not_measured() -> None:
             }
         },
     }
-    text = report.markdown(results)
+    text = comparison.render(results)
     assert "| grpo | trl | step | 2.000 | 1.000 to 3.000 |" in text
     assert "| grpo | trl | rollout | 0.500 |" in text
     assert "- grpo, tunix: ValueError: cannot" in text and "- grpo, trl: a remark" in text
@@ -137,4 +137,4 @@ def test_the_report_names_what_was_not_measured() -> None:
 
 
 def test_every_workload_has_a_name_for_the_driver() -> None:
-    assert {protocol.resolve(name)[0].kind for name in NAMES} == {"dpo", "grpo", "popi"}
+    assert {protocol.find_workload(name)[0].kind for name in NAMES} == {"dpo", "grpo", "popi"}

@@ -15,8 +15,8 @@ import jax
 
 from benchmarks.peers import protocol
 from benchmarks.peers.protocol import Cost, Running
-from benchmarks.programs import Program, programs
-from benchmarks.workloads import Geometry
+from benchmarks.programs import Program, make_programs
+from benchmarks.workloads import STORED_REFERENCE, Geometry
 
 STEP = {"dpo": "generator_step", "grpo": "inference_step", "popi": "fused_update"}
 PARTS = {
@@ -33,30 +33,30 @@ class _Timed:
         step: Any = program.step
         self._step = step.lower(program.carry, *program.inputs).compile()
         self._carry, self._inputs = program.carry, program.inputs
-        self.cost()
+        self.run()
 
-    def cost(self) -> Cost:
-        start = protocol.now()
+    def run(self) -> Cost:
+        start = protocol.read_clock()
         self._carry, results = self._step(self._carry, *self._inputs)
         jax.block_until_ready((self._carry, results))
-        return protocol.cost_since(start)
+        return protocol.measure_since(start)
 
 
 def open_workload(name: str, geometry: Geometry) -> Running:
     """A workload with its programs compiled and run once."""
-    work, stored = protocol.resolve(name)
-    step_name = f"{work.name}/{STEP[work.kind]}{protocol.STORED_REFERENCE if stored else ''}"
-    made: dict[str, Program] = {p.name: p for p in programs(work, geometry)}
+    work, stored = protocol.find_workload(name)
+    step_name = f"{work.name}/{STEP[work.kind]}{STORED_REFERENCE if stored else ''}"
+    made: dict[str, Program] = {p.name: p for p in make_programs(work, geometry)}
     step = _Timed(made[step_name])
     parts = {part: _Timed(made[f"{work.name}/{of}"]) for part, of in PARTS[work.kind].items()}
 
-    def one() -> Cost:
-        cost = step.cost()
-        return {**cost, "parts": {part: timed.cost() for part, timed in parts.items()}}
+    def run_step() -> Cost:
+        cost = step.run()
+        return {**cost, "parts": {part: timed.run() for part, timed in parts.items()}}
 
     counts: dict[str, Any] = {"distinct_tokens": work.tokens}
     return Running(
-        one, counts, [f"the step is {step_name}; parts are timed apart and are not in it"]
+        run_step, counts, [f"the step is {step_name}; parts are timed apart and are not in it"]
     )
 
 

@@ -28,9 +28,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
+from benchmarks.workloads import STORED_REFERENCE, TINY, WIDE, WORKLOADS, Geometry, Workload
 
-STORED_REFERENCE = "+stored_reference"  # ends the name of a workload whose reference log-probs are computed beforehand
 GEOMETRIES = {"tiny": TINY, "wide": WIDE}
 
 # of the objectives and the optimizer, the same for all
@@ -51,15 +50,15 @@ class Running(NamedTuple):
     notes: list[str]
 
 
-def now() -> tuple[float, float]:
+def read_clock() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def cost_since(start: tuple[float, float]) -> Cost:
+def measure_since(start: tuple[float, float]) -> Cost:
     return {"cpu": time.process_time() - start[0], "wall": time.perf_counter() - start[1]}
 
 
-def added(*costs: Cost) -> Cost:
+def add_costs(*costs: Cost) -> Cost:
     return {key: sum(cost[key] for cost in costs) for key in ("cpu", "wall")}
 
 
@@ -69,15 +68,15 @@ class Parts:
     def __init__(self) -> None:
         self._costs: dict[str, Cost] = {}
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function; what it costs is put down under `name`."""
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            start = now()
+            start = read_clock()
             result = function(*args, **kwargs)
-            self._costs[name] = added(
-                self._costs.get(name, {"cpu": 0.0, "wall": 0.0}), cost_since(start)
+            self._costs[name] = add_costs(
+                self._costs.get(name, {"cpu": 0.0, "wall": 0.0}), measure_since(start)
             )
             return result
 
@@ -113,10 +112,10 @@ class Paused:
 
     def _pause(self) -> None:
         if self._start is not None:
-            self._cost = {**cost_since(self._start), "parts": self._parts.take()}
+            self._cost = {**measure_since(self._start), "parts": self._parts.take()}
             self._done.release()
         self._go.acquire()
-        self._start = now()
+        self._start = read_clock()
 
     def step(self) -> Cost:
         """Lets the loop make one step. Raises what the loop raised."""
@@ -129,14 +128,25 @@ class Paused:
         return self._cost
 
 
-def step_of(loops: dict[str, Paused]) -> Cost:
+def step_loops(loops: dict[str, Paused]) -> Cost:
     """One step of each loop, the policy's first. With two of them "parts" holds each as well."""
     costs = {kind: loops[kind].step() for kind in ("grpo", "dpo") if kind in loops}
     parts = {name: cost for each in costs.values() for name, cost in each.pop("parts").items()}
-    return {**added(*costs.values()), "parts": parts | (costs if len(costs) > 1 else {})}
+    return {**add_costs(*costs.values()), "parts": parts | (costs if len(costs) > 1 else {})}
 
 
-def resolve(name: str) -> tuple[Workload, bool]:
+def make_first_step(
+    step: Callable[[], Cost], trained: dict[str, Any], checksum: Callable[[Any], float]
+) -> None:
+    """Raises: ValueError if the step leaves the parameters of one of the models as they were."""
+    before = {kind: checksum(model) for kind, model in trained.items()}
+    step()
+    unchanged = [kind for kind, model in trained.items() if checksum(model) == before[kind]]
+    if unchanged:
+        raise ValueError(f"a step changed no parameter of {unchanged}")
+
+
+def find_workload(name: str) -> tuple[Workload, bool]:
     """The workload of that name, and whether its reference log-probs are stored."""
     return WORKLOADS[name.removesuffix(STORED_REFERENCE)], name.endswith(STORED_REFERENCE)
 
@@ -170,22 +180,12 @@ def serve(
                 opened[workload] = open_workload(workload, geometry)
             running = opened[workload]
             steps = [running.step() for _ in range(request["steps"])]
-            answer(
-                {
-                    "workload": workload,
-                    "steps": steps,
-                    "counts": running.counts,
-                    "notes": running.notes,
-                }
-            )
+            counted = {"counts": running.counts, "notes": running.notes}
+            answer({"workload": workload, "steps": steps, **counted})
         except Exception as error:
             traceback.print_exc()
             text = str(error).strip().splitlines()
-            answer(
-                {
-                    "workload": workload,
-                    "error": f"{type(error).__name__}: {text[0] if text else ''}",
-                }
-            )
+            why = f"{type(error).__name__}: {text[0] if text else ''}"
+            answer({"workload": workload, "error": why})
     answers.close()
     os._exit(0)  # the loops of the trainers still wait in their threads

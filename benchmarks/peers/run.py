@@ -26,9 +26,9 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.peers import report
-from benchmarks.peers.protocol import GEOMETRIES, STORED_REFERENCE
-from benchmarks.workloads import WORKLOADS
+from benchmarks.peers import comparison
+from benchmarks.peers.protocol import GEOMETRIES
+from benchmarks.workloads import STORED_REFERENCE, WORKLOADS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PEERS = pathlib.Path(".venv-peers")
@@ -65,7 +65,7 @@ class Worker:
         with log.open("w") as stream:
             self._process = subprocess.Popen(
                 [
-                    interpreter(name),
+                    find_interpreter(name),
                     "-m",
                     f"benchmarks.peers.{WORKERS[name]}",
                     f"--geometry={geometry}",
@@ -82,7 +82,7 @@ class Worker:
 
     def start(self) -> None:
         """Waits until it is ready."""
-        self.versions = self._answer()["ready"]["versions"]
+        self.versions = self._read_answer()["ready"]["versions"]
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -90,7 +90,7 @@ class Worker:
             self._answers.put(line)
         self._answers.put("")
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         try:
             line = self._answers.get(timeout=self._timeout)
         except queue.Empty:
@@ -104,7 +104,7 @@ class Worker:
                 if code == -9
                 else f"ended with {code}"
             )
-            raise Failed(f"{why}: {last_line(self._log)}; see logs/{self._log.name}")
+            raise Failed(f"{why}: {read_last_line(self._log)}; see logs/{self._log.name}")
         return json.loads(line)
 
     def run(self, workload: str, steps: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer says why
-        answer = self._answer()
+        answer = self._read_answer()
         if "error" in answer:
             raise Failed(f"{answer['error']}; see logs/{self._log.name}")
         return answer
@@ -125,12 +125,12 @@ class Worker:
         self._scratch.cleanup()
 
 
-def interpreter(name: str) -> str:
+def find_interpreter(name: str) -> str:
     """The Python that a worker runs with."""
     return sys.executable if name == "popi_jax" else str(ROOT / PEERS / name / "bin" / "python")
 
 
-def last_line(log: pathlib.Path) -> str:
+def read_last_line(log: pathlib.Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it printed nothing"
 
@@ -198,16 +198,15 @@ def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 result["steps"][worker_name].append(step)
                 shown.append(f"{worker_name} {step['cpu']:.2f} s")
-            say(
-                f"{workload}: round {number} of {args.rounds}, processor time: {', '.join(shown) or 'none'}"
-            )
+            steps = ", ".join(shown) or "none"
+            say(f"{workload}: round {number} of {args.rounds}, processor time: {steps}")
     finally:
         for worker in workers.values():
             worker.close()
     return result
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
@@ -237,7 +236,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def choices(allowed: list[str]) -> Any:
+def make_list_parser(allowed: list[str]) -> Any:
     """A parser of lists with commas."""
 
     def parse(text: str) -> list[str]:
@@ -259,11 +258,14 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--workloads", type=choices(NAMES), default=NAMES, help=f"of {', '.join(NAMES)} (all)"
+        "--workloads",
+        type=make_list_parser(NAMES),
+        default=NAMES,
+        help=f"of {', '.join(NAMES)} (all)",
     )
     parser.add_argument(
         "--workers",
-        type=choices([*WORKERS]),
+        type=make_list_parser([*WORKERS]),
         default=[*WORKERS],
         help=f"of {', '.join(WORKERS)} (all)",
     )
@@ -283,11 +285,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds: must be at least 1")
-    missing = [name for name in args.workers if not pathlib.Path(interpreter(name)).exists()]
+    missing = [name for name in args.workers if not pathlib.Path(find_interpreter(name)).exists()]
     if missing:
+        names = " and ".join(missing)
         parser.exit(
-            1,
-            f"error: no environment for {' and '.join(missing)} in {PEERS}: run make bench-peers-setup\n",
+            1, f"error: no environment for {names} in {PEERS}: run make bench-peers-setup\n"
         )
     return args
 
@@ -297,7 +299,7 @@ def main() -> None:
     args.out = args.out.absolute()
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "geometry": GEOMETRIES[args.geometry]._asdict(),
         "allocator": ALLOCATOR,
         "workloads": {},
@@ -307,13 +309,13 @@ def main() -> None:
             results["workloads"][name] = time_workload(name, args)
             # written after each workload: an interrupted run keeps what it has
             results["machine"]["load_after"] = os.getloadavg()[0]
-            results["ratios"] = report.all_ratios(results["workloads"])
+            results["ratios"] = comparison.compute_all_ratios(results["workloads"])
             (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            (args.out / "results.md").write_text(report.markdown(results))
+            (args.out / "results.md").write_text(comparison.render(results))
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
-    print(report.markdown(results))
+    print(comparison.render(results))
     say(f"written to {args.out}")
     if any(result["failures"] for result in results["workloads"].values()):
         sys.exit(1)

@@ -237,11 +237,13 @@ def check_lengths(completion_ids: list[list[int]], work: Workload) -> None:
         raise ValueError(f"{len(completion_ids)} samples of {lengths} tokens")
 
 
-def mean_id(completion_ids: list[list[int]]) -> list[float]:
+def average_ids(completion_ids: list[list[int]]) -> list[float]:
     return [float(np.mean(ids)) for ids in completion_ids]
 
 
-def margin_reward(work: Workload, generator: transformers.PreTrainedModel, texts: Texts) -> Any:
+def make_margin_reward(
+    work: Workload, generator: transformers.PreTrainedModel, texts: Texts
+) -> Any:
     """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind
     the summary."""
     turns = texts.ids(work.users, 2, work.pairs, work.prompt_len + work.answer_len)
@@ -274,7 +276,7 @@ def margin_reward(work: Workload, generator: transformers.PreTrainedModel, texts
     return reward
 
 
-def paused(trainer: transformers.Trainer, parts: Parts | None = None) -> Paused:
+def pause_trainer(trainer: transformers.Trainer, parts: Parts | None = None) -> Paused:
     def loop(pause: Pause) -> None:
         trainer.add_callback(Pauses(pause))
         trainer.train()
@@ -282,12 +284,12 @@ def paused(trainer: transformers.Trainer, parts: Parts | None = None) -> Paused:
     return Paused(loop, parts)
 
 
-def checksum(model: transformers.PreTrainedModel) -> float:
+def compute_checksum(model: transformers.PreTrainedModel) -> float:
     return float(sum(p.detach().double().abs().sum() for p in model.parameters()))
 
 
 def open_workload(name: str, geometry: Geometry) -> Running:
-    work, stored_reference = protocol.resolve(name)
+    work, stored_reference = protocol.find_workload(name)
     torch.set_num_threads(os.cpu_count() or 1)
     trainers = Trainers(work, geometry, stored_reference)
     parts = Parts()
@@ -297,33 +299,31 @@ def open_workload(name: str, geometry: Geometry) -> Running:
 
     if work.kind in ("dpo", "popi"):
         dpo = trainers.dpo()
-        loops["dpo"] = paused(dpo)
+        loops["dpo"] = pause_trainer(dpo)
         trained["dpo"] = watched["dpo policy"] = dpo.model
         if dpo.ref_model is not None:
             watched["dpo reference"] = dpo.ref_model
     if work.kind in ("grpo", "popi"):
-        scored = margin_reward(work, dpo.model, trainers.texts) if work.kind == "popi" else None
+        scored = (
+            make_margin_reward(work, dpo.model, trainers.texts) if work.kind == "popi" else None
+        )
 
         def reward(completion_ids: list[list[int]], user: list[int], **kwargs: Any) -> list[float]:
             check_lengths(completion_ids, work)
-            return scored(completion_ids, user) if scored else mean_id(completion_ids)
+            return scored(completion_ids, user) if scored else average_ids(completion_ids)
 
-        grpo = trainers.grpo(parts.timed("reward", reward))
-        grpo.model.generate = parts.timed("rollout", grpo.model.generate)
-        loops["grpo"] = paused(grpo, parts)
+        grpo = trainers.grpo(parts.wrap("reward", reward))
+        grpo.model.generate = parts.wrap("rollout", grpo.model.generate)
+        loops["grpo"] = pause_trainer(grpo, parts)
         trained["grpo"] = watched["grpo policy"] = grpo.model
         watched["grpo reference"] = grpo.ref_model
 
     def step() -> Cost:
-        return protocol.step_of(loops)
+        return protocol.step_loops(loops)
 
-    before = {kind: checksum(model) for kind, model in trained.items()}
     forwards = Forwards(**watched)
-    step()
+    protocol.make_first_step(step, trained, compute_checksum)
     counts = forwards.take()
-    unchanged = [kind for kind, model in trained.items() if checksum(model) == before[kind]]
-    if unchanged:
-        raise ValueError(f"a step changed no parameter of {unchanged}")
     return Running(step, counts, [])
 
 

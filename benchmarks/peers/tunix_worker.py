@@ -132,7 +132,7 @@ class Forwards:
         return {"forwards": sorted(self._shapes)}
 
 
-def preference_loop(
+def make_preference_loop(
     work: Workload, geometry: Geometry, stored_reference: bool
 ) -> tuple[nnx.Module, Callable[[Pause], None]]:
     """The model of a DPOTrainer and its loop."""
@@ -171,7 +171,7 @@ def preference_loop(
     return policy, lambda pause: trainer.train(batches(pause))
 
 
-def policy_loop(
+def make_policy_loop(
     work: Workload,
     geometry: Geometry,
     parts: Parts,
@@ -203,7 +203,7 @@ def policy_loop(
             ),
         ),
     )
-    cluster.generate = parts.timed("rollout", cluster.generate)
+    cluster.generate = parts.wrap("rollout", cluster.generate)
 
     def reward_samples(
         prompts: list[str], completions: list[str], user: np.ndarray, **kwargs: Any
@@ -219,7 +219,7 @@ def policy_loop(
         algo_config=grpo_learner.GRPOConfig(
             num_generations=work.group, num_iterations=1, beta=protocol.KL_BETA, epsilon=0.2
         ),
-        reward_fns=parts.timed("reward", reward_samples),
+        reward_fns=parts.wrap("reward", reward_samples),
     )
     random = np.random.default_rng(0)
     trained = cluster.actor_trainer.model
@@ -235,7 +235,7 @@ def policy_loop(
     return trained, lambda pause: learner.train(batches(pause))
 
 
-def margin_reward(
+def make_margin_reward(
     work: Workload, geometry: Geometry, generator: nnx.Module
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Mean over the user's pairs of log sigmoid(beta * (log-prob of chosen - of rejected)) behind
@@ -269,39 +269,39 @@ def margin_reward(
     return reward
 
 
-def mean_id(samples: np.ndarray, user: np.ndarray) -> np.ndarray:
+def average_ids(samples: np.ndarray, user: np.ndarray) -> np.ndarray:
     return samples.mean(-1)
 
 
-def checksum(model: nnx.Module) -> float:
+def compute_checksum(model: nnx.Module) -> float:
     return float(
         sum(np.abs(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(nnx.state(model)))
     )
 
 
 def open_workload(name: str, geometry: Geometry) -> Running:
-    work, stored_reference = protocol.resolve(name)
+    work, stored_reference = protocol.find_workload(name)
     parts = Parts()
     loops: dict[str, Paused] = {}
     trained: dict[str, nnx.Module] = {}
     if work.kind in ("dpo", "popi"):
-        trained["dpo"], loop = preference_loop(work, geometry, stored_reference)
+        trained["dpo"], loop = make_preference_loop(work, geometry, stored_reference)
         loops["dpo"] = Paused(loop)
     if work.kind in ("grpo", "popi"):
-        reward = margin_reward(work, geometry, trained["dpo"]) if work.kind == "popi" else mean_id
-        trained["grpo"], loop = policy_loop(work, geometry, parts, reward)
+        reward = (
+            make_margin_reward(work, geometry, trained["dpo"])
+            if work.kind == "popi"
+            else average_ids
+        )
+        trained["grpo"], loop = make_policy_loop(work, geometry, parts, reward)
         loops["grpo"] = Paused(loop, parts)
 
     def step() -> Cost:
-        return protocol.step_of(loops)
+        return protocol.step_loops(loops)
 
-    before = {kind: checksum(model) for kind, model in trained.items()}
     forwards = Forwards()
-    step()
+    protocol.make_first_step(step, trained, compute_checksum)
     counts = forwards.take()
-    unchanged = [kind for kind, model in trained.items() if checksum(model) == before[kind]]
-    if unchanged:
-        raise ValueError(f"a step changed no parameter of {unchanged}")
     notes = (
         ["no reference model at all: Tunix cannot store its log-probs"] if stored_reference else []
     )

@@ -352,7 +352,7 @@ def lay_out_for_rollout(params: dict, cfg: TransformerConfig) -> dict:
         if keys[-1] == "scale":
             return x
         adapter = keys[-1] in ("a", "b")
-        at = names
+        at: Any = names
         for key in [*keys[:-1], "kernel"] if adapter else keys:
             at = at[key]
         if (

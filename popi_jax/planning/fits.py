@@ -1,6 +1,7 @@
 """Compiles a plan and reads from the program what a device needs: memory, time at the rates of its
 chip, structure."""
 
+import re
 import resource
 import time
 from typing import Any, NamedTuple
@@ -9,27 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from popi_jax.config import Mode, Phase
+from popi_jax.config import Mode
 from popi_jax.errors import UserError
-from popi_jax.flops import flops_by_scope
-from popi_jax.planning.plan import Kind, Plan, bytes_per_device, cache_bytes, state_bytes, update_of
-from popi_jax.planning.program import Access, Collective, Traffic, parse_exhausted, read
+from popi_jax.flops import count_scope_flops
+from popi_jax.planning import hlo, plan
+from popi_jax.planning.plan import Plan
+from popi_jax.planning.program import Access, Collective, Traffic, read_module
 from popi_jax.planning.roofline import CHIPS, Chip, Seconds, estimate
 from popi_jax.planning.target import Target
 
-NAMES: dict[Kind, Mode] = {
-    (True, False): "inference",
-    (False, True): "generator",
-    (True, True): "joint",
-}
-SCOPES = (
-    "sampling",
-    "rewards",
-    "reference",
-    "generator_step",
-    "inference_step",
-)  # of schedule.popi_update
 GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class DoesNotFit(Exception):
@@ -57,13 +48,13 @@ class Memory(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One update of a kind."""
+    """One update that trains one role or both."""
 
-    name: str
+    name: Mode
     flops: float  # of products, per device
     traffic: Traffic
     seconds: Seconds | None  # None: the rates of the device are not known
-    parts: dict[str, Seconds]  # of SCOPES, and of the rest ("")
+    scopes: dict[str, Seconds | None]  # of the scopes that were found, and of the rest ("")
 
 
 class Check(NamedTuple):
@@ -82,163 +73,214 @@ class Fit(NamedTuple):
     peak_rss: int  # bytes of this process
 
 
-def fit(plan: Plan, target: Target) -> Fit:
+class Program(NamedTuple):
+    """An update that was compiled."""
+
+    jaxpr: Any
+    text: str
+    sizes: Any  # what JAX says of its memory
+    seconds: float
+    cpu_seconds: float
+
+
+def fit(planned: Plan, target: Target) -> Fit:
     """Raises: DoesNotFit: when the compiler finds that memory does not suffice, or the arguments
     alone are too many."""
-    chip = CHIPS.get(target.chip)
-    state, available = state_bytes(plan), _available(target, chip)
+    state, available = plan.count_state_bytes(planned), _read_available(target)
     if available and sum(state.values()) > available:
         raise DoesNotFit(sum(state.values()), available, state)
+    return read_fit(planned, target, compile_plan(planned))
+
+
+def compile_plan(planned: Plan) -> Program:
+    """Raises: DoesNotFit."""
     began = time.monotonic()
-    program = update_of(plan, plan.phases).lower(plan.state, plan.frozen, plan.users)
+    traced = planned.update.trace(planned.state, planned.frozen, planned.users)
     try:
-        compiled = program.compile()
+        compiled = traced.lower().compile()
     except Exception as e:  # of a type that differs by platform
+        message = " ".join(str(e).split())[:400]
         found = parse_exhausted(str(e))
         if found is None:
-            raise UserError(
-                f"the program does not compile: {' '.join(str(e).split())[:400]}"
-            ) from e
-        raise DoesNotFit(found.needed, found.available, state) from None
-    del program  # its text is as long as that of the compiled one
+            raise UserError(f"the program does not compile: {message}") from e
+        raise DoesNotFit(*found, plan.count_state_bytes(planned)) from None
     seconds, cpu = time.monotonic() - began, time.process_time()
-    found = compiled.memory_analysis()
+    sizes = compiled.memory_analysis()
+    return Program(traced.jaxpr.jaxpr, compiled.as_text(), sizes, seconds, cpu)
+
+
+def read_fit(planned: Plan, target: Target, program: Program) -> Fit:
+    """Raises: DoesNotFit."""
+    state, sizes, available = (
+        plan.count_state_bytes(planned),
+        program.sizes,
+        _read_available(target),
+    )
     memory = Memory(
         state,
-        found.argument_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.output_size_in_bytes - found.alias_size_in_bytes,
-        cache_bytes(plan),
+        sizes.argument_size_in_bytes,
+        sizes.temp_size_in_bytes,
+        sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        plan.count_cache_bytes(planned),
         available,
     )
     if available and memory.total > available:
         raise DoesNotFit(memory.total, available, state)
-    text = compiled.as_text()
-    turns = [_turn(plan, kind, text, target, chip) for kind in plan.kinds]
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    turns = read_turns(planned, program, CHIPS.get(target.chip))
     return Fit(
-        target.name, len(target.devices), memory, turns, checks(plan, turns), seconds, cpu, rss
+        target.name,
+        len(target.devices),
+        memory,
+        turns,
+        check_layout(planned, turns),
+        program.seconds,
+        program.cpu_seconds,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-def _available(target: Target, chip: Chip | None) -> float:
-    if chip is not None:
-        return chip.usable_bytes
+def _read_available(target: Target) -> float:
+    if target.chip in CHIPS:
+        return CHIPS[target.chip].usable_bytes
     stats = target.devices[0].memory_stats() or {}
     return stats.get("bytes_limit", 0)
 
 
-def _turn(plan: Plan, kind: Kind, text: str, target: Target, chip: Chip | None) -> Turn:
-    number, kinds = plan.kinds.index(kind), plan.kinds
+def parse_exhausted(message: str) -> tuple[int, int] | None:
+    """(needed, available) bytes by the compiler's RESOURCE_EXHAUSTED, 0 where it does not say;
+    None: another error.
 
-    def branches(op_name: str, count: int) -> list[float] | None:
-        del op_name
-        return [float(i == number) for i in range(count)] if count == len(kinds) > 1 else None
-
-    sizes = dict(plan.mesh.shape)
-    traffic = read(text, sizes, branches=branches)
-    counted = {part: count / len(target.devices) for part, count in flops_of(plan, kind).items()}
-    total = sum(counted.values())
-    if chip is None:
-        return Turn(NAMES[kind], total, traffic, None, {})
-    rates: Any = {"chip": chip, "torus_axes": torus_axes(plan.mesh)}
-    parts = {
-        part: estimate(counted.get(part, 0), of_part, **rates)
-        for part in (*SCOPES, "")
-        if (of_part := _of_part(traffic, part)).accesses
-    }
-    return Turn(NAMES[kind], total, traffic, estimate(total, traffic, **rates), parts)
+    Ahead-of-time compilers for TPUs say "(33.08G) exceeds available HBM (15.75G)"; those on a TPU
+    may say "Used 41.74G of 16.00G hbm"."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    found = re.search(rf"\({size}\) exceeds available \w+ \({size}\)", message)
+    found = found or re.search(rf"Used {size} of {size} \w+", message)
+    if found is None:
+        return 0, 0
+    needed, unit, available, other = found.groups()
+    return round(float(needed) * _UNITS[unit]), round(float(available) * _UNITS[other])
 
 
-def _of_part(traffic: Traffic, part: str) -> Traffic:
+def read_turns(planned: Plan, program: Program, chip: Chip | None) -> list[Turn]:
+    """Each turn of the schedule, with summaries of full length."""
+    module = hlo.parse(program.text)
+    sizes = dict(planned.mesh.shape)
+    rates: Any = {"chip": chip, "torus_axes": count_torus_axes(planned.mesh)} if chip else {}
+    trips: Any = {"while_trips": planned.config.data.summary_len}
+    turns = []
+    for number, name in enumerate(planned.turns):
+        branch = number if len(planned.turns) > 1 else None
+        traffic = read_module(module, sizes, branch=branch)
+        flops = count_scope_flops(program.jaxpr, plan.SCOPES, branch=branch, **trips)
+        flops = {scope: count / planned.mesh.size for scope, count in flops.items()}
+        total = sum(flops.values())
+        found = {scope: _select_scope(traffic, scope) for scope in (*plan.SCOPES, "")}
+        scopes = {
+            scope: estimate(flops.get(scope, 0), inside, **rates) if chip else None
+            for scope, inside in found.items()
+            if inside.accesses
+        }
+        seconds = estimate(total, traffic, **rates) if chip else None
+        turns.append(Turn(name, total, traffic, seconds, scopes))
+    return turns
+
+
+def _select_scope(traffic: Traffic, scope: str) -> Traffic:
     """What runs in a scope, by its own name or that of a loop around it."""
 
-    def scope(found: Access | Collective) -> str:
-        names = (
-            word
-            for name in (found.op_name, *(loop.op_name for loop in found.loops))
-            for word in name.split("/")
-        )
-        return next((word for word in names if word in SCOPES), "")
+    def is_inside(found: Access | Collective) -> bool:
+        paths = (found.op_name, *(loop.op_name for loop in found.loops))
+        words = (word for path in paths for word in path.split("/"))
+        return next((word for word in words if word in plan.SCOPES), "") == scope
 
     return traffic._replace(
-        accesses=tuple(x for x in traffic.accesses if scope(x) == part),
-        collectives=tuple(x for x in traffic.collectives if scope(x) == part),
+        accesses=tuple(filter(is_inside, traffic.accesses)),
+        collectives=tuple(filter(is_inside, traffic.collectives)),
     )
 
 
-def torus_axes(mesh: Mesh) -> dict[str, int]:
+def count_torus_axes(mesh: Mesh) -> dict[str, int]:
     """Over how many axes of the torus of chips each axis of the mesh lies."""
 
-    def lies_over(number: int) -> int:
+    def count(number: int) -> int:
         line = np.moveaxis(mesh.devices, number, 0).reshape(mesh.devices.shape[number], -1)[:, 0]
-        return sum(
-            len(set(places)) > 1 for places in zip(*(device.coords for device in line), strict=True)
-        )
+        places = zip(*(device.coords for device in line), strict=True)
+        return sum(len(set(along)) > 1 for along in places)
 
-    return {axis: max(lies_over(number), 1) for number, axis in enumerate(mesh.axis_names)}
-
-
-def flops_of(plan: Plan, kind: Kind) -> dict[str, int]:
-    """Of the parts of one update of a kind over all devices, with all summaries of full length."""
-    phase = Phase(NAMES[kind], int(kind[0]), int(kind[1]), 1)
-    update: Any = update_of(plan, (phase,)).__wrapped__
-    trips = plan.config.data.summary_len
-    return flops_by_scope(
-        update, plan.state, plan.frozen, plan.users, scopes=SCOPES, while_trips=trips
-    )
+    return {axis: max(count(number), 1) for number, axis in enumerate(mesh.axis_names)}
 
 
-def checks(plan: Plan, turns: list[Turn]) -> list[Check]:
-    """What the layout promises, looked for in the compiled program."""
-    model, found = plan.parts.model, []
-    weights = (
-        plan.frozen.inference if plan.config.inference.lora.rank else plan.state.inference.params
-    )
-    matrices = [
-        x
-        for path, x in jax.tree.leaves_with_path(weights)
-        if path[-1].key in ("kernel", "embedding")
-    ]
-    if len(plan.mesh.devices.flat) > 1:
-        moved = [
-            c
-            for turn in turns
-            for c in turn.traffic.collectives
-            if any(loop.says("decode") for loop in c.loops) and c.kind != "all-reduce"
-        ]
-        number = 2 if model.dtype == "bfloat16" else 4
-        kv = (
-            model.embed_dim
-            * model.num_kv_heads
-            * model.head_dim
-            * number
-            // plan.split(model.rollout_rules.kv_heads)
-        )
-        users = plan.config.batch.users // plan.split(model.rollout_rules.batch)
-        states = (
-            users * plan.config.inference.group_size * model.embed_dim * number
-        )  # that a step works on
-        of_weights = [c for c in moved if c.bytes >= max(kv, 4 * states)]
-        text = f"collectives of weights in a step of sampling: {len(of_weights)}"
-        found.append(Check(not of_weights, text))
-        head = model.embed_dim * model.vocab_size * number // plan.split(model.rules.vocab)
-        for turn in turns if plan.split(model.rules.vocab_embed) > 1 else []:
-            heads = [
-                c
-                for c in turn.traffic.collectives
-                if "/head/all_gather" in c.op_name and c.bytes >= head
-            ]
-            inside = sum(any(loop.says("/head/") for loop in c.loops) for c in heads)
-            times = sum(c.executions for c in heads) / plan.config.batch.microbatches
-            text = f"gathers of the LM head for a microbatch, {turn.name} turn: {times:.0f}, each before a pass over its "
-            found.append(Check(not inside, f"{text}tokens; inside of one: {inside}"))
-    if _splits(plan):
-        whole = [x for x in matrices if bytes_per_device(x) == x.size * x.dtype.itemsize]
-        found.append(Check(not whole, f"matrices that are whole on every device: {len(whole)}"))
+def check_layout(planned: Plan, turns: list[Turn]) -> list[Check]:
+    """What the layout promises, looked for in the compiled program. A check that does not find the
+    scopes that it looks at does not hold."""
+    found = [_check_scopes(turn) for turn in turns]
+    if planned.mesh.size > 1:
+        found.append(_check_sampling(planned, turns))
+        if planned.count_shards(planned.model.rules.vocab_embed) > 1:
+            found += [_check_head(planned, turn) for turn in turns]
+    rules = planned.model.rules
+    split = [planned.count_shards(x) for x in (rules.embed, rules.heads, rules.mlp, rules.vocab)]
+    if max(split) > 1:
+        found.append(_check_matrices(planned))
     return found
 
 
-def _splits(plan: Plan) -> bool:
-    rules = plan.parts.model.rules
-    return any(plan.split(getattr(rules, name)) > 1 for name in ("embed", "heads", "mlp", "vocab"))
+def _check_scopes(turn: Turn) -> Check:
+    missing = [name for name in plan.TURN_SCOPES[turn.name] if name not in turn.scopes]
+    text = f"scopes of the {turn.name} turn that the program does not name"
+    return Check(not missing, f"{text}: {', '.join(missing) or 'none'}")
+
+
+def _check_sampling(planned: Plan, turns: list[Turn]) -> Check:
+    """No step of sampling moves weights."""
+    model, batch, text = planned.model, planned.config.batch, "in a step of sampling"
+    if not all(any(_is_decoding(loop) for loop in turn.traffic.loops) for turn in turns):
+        return Check(False, f"collectives of weights {text}: no loop is named {plan.DECODE}")
+    moved = [
+        c
+        for turn in turns
+        for c in turn.traffic.collectives
+        if c.kind != "all-reduce" and any(map(_is_decoding, c.loops))
+    ]
+    row = model.embed_dim * planned.number_bytes
+    heads = model.num_kv_heads * model.head_dim
+    kernel = heads * row // planned.count_shards(model.rollout_rules.kv_heads)
+    users = batch.users // planned.count_shards(model.rollout_rules.batch)
+    states = users * planned.config.inference.group_size * row  # that a step works on
+    weights = [c for c in moved if c.bytes >= max(kernel, 4 * states)]
+    return Check(not weights, f"collectives of weights {text}: {len(weights)}")
+
+
+def _is_decoding(loop: Any) -> bool:
+    return loop.is_in(plan.DECODE)
+
+
+def _check_head(planned: Plan, turn: Turn) -> Check:
+    """The LM head is gathered before each pass over tokens, in none of its chunks."""
+    model = planned.model
+    shards = planned.count_shards(model.rules.vocab)
+    size = model.embed_dim * model.vocab_size * planned.number_bytes // shards
+    gathers = [
+        c
+        for c in turn.traffic.collectives
+        if f"/{plan.HEAD}/all_gather" in c.op_name and c.bytes >= size
+    ]
+    text = f"gathers of the LM head for a microbatch, {turn.name} turn"
+    if not gathers:
+        return Check(False, f"{text}: none is named {plan.HEAD}")
+    inside = sum(any(loop.is_in(f"/{plan.HEAD}/") for loop in c.loops) for c in gathers)
+    times = sum(c.executions for c in gathers) / planned.config.batch.microbatches
+    text = f"{text}: {times:.0f}, each before a pass over its tokens; inside of one: {inside}"
+    return Check(not inside, text)
+
+
+def _check_matrices(planned: Plan) -> Check:
+    matrices = [
+        x
+        for path, x in jax.tree.leaves_with_path(planned.weights)
+        if path[-1].key in ("kernel", "embedding")
+    ]
+    whole = [x for x in matrices if plan.count_bytes_per_device(x) == x.size * x.dtype.itemsize]
+    return Check(not whole, f"matrices that are whole on every device: {len(whole)}")

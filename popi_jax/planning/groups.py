@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 Groups = list[tuple[int, ...]]
 
 
-def groups_of(attributes: str, num_devices: int) -> Groups:
+def parse_groups(attributes: str, num_devices: int) -> Groups:
     """The groups of positions that `replica_groups=...` says; without any, all devices are one
     group.
 
@@ -26,55 +26,57 @@ def groups_of(attributes: str, num_devices: int) -> Groups:
         return [tuple(range(num_devices))]
     text = found[1]
     if text.startswith("{{"):
-        return [_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", text[1:-1])]
+        return [_parse_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", text[1:-1])]
     if text.startswith("mesh["):
-        return _of_mesh(text)
+        return _parse_mesh(text)
     counted = re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if counted is None:
         raise ValueError(f"replica_groups of an unknown form: {text[:80]}")
-    rows, size = _numbers(counted[1])
-    ids = _counted(counted[2])
+    rows, size = _parse_numbers(counted[1])
+    ids = _expand(counted[2])
     return [tuple(ids[row * size : (row + 1) * size]) for row in range(rows)]
 
 
-def axes_of_groups(groups: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+def find_axes(groups: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """The axes along which members of a group differ, in the order of the mesh.
 
     Raises ValueError if a position lies outside of the mesh.
     """
     differing: set[str] = set()
     for group in groups:
-        first = _coordinates(group[0], mesh_shape)
+        first = _locate(group[0], mesh_shape)
         for position in group[1:]:
-            here = _coordinates(position, mesh_shape)
+            here = _locate(position, mesh_shape)
             differing |= {axis for axis in mesh_shape if here[axis] != first[axis]}
     return tuple(axis for axis in mesh_shape if axis in differing)
 
 
-def pairs_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], float]:
+def parse_permute(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], float]:
     """Of `source_target_pairs`: the axes that they cross, and the steps of a device's data as a
     mean over all devices.
 
     Each axis is taken for a ring; a device that sends nothing counts as no step.
     """
     found = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
-    pairs = [_numbers(pair) for pair in re.findall(r"\{([\d, ]+)\}", found[1])] if found else []
-    axes, steps = axes_of_groups([*pairs], mesh_shape), 0
+    pairs = (
+        [_parse_numbers(pair) for pair in re.findall(r"\{([\d, ]+)\}", found[1])] if found else []
+    )
+    axes, steps = find_axes([*pairs], mesh_shape), 0
     for source, target in pairs:
-        here, there = _coordinates(source, mesh_shape), _coordinates(target, mesh_shape)
+        here, there = _locate(source, mesh_shape), _locate(target, mesh_shape)
         for axis, size in mesh_shape.items():
             away = abs(here[axis] - there[axis])
             steps += min(away, size - away)
     return axes, steps / max(len({source for source, _ in pairs}), 1)
 
 
-def ring_hops(n: int) -> float:
+def count_ring_hops(n: int) -> float:
     """Links that a byte of an all-to-all crosses on a ring of n, going the shorter way; a mean over
     all targets."""
     return n * n // 4 / n
 
 
-def _coordinates(position: int, mesh_shape: Mapping[str, int]) -> dict[str, int]:
+def _locate(position: int, mesh_shape: Mapping[str, int]) -> dict[str, int]:
     left, found = position, {}
     for axis, size in reversed(list(mesh_shape.items())):
         left, found[axis] = divmod(left, size)
@@ -83,13 +85,13 @@ def _coordinates(position: int, mesh_shape: Mapping[str, int]) -> dict[str, int]
     return found
 
 
-def _of_mesh(text: str) -> Groups:
+def _parse_mesh(text: str) -> Groups:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
     order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?|[\d, ]+)\)", text)
     if order is None:
         ids: Sequence[int] = range(math.prod(sizes.values()))
     else:
-        ids = _counted(order[1]) if order[1].startswith("[") else _numbers(order[1])
+        ids = _expand(order[1]) if order[1].startswith("[") else _parse_numbers(order[1])
     chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", text[text.rindex("{") :])
     parts: dict[str, list[tuple[int, int]]] = {}
     for name, before, size in chosen:
@@ -97,7 +99,7 @@ def _of_mesh(text: str) -> Groups:
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, device in enumerate(ids):
         key = []
-        for name, at in _coordinates(place, sizes).items():
+        for name, at in _locate(place, sizes).items():
             for before, size in parts.get(name, []):
                 block = sizes[name] // (before * size)  # numbers within the part that is left
                 at -= at // block % size * block
@@ -106,12 +108,12 @@ def _of_mesh(text: str) -> Groups:
     return [tuple(group) for group in groups.values()]
 
 
-def _counted(text: str) -> list[int]:
+def _expand(text: str) -> list[int]:
     """The positions 0, 1, ... as "[16,4]T(1,0)" orders them."""
     found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert found is not None, text
-    dims = _numbers(found[1])
-    order = _numbers(found[2]) if found[2] else tuple(range(len(dims)))
+    dims = _parse_numbers(found[1])
+    order = _parse_numbers(found[2]) if found[2] else tuple(range(len(dims)))
     strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
     ids = [0]
     for axis in order:
@@ -119,5 +121,5 @@ def _counted(text: str) -> list[int]:
     return ids
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.replace(" ", "").split(",") if number)

@@ -1,5 +1,4 @@
-"""The text of a compiled program as computations and instructions: syntax alone, no costs. Imports
-nothing.
+"""The text of a compiled program as computations and instructions: syntax alone, no costs.
 
 `compiled.as_text()` has one instruction a line, but kernels written by hand put newlines into
 theirs: what starts neither an instruction nor a computation belongs to the instruction before."""
@@ -48,20 +47,20 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """The path of names in the traced program."""
-        return _first(r'op_name="([^"]*)"', self.attributes)
+        return _search(r'op_name="([^"]*)"', self.attributes)
 
     @property
     def elements(self) -> int:
         return sum(array.elements for array in self.arrays)
 
-    def called(self) -> tuple[str, ...]:
+    def find_called(self) -> tuple[str, ...]:
         """The names of the computations that it runs, or applies to pairs of numbers."""
-        branches = _first(r"branch_computations=\{([^}]*)\}", self.attributes)
+        branches = _search(r"branch_computations=\{([^}]*)\}", self.attributes)
         return (*_CALLED.findall(self.attributes), *_NAME.findall(branches))
 
-    def attribute(self, name: str) -> str:
+    def find_computation(self, name: str) -> str:
         """The name of a computation given as `name=%...`, or ""."""
-        return _first(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return _search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
 
 
 class Computation(NamedTuple):
@@ -80,10 +79,10 @@ class Module(NamedTuple):
         str, tuple[str, ...]
     ]  # number of a stack frame -> file:line of it and of its callers
 
-    def stack(self, instruction: Instruction) -> tuple[str, ...]:
+    def find_lines(self, instruction: Instruction) -> tuple[str, ...]:
         """The lines of the traced program behind it as file:line, the innermost first; () where
         unknown."""
-        return self.frames.get(_first(r"stack_frame_id=(\d+)", instruction.attributes), ())
+        return self.frames.get(_search(r"stack_frame_id=(\d+)", instruction.attributes), ())
 
 
 def parse(text: str) -> Module:
@@ -96,7 +95,7 @@ def parse(text: str) -> Module:
 
     def finish() -> None:
         if pending:
-            body.append(_instruction("\n".join(pending)))
+            body.append(_parse_instruction("\n".join(pending)))
             pending.clear()
 
     for line in lines:
@@ -113,48 +112,48 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("the text holds no ENTRY computation: is it compiled.as_text()?")
     header = lines[0] if lines else ""
-    devices = int(_first(r"num_partitions=(\d+)", header) or 1) * int(
-        _first(r"replica_count=(\d+)", header) or 1
+    devices = int(_search(r"num_partitions=(\d+)", header) or 1) * int(
+        _search(r"replica_count=(\d+)", header) or 1
     )
     return Module(
-        {name: _computation(name, body) for name, body in made.items()},
+        {name: _make_computation(name, body) for name, body in made.items()},
         entry,
         devices,
-        _frames(lines),
+        _parse_frames(lines),
     )
 
 
-def arrays_of(shape: str) -> tuple[Array, ...]:
+def parse_arrays(shape: str) -> tuple[Array, ...]:
     """The arrays in the text of a shape, those of tuples one after the other."""
-    return tuple(_array(*found.groups(default="")) for found in _ARRAY.finditer(shape))
+    return tuple(_parse_array(*found.groups(default="")) for found in _ARRAY.finditer(shape))
 
 
-def _array(dtype: str, sizes: str, layout: str) -> Array:
+def _parse_array(dtype: str, sizes: str, layout: str) -> Array:
     dims = tuple(int(size.strip("<=")) for size in sizes.split(",") if size)
     order, _, rest = layout.partition(":")
     axes = [int(axis) for axis in order.split(",") if axis]  # the minor one first
     padded = [dims[axis] for axis in axes] if len(axes) == len(dims) else list(dims)
-    tile = [int(size) for size in _first(r"^T\(([\d,]+)\)", rest).split(",") if size][::-1]
+    tile = [int(size) for size in _search(r"^T\(([\d,]+)\)", rest).split(",") if size][::-1]
     for place, size in enumerate(tile[: len(padded)]):
         padded[place] = -(-padded[place] // size) * size
-    bits = _BITS.get(dtype) if dtype in _BITS else int(_first(r"^[a-z]+(\d+)", dtype) or 32)
-    space = int(_first(r"S\((\d+)\)", rest) or 0)
+    bits = _BITS.get(dtype) if dtype in _BITS else int(_search(r"^[a-z]+(\d+)", dtype) or 32)
+    space = int(_search(r"S\((\d+)\)", rest) or 0)
     return Array(dtype, dims, math.prod(padded) * (bits or 0) // 8, space)
 
 
-def _instruction(text: str) -> Instruction:
+def _parse_instruction(text: str) -> Instruction:
     found = _INSTRUCTION.match(text)
     assert found is not None
     start = found.end()
-    end = _closing(text, start) + 1 if text[start] == "(" else text.index(" ", start)
+    end = _find_closing(text, start) + 1 if text[start] == "(" else text.index(" ", start)
     opened = text.index("(", end)
-    closed = _closing(text, opened)
+    closed = _find_closing(text, opened)
     inner = text[opened + 1 : closed]
     opcode, operands = text[end:opened].strip(), tuple(_NAME.findall(inner))
     return Instruction(
         found[2],
         opcode,
-        arrays_of(text[start:end]),
+        parse_arrays(text[start:end]),
         operands,
         inner,
         text[closed + 1 :],
@@ -162,7 +161,7 @@ def _instruction(text: str) -> Instruction:
     )
 
 
-def _closing(text: str, opened: int) -> int:
+def _find_closing(text: str, opened: int) -> int:
     """Where the bracket that opens at `opened` closes."""
     depth = 0
     for found in re.finditer(r"[()]", text[opened:]):
@@ -172,7 +171,7 @@ def _closing(text: str, opened: int) -> int:
     return len(text)
 
 
-def _computation(name: str, body: list[Instruction]) -> Computation:
+def _make_computation(name: str, body: list[Instruction]) -> Computation:
     users: dict[str, list[Instruction]] = {}
     for instruction in body:
         for operand in dict.fromkeys(instruction.operands):
@@ -182,7 +181,7 @@ def _computation(name: str, body: list[Instruction]) -> Computation:
     return Computation(name, {x.name: x for x in body}, root, tuple(parameters), users)
 
 
-def _frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
+def _parse_frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
     """The tables before the first computation: files, places in them, frames that name a place and
     their caller."""
     files: dict[str, str] = {}
@@ -207,6 +206,6 @@ def _frames(lines: list[str]) -> dict[str, tuple[str, ...]]:
     return frames
 
 
-def _first(pattern: str, text: str) -> str:
+def _search(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     return found[1] if found else ""

@@ -34,44 +34,44 @@ _WHOLE |= {
 }
 
 
-def accessed(module: Module, computation: Computation, x: Instruction) -> float:
+def count_accessed_bytes(module: Module, computation: Computation, x: Instruction) -> float:
     """Bytes of one execution of `x`, which is no container (`while`, `conditional`, `call`)."""
     operands = [computation.instructions[name] for name in x.operands]
     if x.opcode == "custom-call" and '"AllocateBuffer"' in x.attributes:
         return 0.0
     if x.opcode in ("copy-start", "send", "recv"):
         written, operands = x.arrays[: 1 if x.opcode != "send" else 0], operands[:1]
-        return _bytes(written) + sum(
-            _bytes(operand.arrays) for operand in operands if x.opcode != "recv"
+        return _sum_bytes(written) + sum(
+            _sum_bytes(operand.arrays) for operand in operands if x.opcode != "recv"
         )
     if x.opcode.endswith("-start"):
         written = x.arrays[len(operands) : 2 * len(operands)]
-        return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
+        return _sum_bytes(written) + sum(_sum_bytes(operand.arrays) for operand in operands)
     read = 0.0
-    for operand, needed in zip(operands, _needs(module, x, operands), strict=True):
-        read += _bytes(operand.arrays) * min(needed / max(operand.elements, 1), 1.0)
-    return read + _written(module, x, operands)
+    for operand, needed in zip(operands, _count_needed(module, x, operands), strict=True):
+        read += _sum_bytes(operand.arrays) * min(needed / max(operand.elements, 1), 1.0)
+    return read + _count_written_bytes(module, x, operands)
 
 
-def in_place_update(module: Module, x: Instruction, operands: list[Instruction]) -> int | None:
+def _find_update(module: Module, x: Instruction, operands: list[Instruction]) -> int | None:
     """The elements that `x` changes of an array that it takes and gives back; None if it makes its
     result anew."""
     if x.opcode in _UPDATES:  # what must not be changed was copied before
         return operands[_UPDATES[x.opcode]].elements
     if x.opcode == "fusion":
-        inner = module.computations[x.attribute("calls")]
-        return _update(module, inner, inner.root)
+        inner = module.computations[x.find_computation("calls")]
+        return _find_fused_update(module, inner, inner.root)
     return None
 
 
-def _update(module: Module, fused: Computation, x: Instruction) -> int | None:
+def _find_fused_update(module: Module, fused: Computation, x: Instruction) -> int | None:
     """The same of a value inside of a fusion: it must lie where an operand of the fusion does."""
     operands = [fused.instructions[name] for name in x.operands]
     if x.opcode in _RENAMES:
-        return _update(module, fused, operands[0])
+        return _find_fused_update(module, fused, operands[0])
     if x.opcode in _UPDATES and not _is_handed_in(module, fused, operands[0]):
         return None
-    return in_place_update(module, x, operands)
+    return _find_update(module, x, operands)
 
 
 def _is_handed_in(module: Module, fused: Computation, x: Instruction) -> bool:
@@ -79,46 +79,49 @@ def _is_handed_in(module: Module, fused: Computation, x: Instruction) -> bool:
     if x.opcode in _RENAMES:
         return _is_handed_in(module, fused, fused.instructions[x.operands[0]])
     if x.opcode == "fusion":
-        inner = module.computations[x.attribute("calls")]
+        inner = module.computations[x.find_computation("calls")]
         return _is_handed_in(module, inner, inner.root) and _is_handed_in(
             module, fused, fused.instructions[x.operands[0]]
         )
     return x.opcode == "parameter"
 
 
-def _written(module: Module, x: Instruction, operands: list[Instruction]) -> float:
+def _count_written_bytes(module: Module, x: Instruction, operands: list[Instruction]) -> float:
     """Of a fusion with several results each may be an update."""
     if x.opcode == "fusion":
-        inner = module.computations[x.attribute("calls")]
+        inner = module.computations[x.find_computation("calls")]
         if inner.root.opcode == "tuple" and len(inner.root.operands) == len(x.arrays):
             results = [inner.instructions[name] for name in inner.root.operands]
-            updates = [_update(module, inner, result) for result in results]
+            updates = [_find_fused_update(module, inner, result) for result in results]
             return sum(
-                _part(array, update) for array, update in zip(x.arrays, updates, strict=True)
+                _count_changed_bytes(array, update)
+                for array, update in zip(x.arrays, updates, strict=True)
             )
-    update = in_place_update(module, x, operands)
-    return sum(_part(array, update) for array in x.arrays)
+    update = _find_update(module, x, operands)
+    return sum(_count_changed_bytes(array, update) for array in x.arrays)
 
 
-def _part(array: Array, update: int | None) -> float:
-    whole = _bytes((array,))
+def _count_changed_bytes(array: Array, update: int | None) -> float:
+    whole = _sum_bytes((array,))
     return whole if update is None else whole * min(update / max(array.elements, 1), 1.0)
 
 
-def _needs(module: Module, x: Instruction, operands: list[Instruction]) -> list[float]:
+def _count_needed(module: Module, x: Instruction, operands: list[Instruction]) -> list[float]:
     """Elements of each operand that all of `x`'s result needs."""
     if x.opcode == "fusion":
-        return _of_fusion(module, x, float(x.elements), in_place=True)
-    return _of_operands(x, operands, float(x.elements), in_place=x.opcode in _UPDATES)
+        return _count_needed_by_fusion(module, x, float(x.elements), in_place=True)
+    return _count_needed_by_operation(x, operands, float(x.elements), in_place=x.opcode in _UPDATES)
 
 
-def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool) -> list[float]:
+def _count_needed_by_fusion(
+    module: Module, x: Instruction, needed: float, *, in_place: bool
+) -> list[float]:
     """From the result backwards: how many elements of each value inside are needed, as a sum over
     its uses.
 
     in_place: whether the result may be written where an operand lies, so that what it does not
     change is not read."""
-    inner = module.computations[x.attribute("calls")]
+    inner = module.computations[x.find_computation("calls")]
     share = min(needed / max(x.elements, 1), 1.0)
     wanted = {inner.root.name: inner.root.elements * share}
     updating = {inner.root.name} if in_place else set()
@@ -135,11 +138,13 @@ def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool)
             parts = [operand.elements * amount / max(y.elements, 1) for operand in operands]
             updating |= {operand.name for operand in operands} if y.name in updating else set()
         elif y.opcode == "fusion":
-            parts = _of_fusion(module, y, amount, in_place=y.name in updating)
+            parts = _count_needed_by_fusion(module, y, amount, in_place=y.name in updating)
         else:
             last = y.name in updating
-            changes = last and y.opcode in _UPDATES and _update(module, inner, y) is not None
-            parts = _of_operands(y, operands, amount, in_place=changes)
+            changes = (
+                last and y.opcode in _UPDATES and _find_fused_update(module, inner, y) is not None
+            )
+            parts = _count_needed_by_operation(y, operands, amount, in_place=changes)
             if last and y.opcode in _RENAMES:
                 updating.add(operands[0].name)
         for operand, part in zip(operands, parts, strict=True):
@@ -149,7 +154,7 @@ def _of_fusion(module: Module, x: Instruction, needed: float, *, in_place: bool)
     ]
 
 
-def _of_operands(
+def _count_needed_by_operation(
     x: Instruction, operands: list[Instruction], needed: float, *, in_place: bool
 ) -> list[float]:
     """Elements of each operand for `needed` elements of a result that is no fusion."""
@@ -166,5 +171,5 @@ def _of_operands(
     return [min(size, needed) for size in sizes]
 
 
-def _bytes(arrays: tuple[Array, ...]) -> float:
+def _sum_bytes(arrays: tuple[Array, ...]) -> float:
     return float(sum(array.bytes for array in arrays if array.space == 0))

@@ -1,9 +1,9 @@
 """The update of a run that need not exist: shapes and layouts of all that `make train` would give
 to it, no arrays.
 
-Everything static comes from where training has it (training/loop.py); texts have the longest
-lengths of the configuration, since there are no data, and rows are computed with their padding:
-with less it is faster, not larger."""
+All that planning knows of training and of the update is here. Texts have the longest lengths of the
+configuration, since there are no data, and rows are computed with their padding: with less it is
+faster, not larger."""
 
 import dataclasses
 import math
@@ -12,56 +12,66 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from popi_jax.arrays import Params, Tokens, UserBatch
-from popi_jax.config import Config, parse_phases
+from popi_jax import run
+from popi_jax.arrays import Params, UserBatch
+from popi_jax.config import Config, Mode
 from popi_jax.config_rules import check_mesh, resolve_mesh
 from popi_jax.errors import UserError, did_you_mean
+from popi_jax.models.decode import Sampling
+from popi_jax.models.fused_attention import choose_kernel
 from popi_jax.models.presets import PRESETS
-from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.planning.target import Target
-from popi_jax.popi.roles import Glue
-from popi_jax.popi.update import Parts, popi_update, role_turns
-from popi_jax.run import mesh_rules, model_config
-from popi_jax.sharding import make_mesh, spec
-from popi_jax.training.loop import abstract_frozen, static_parts, trains_adapters
-from popi_jax.training.state import (
-    Frozen,
-    TrainState,
-    abstract_params,
-    abstract_state,
-    shardings_of,
-)
+from popi_jax.popi import update as updates
+from popi_jax.popi.rollout import PromptTokens
+from popi_jax.sharding import find_platform, make_mesh
+from popi_jax.training import setup
 
 TEMPLATE = 24  # tokens that a chat template puts before a summary, and that ask for one
-USERS = 1275  # of the training split, as PRISM has: decides only whether the reference's log-probs can be stored
-
-Kind = tuple[bool, bool]  # whether a turn trains (inference, generator)
+USERS = 1275  # of PRISM's training split: decides whether reference log-probs can be stored
+SCOPES = updates.SCOPES
+# names of `jax.named_scope` that the update of each mode must have, and those of the models
+TURN_SCOPES: dict[Mode, tuple[str, ...]] = {
+    "inference": ("sampling", "rewards", "inference_step"),
+    "generator": ("sampling", "generator_step"),
+    "joint": ("sampling", "rewards", "generator_step", "inference_step"),
+}
+DECODE, HEAD = "decode", "head"
 
 
 class Plan(NamedTuple):
     config: Config
     mesh: Mesh
-    parts: Parts
-    phases: tuple
-    state: TrainState
-    frozen: Frozen
+    model: TransformerConfig
+    turns: list[Mode]  # what an update may train, in the order of the program's branches
+    update: Any  # jitted: (state, frozen, users) -> (state, metrics)
+    state: Any
+    frozen: Any
     users: UserBatch
 
     @property
-    def kinds(self) -> list[Kind]:
-        """The turns of the schedule, in the order of the program's branches."""
-        return sorted({(bool(a), bool(b)) for a, b in role_turns(self.phases)})
+    def trained(self) -> Params:
+        """What is trained of the inference model: all of it, or its adapters."""
+        return self.state.inference.params
 
-    def split(self, axes: tuple[str, ...]) -> int:
+    @property
+    def weights(self) -> Params:
+        """The parameters of the inference model without adapters."""
+        return self.frozen.inference if self.config.inference.lora.rank else self.trained
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a number in the compute type."""
+        return 2 if self.model.dtype == "bfloat16" else 4
+
+    def count_shards(self, axes: tuple[str, ...]) -> int:
         """Parts that an axis of an array is split in by these axes of the mesh."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-def planned_model(config: Config) -> TransformerConfig:
+def plan_model(config: Config) -> TransformerConfig:
     """The shape of both models: of the checkpoint's folder where there is one, else of the released
     model of its name.
 
@@ -69,99 +79,72 @@ def planned_model(config: Config) -> TransformerConfig:
     """
     m, path = config.model, Path(config.model.checkpoint)
     if not m.checkpoint or (path / "config.json").exists():
-        return model_config(config, m.vocab_size if not m.checkpoint else 0)
+        return run.make_model(config, m.vocab_size if not m.checkpoint else 0)
     preset = PRESETS.get(path.name.lower())
     if preset is None:
         hint = did_you_mean(path.name.lower(), PRESETS)
         raise UserError(
-            f'config.model.checkpoint = "{m.checkpoint}": there is no such folder, and {path.name} is no released '
-            f"model that is known here ({', '.join(PRESETS)}).{hint}"
+            f'config.model.checkpoint = "{m.checkpoint}": there is no such folder, and '
+            f"{path.name} is no released model that is known here ({', '.join(PRESETS)}).{hint}"
         )
-    rules, rollout_rules = mesh_rules(config)
-    ours: dict[str, Any] = {"dtype": m.dtype, "remat": m.remat, "attention": m.attention}
+    rules, rollout_rules = run.parse_mesh_rules(config)
+    kernel = choose_kernel(m.attention, find_platform())
+    ours: dict[str, Any] = {"dtype": m.dtype, "remat": m.remat, "kernel": kernel}
     return dataclasses.replace(preset, **ours, rules=rules, rollout_rules=rollout_rules)
 
 
 def make_plan(config: Config, target: Target) -> Plan:
-    """Raises: UserError when something of the configuration does not fit the devices. Sets the
-    mesh."""
+    """Sets the mesh. Raises: UserError when something of the configuration does not fit the
+    devices."""
     check_mesh(config, len(target.devices))
     mesh = make_mesh(*resolve_mesh(config.mesh, len(target.devices)), devices=target.devices)
     jax.set_mesh(mesh)
-    model = planned_model(config)
+    model = plan_model(config)
     ids = tuple(range(3, 3 + TEMPLATE))
     sampling = Sampling(config.inference.temperature, config.data.summary_len, 2, (0, 1))
-    parts, _ = static_parts(config, model, Glue(ids, ids), sampling, None)
-    state = abstract_state(model, parts.transforms, mesh, cfg=config)
-    frozen = abstract_frozen(config, state, mesh, USERS)
-    base: Params = {}
-    if any(trains_adapters(config, role) for role in ("inference", "generator")):
-        base = abstract_params(model, mesh, config.model.dtype)
-    frozen = frozen._replace(
-        inference=frozen.inference or base,
-        generator=frozen.generator or (base if trains_adapters(config, "generator") else {}),
-    )
-    phases = parse_phases(config.schedule.phases)
-    return Plan(config, mesh, parts, phases, state, frozen, abstract_users(config, mesh, model))
-
-
-def abstract_users(config: Config, mesh: Mesh, model: TransformerConfig) -> UserBatch:
-    users, pairs, d = config.batch.users, config.batch.pairs, config.data
-    sharding = NamedSharding(mesh, spec(("batch",), model.rules))
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def tokens(*shape: int) -> Tokens:
-        return Tokens(array(*shape), array(*shape[:-1]))
-
-    return UserBatch(
-        index=array(users),
-        context=tokens(users, d.context_len),
-        turns=tokens(users, pairs, d.turn_len),
-        chosen=tokens(users, pairs, d.answer_len),
-        rejected=tokens(users, pairs, d.answer_len),
-        pair_mask=array(users, pairs, dtype=jnp.bool_),
-        pair_number=array(users, pairs),
-    )
-
-
-def update_of(plan: Plan, phases: tuple) -> Any:
-    """The update as training/loop.py jits it, with the turns of some phases."""
-    update = partial(popi_update, parts=plan.parts, phases=phases)
-    return jax.jit(
-        update,
+    prompts = PromptTokens(ids, ids)
+    made = setup.plan_abstract_update(config, model, prompts, sampling, mesh, num_users=USERS)
+    update = jax.jit(
+        partial(updates.popi_update, **made.setup._asdict()),
         donate_argnums=(0,),
-        out_shardings=(shardings_of(plan.state), None),
+        out_shardings=(setup.shardings_of(made.state), None),
         keep_unused=True,
     )
+    names: dict[tuple[bool, bool], Mode] = {
+        (False, True): "generator",
+        (True, False): "inference",
+        (True, True): "joint",
+    }
+    modes = [names[kind] for kind in sorted(set(made.setup.plan.kinds))]
+    return Plan(config, mesh, model, modes, update, made.state, made.frozen, made.users)
 
 
-def state_bytes(plan: Plan) -> dict[str, int]:
+def count_state_bytes(plan: Plan) -> dict[str, int]:
     """Bytes per device of what an update is given, by what it is."""
-    role = {
-        "parameters": (plan.state.inference.params, plan.state.generator.params),
-        "optimizer": (plan.state.inference.opt_state, plan.state.generator.opt_state),
-        "averages": (plan.state.inference.ema, plan.state.generator.ema),
+    roles = plan.state.inference, plan.state.generator
+    trees = {
+        "parameters": [role.params for role in roles],
+        "optimizer": [role.opt_state for role in roles],
+        "averages": [role.ema for role in roles],
         "reference policies": plan.frozen,
         "batch": plan.users,
     }
-    return {name: bytes_per_device(tree) for name, tree in role.items() if jax.tree.leaves(tree)}
+    return {
+        name: count_bytes_per_device(tree) for name, tree in trees.items() if jax.tree.leaves(tree)
+    }
 
 
-def bytes_per_device(tree: Any) -> int:
+def count_bytes_per_device(tree: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def cache_bytes(plan: Plan) -> int:
-    """Keys and values per device while summaries are sampled: of the signals and of what is
-    sampled."""
-    model, cfg = plan.parts.model, plan.config
-    split = plan.split
-    users = cfg.batch.users // cfg.batch.microbatches / split(model.rollout_rules.batch)
-    slots = cfg.data.context_len + TEMPLATE + cfg.inference.group_size * cfg.data.summary_len
-    heads = model.num_kv_heads / split(model.rollout_rules.attention_heads)
-    number = 2 if model.dtype == "bfloat16" else 4
-    return int(2 * model.num_layers * users * slots * heads * model.head_dim * number)
+def count_cache_bytes(plan: Plan) -> int:
+    """Bytes per device of the keys and values of the signals and of the samples, while sampling."""
+    model, c = plan.model, plan.config
+    users = c.batch.users // c.batch.microbatches / plan.count_shards(model.rollout_rules.batch)
+    slots = c.data.context_len + TEMPLATE + c.inference.group_size * c.data.summary_len
+    heads = model.num_kv_heads / plan.count_shards(model.rollout_rules.attention_heads)
+    per_slot = 2 * model.num_layers * heads * model.head_dim * plan.number_bytes
+    return int(users * slots * per_slot)

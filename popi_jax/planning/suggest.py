@@ -10,29 +10,32 @@ import jax
 
 from popi_jax.config import Config
 from popi_jax.errors import UserError
-from popi_jax.planning.plan import Plan, bytes_per_device, cache_bytes, make_plan, state_bytes
+from popi_jax.planning import plan
+from popi_jax.planning.plan import Plan
 from popi_jax.planning.target import Target
 
 
 class Change(NamedTuple):
     fields: dict[str, Any]  # field of the configuration -> value
 
-    def flags(self) -> str:
-        return " ".join(f"--config.{name}={_shown(value)}" for name, value in self.fields.items())
+    def to_flags(self) -> str:
+        return " ".join(
+            f"--config.{name}={_show_value(value)}" for name, value in self.fields.items()
+        )
 
-    def applied(self, config: Config) -> Config:
-        def replaced(section: Any, path: list[str], value: Any) -> Any:
-            inner = (
-                value if len(path) == 1 else replaced(getattr(section, path[0]), path[1:], value)
-            )
-            return dataclasses.replace(section, **{path[0]: inner})
-
+    def apply(self, config: Config) -> Config:
         for name, value in self.fields.items():
-            config = replaced(config, name.split("."), value)
+            config = _replace_field(config, name.split("."), value)
         return config
 
 
-def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterator[Change]:
+def _replace_field(section: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    inner = _replace_field(getattr(section, name), rest, value) if rest else value
+    return dataclasses.replace(section, **{name: inner})
+
+
+def list_changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterator[Change]:
     """The changes to try, the cheapest first: more microbatches and rematerialisation cost a little
     arithmetic, other sizes of the mesh, with the layout `rules`, communication, fewer users
     throughput; adapters are another training."""
@@ -66,50 +69,50 @@ def changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> Iterato
         )
 
 
-def first_that_may_fit(
+def find_fitting_changes(
     config: Config, target: Target, available: float, rules: tuple[str, ...]
 ) -> Iterator[tuple[Change, Plan, float]]:
     """The changes that are estimated to fit, with their bytes per device."""
-    for change in changes(config, len(target.devices), rules):
+    for change in list_changes(config, len(target.devices), rules):
         try:
-            plan = make_plan(change.applied(config), target)
+            planned = plan.make_plan(change.apply(config), target)
         except UserError:  # does not divide
             continue
-        expected = estimated_bytes(plan)
+        expected = estimate_bytes(planned)
         if expected < available:
-            yield change, plan, expected
+            yield change, planned, expected
 
 
-def estimated_bytes(plan: Plan) -> float:
+def estimate_bytes(planned: Plan) -> float:
     """Bytes per device of an update without compiling it: arguments exactly, and the largest of
     what its parts hold at a time. Within a third of what compilers need for models of billions of
     parameters."""
-    return sum(state_bytes(plan).values()) + max(temporaries(plan).values())
+    return sum(plan.count_state_bytes(planned).values()) + max(
+        estimate_temporaries(planned).values()
+    )
 
 
-def temporaries(plan: Plan) -> dict[str, float]:
+def estimate_temporaries(planned: Plan) -> dict[str, float]:
     """Bytes per device that sampling, rewards and each gradient step hold beside the arguments."""
-    model, c, rules = plan.parts.model, plan.config, plan.parts.model.rules
-    number = 2 if model.dtype == "bfloat16" else 4
-    split = plan.split
-    users = c.batch.users / c.batch.microbatches / split(rules.batch)
-    behind = c.data.summary_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
+    model, c, shards = planned.model, planned.config, planned.count_shards
+    rules, number = model.rules, planned.number_bytes
+    users = c.batch.users / c.batch.microbatches / shards(rules.batch) / shards(rules.seq)
+    texts = c.data.summary_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
     tokens = {
-        "rewards": users * (c.inference.group_size - 1) * behind,
-        "generator step": users * behind,
+        "rewards": users * (c.inference.group_size - 1) * texts,
+        "generator step": users * texts,
         "inference step": users
         * (c.data.context_len + c.inference.group_size * c.data.summary_len),
     }
-    tokens = {name: count / split(rules.seq) for name, count in tokens.items()}
-    wide = 4 * model.mlp_dim / split(rules.mlp) + 8 * model.embed_dim
-    params = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.state.inference.params))
-    head = model.embed_dim * model.vocab_size / split(rules.vocab) * (number + 4)
-    rollout = params * number / split(plan.parts.model.rollout_rules.mlp)
+    wide = 4 * model.mlp_dim / shards(rules.mlp) + 8 * model.embed_dim
+    head = model.embed_dim * model.vocab_size / shards(rules.vocab) * (number + 4)
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(planned.trained))
+    rollout = params * number / shards(model.rollout_rules.mlp)
     found = {
-        "sampling": rollout + cache_bytes(plan),
+        "sampling": rollout + plan.count_cache_bytes(planned),
         "rewards": tokens["rewards"] * wide * number + head,
     }
-    gradients = 3 * bytes_per_device(plan.state.inference.params)
+    gradients = 3 * plan.count_bytes_per_device(planned.trained)
     layers = model.num_layers if c.model.remat == "full" else 8 * model.num_layers
     for name in ("generator step", "inference step"):
         saved = layers * tokens[name] * model.embed_dim * number
@@ -117,5 +120,5 @@ def temporaries(plan: Plan) -> dict[str, float]:
     return found
 
 
-def _shown(value: Any) -> str:
+def _show_value(value: Any) -> str:
     return "'" + ",".join(value) + "'" if isinstance(value, tuple) else str(value)

@@ -14,9 +14,8 @@ from popi_jax.config import MESH_AXES, Config
 from popi_jax.config_rules import resolve_mesh
 from popi_jax.errors import UserError
 
-LIBRARY = (
-    Path(__file__).resolve().parents[2] / ".libtpu" / "libtpu" / "libtpu.so"
-)  # where `make fit` installs it
+# where `make fit` installs the compiler
+LIBRARY = Path(__file__).resolve().parents[2] / ".libtpu" / "libtpu" / "libtpu.so"
 
 
 class Target(NamedTuple):
@@ -25,7 +24,7 @@ class Target(NamedTuple):
     name: str
 
 
-def chips_of(topology: str) -> int:
+def count_chips(topology: str) -> int:
     """Of one slice. Raises: UserError on a name that is no topology."""
     kind, _, sizes = topology.partition(":")
     try:
@@ -67,11 +66,12 @@ def open_target(config: Config) -> Target:
         return Target(devices, "", f"this machine, {len(devices)} x {devices[0].device_kind}")
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "the compiler for TPUs is not installed: make fit installs it (Linux on x86-64 alone has it)"
+            "the compiler for TPUs is not installed: make fit installs it (Linux on x86-64 alone "
+            "has it)"
         )
     from jax.experimental import topologies
 
-    chips = chips_of(topology)
+    chips = count_chips(topology)
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     count = math.prod(size for size in sizes.values() if size != -1)
     slices = max(count // chips, 1) if -1 not in sizes.values() else 1

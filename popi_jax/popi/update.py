@@ -2,6 +2,7 @@
 step (POPI, arXiv 2510.17881 v1)."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def choose_judge(state: TrainState, frozen: Frozen, plan: UpdatePlan) -> Params:
     if plan.inference.judge is Judge.FROZEN:
         return frozen.generator
     ema = plan.inference.judge is Judge.EMA
-    params = state.generator.ema if ema else state.generator.params
+    params: Any = state.generator.ema if ema else state.generator.params
     return plan.generator.role.join_policy(params, frozen.generator)
 
 

@@ -37,7 +37,9 @@ def restore_run(run: Run, step: int | None = None) -> Restored:
     """
     workdir = run.config.workdir
     base = reference.read_base(run.config, run.inference.model, run.mesh)
-    own = manager.restore_frozen(workdir, setup.own_params(loop.plan_run(run).plan, _get_shapes(run)))
+    own = manager.restore_frozen(
+        workdir, setup.own_params(loop.plan_run(run).plan, _get_shapes(run))
+    )
     if own is None:
         raise UserError(
             f'config.workdir: the run in "{workdir}" is still in its warm-up; continue the training'

@@ -250,13 +250,13 @@ def abstract_state(
     def add_layout(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    placed = []
+    placed: list[Any] = []
     for shape, params in zip(shapes[:2], boxed, strict=True):
         layout = param_shardings(shape.params, logical_names(params), mesh, model.rules)
         layout = match_shardings(shape, shape.params, layout, mesh)
         placed.append(jax.tree.map(add_layout, shape, layout))
     whole = partial(add_layout, sharding=replicated(mesh))
-    return TrainState(*placed, whole(shapes.step), whole(shapes.key))
+    return TrainState(placed[0], placed[1], whole(shapes.step), whole(shapes.key))
 
 
 def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
@@ -326,11 +326,10 @@ def plan_abstract_update(
     plan = setup.plan
     state = abstract_state(model, Roles(plan.inference.role, plan.generator.role), mesh, config)
     frozen = abstract_frozen(plan, state, mesh, num_users * config.data.num_pairs)
-    roles = {"inference": plan.inference.role, "generator": plan.generator.role}
-    if any(role.adapter_scale for role in roles.values()):
-        base = abstract_params(model, mesh, config.model.dtype)
-        adapted = {name: base for name, role in roles.items() if role.adapter_scale}
-        frozen = frozen._replace(**adapted)
+    for name in ("inference", "generator"):
+        if getattr(plan, name).role.adapter_scale:
+            base = abstract_params(model, mesh, config.model.dtype)
+            frozen = frozen._replace(**{name: base})  # type: ignore[arg-type]
     return AbstractUpdate(setup, state, frozen, abstract_users(config, model, mesh))
 
 
@@ -360,10 +359,9 @@ def _init_boxed(
 ) -> tuple[Params, Params]:
     """What is trained of (inference, generator), with logical axis names."""
     made = []
-    for number, role in enumerate((config.inference, config.generator)):
+    for number, lora in enumerate((config.inference.lora, config.generator.lora)):
         own = jax.random.fold_in(key, number)
-        if role.lora.rank:
-            lora = role.lora
+        if lora.rank:
             made.append(init_lora_boxed(own, model, rank=lora.rank, targets=lora.targets))
         else:
             made.append(init_boxed(own, model))

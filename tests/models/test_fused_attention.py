@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from popi_jax.arrays import Tokens
-from popi_jax.flops import flops
+from popi_jax.flops import count_flops
 from popi_jax.models import attention, fused_attention
 from popi_jax.models.attention import Attention, NewTokens
 from popi_jax.models.packing import Level, Tree
@@ -232,15 +232,17 @@ def test_flops_of_the_kernels_are_counted() -> None:
 
     one = partial(total, SPLASH)
     gradient = partial(jax.value_and_grad, argnums=(0, 1, 2))
-    forward, with_gradient = flops(one, *args[:3]), flops(gradient(one), *args[:3])
+    forward, with_gradient = count_flops(one, *args[:3]), count_flops(gradient(one), *args[:3])
     assert forward == 2 * once
     # beside the kernels the backward pass has a product of each query's result with its gradient
     assert with_gradient == pytest.approx(9 * once, rel=1e-3)
-    assert flops(gradient(jax.checkpoint(one)), *args[:3]) == pytest.approx(11 * once, rel=1e-3)
+    assert count_flops(gradient(jax.checkpoint(one)), *args[:3]) == pytest.approx(
+        11 * once, rel=1e-3
+    )
     with jax.set_mesh(make_mesh(2, 1, 4)):  # heads that do not divide are on each device whole
-        assert flops(one, *args[:3]) == 4 * forward
+        assert count_flops(one, *args[:3]) == 4 * forward
     # here nodes fill blocks: a block on the diagonal is computed as a whole, by the chunks in
     # quarters
     by_chunks = partial(total, chunked)
-    assert forward == pytest.approx(flops(by_chunks, *args[:3]), rel=0.25)
-    assert with_gradient == pytest.approx(flops(gradient(by_chunks), *args[:3]), rel=0.35)
+    assert forward == pytest.approx(count_flops(by_chunks, *args[:3]), rel=0.25)
+    assert with_gradient == pytest.approx(count_flops(gradient(by_chunks), *args[:3]), rel=0.35)

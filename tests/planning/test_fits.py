@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -15,10 +17,11 @@ import pytest
 from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.errors import UserError
-from popi_jax.planning import fits, plan, report, roofline, suggest, target
+from popi_jax.flops import count_jaxpr_flops
+from popi_jax.planning import fit_report, fits, plan, roofline, suggest, target
+from popi_jax.run import open_run
 from popi_jax.sharding import place_batch
 from popi_jax.training.loop import open_batches
-from popi_jax.training.setup import abstract_state
 from tests import tiny_run
 from tests.oracles.plain import RULES
 
@@ -34,6 +37,10 @@ TOY = roofline.Chip(
 )
 
 
+SUMMARY_LEN = 18
+SMALL = ("data.context_len=64", "data.turn_len=16", "data.answer_len=16")
+
+
 def tiny_config(*overrides: str) -> Config:
     own = [
         "schedule.phases=('generator 2',)",
@@ -42,123 +49,145 @@ def tiny_config(*overrides: str) -> Config:
         "mesh.tensor=2",
         "batch.pairs=2",
     ]
-    own += ["model.embed_dim=64", "data.context_len=64", "data.turn_len=16", "data.answer_len=16"]
+    own += ["model.embed_dim=64", *SMALL]
     return cli.load_config(
         "smoke:scale=laptop", [f"--config.{field}" for field in (*own, *overrides)]
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def alone():
-    """No mesh is left behind, and programs are compiled anew: those of the cache have lost their
-    names."""
+    """Programs are compiled anew, since those of the cache have lost their names; no mesh is left
+    behind."""
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     jax.set_mesh(None)
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> target.Target:
+@pytest.fixture(scope="module")
+def toy() -> Iterator[target.Target]:
     """The simulated devices as chips whose rates are known."""
-    monkeypatch.setitem(roofline.CHIPS, "toy", TOY)
-    monkeypatch.setattr(fits, "torus_axes", lambda mesh: {})
-    return target.Target(jax.devices(), "toy", "8 toys")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(roofline.CHIPS, "toy", TOY)
+        patch.setattr(fits, "count_torus_axes", lambda mesh: {})
+        yield target.Target(jax.devices(), "toy", "8 toys")
 
 
-def test_a_plan_has_what_a_run_gives_to_its_update() -> None:
-    built = tiny_run.shared_run(1).built
+class Compiled(NamedTuple):
+    planned: plan.Plan
+    program: fits.Program
+    found: fits.Fit
+
+
+@pytest.fixture(scope="module")
+def compiled(toy: target.Target) -> Compiled:
+    planned = plan.make_plan(tiny_config(), toy)
+    program = fits.compile_plan(planned)
+    return Compiled(planned, program, fits.read_fit(planned, toy, program))
+
+
+def test_a_plan_has_what_a_run_gives_to_its_update(tmp_path: Path) -> None:
+    config = tiny_run.config_of(tmp_path)
     with tiny_run.on_devices(1):
-        config = dataclasses.replace(
-            built.config, mesh=dataclasses.replace(built.config.mesh, fsdp=1)
-        )
+        run = open_run(config)
+        mesh = dataclasses.replace(config.mesh, fsdp=1)
+        config = dataclasses.replace(run.config, mesh=mesh)
         made = plan.make_plan(config, target.Target(jax.devices()[:1], "", "one"))
-        batch = place_batch(next(open_batches(built)._main), made.mesh, RULES)
-    real = abstract_state(built.model, made.parts.transforms, made.mesh, cfg=built.config)
+        batch = place_batch(next(open_batches(run)._main), made.mesh, RULES)
+    model = dataclasses.replace(made.model, vocab_size=run.inference.model.vocab_size)
+    assert model == run.inference.model
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    layers = lambda tree: shapes(tree.inference.params["layers"])  # noqa: E731
-    assert layers(made.state) == layers(real)
     assert shapes(made.users) == shapes(batch)
-    assert made.frozen.pairs is not None or made.frozen.generator
+    assert made.frozen.stored is not None or made.frozen.generator
 
 
-def test_memory_time_and_layout_of_a_compiled_update(toy: target.Target) -> None:
-    made = plan.make_plan(tiny_config(), toy)
-    found = fits.fit(made, toy)
-    params = sum(math.prod(x.shape) for x in jax.tree.leaves(made.state.inference.params))
+def test_memory_time_and_layout_of_a_compiled_update(compiled: Compiled) -> None:
+    planned, found = compiled.planned, compiled.found
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(planned.trained))
     # float32, in 8 parts but for norms; two moments of the one role that trains
     assert found.memory.state["parameters"] == pytest.approx(2 * params * 4 / 8, rel=0.05)
     assert found.memory.state["optimizer"] == pytest.approx(2 * params * 4 / 8, rel=0.05)
     assert found.memory.arguments == pytest.approx(sum(found.memory.state.values()), rel=0.01)
     (turn,) = found.turns
     assert turn.name == "generator" and turn.seconds is not None
-    assert turn.flops == sum(fits.flops_of(made, (False, True)).values()) / 8
-    assert {"sampling", "generator_step"} <= set(turn.parts)
+    assert turn.flops == count_jaxpr_flops(compiled.program.jaxpr, while_trips=SUMMARY_LEN) / 8
+    assert {"sampling", "generator_step"} <= set(turn.scopes)
     for name in ("compute", "hbm", "interconnect"):
         whole = getattr(turn.seconds, name)
-        assert sum(getattr(part, name) for part in turn.parts.values()) == pytest.approx(whole)
+        assert sum(getattr(x, name) for x in turn.scopes.values()) == pytest.approx(whole)
     assert turn.seconds.compute == turn.flops / TOY.flops
-    assert (
-        turn.seconds.hbm
-        == turn.traffic.hbm_bytes / TOY.hbm_bandwidth
-        > 0
-        < turn.seconds.interconnect
-    )
-    assert len(found.checks) == 3 and all(check.holds for check in found.checks)
-    text = report.render(made, found)
-    assert (
-        "update that trains the generator\n" in text
-        and "8 toys: mesh data 1, fsdp 4, tensor 2" in text
-    )
-    stored = json.loads(json.dumps(report.to_json(made, found)))
+    assert turn.seconds.hbm == turn.traffic.hbm_bytes / TOY.hbm_bandwidth > 0
+    assert turn.seconds.interconnect > 0
+    assert len(found.checks) == 4 and all(check.holds for check in found.checks)
+
+
+def test_what_is_printed_and_stored_of_a_fit(compiled: Compiled) -> None:
+    text = fit_report.render(compiled.planned, compiled.found)
+    assert "update that trains the generator\n" in text
+    assert "8 toys: mesh data 1, fsdp 4, tensor 2" in text
+    stored = json.loads(json.dumps(fit_report.to_json(compiled.planned, compiled.found)))
+    (turn,) = compiled.found.turns
+    assert turn.seconds is not None
     assert stored["turns"]["generator"]["serial_fraction"] == turn.seconds.serial_fraction
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("/generator_step/", "/preference_step/", "does not name: generator_step"),
+        ("/sampling/", "/drawing/", "does not name: sampling"),
+        ("decode", "draw", "step of sampling: no loop is named decode"),
+        ("/head/", "/vocabulary/", "generator turn: none is named head"),
+    ],
+)
+def test_a_check_that_does_not_find_its_scope_fails(
+    compiled: Compiled, old: str, new: str, told: str
+) -> None:
+    """As if a scope of the update had been renamed."""
+    renamed = compiled.program._replace(text=compiled.program.text.replace(old, new))
+    turns = fits.read_turns(compiled.planned, renamed, TOY)
+    (failed,) = (x for x in fits.check_layout(compiled.planned, turns) if not x.holds)
+    assert failed.text.endswith(told)
 
 
 def test_arguments_that_are_too_many_are_told_before_compiling(
     toy: target.Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(roofline.CHIPS, "toy", TOY._replace(usable_bytes=1000.0))
-    made = plan.make_plan(tiny_config(), toy)
+    planned = plan.make_plan(tiny_config(), toy)
     with pytest.raises(fits.DoesNotFit) as failure:
-        fits.fit(made, toy)
-    text = report.render_misfit(made, toy.name, failure.value)
+        fits.fit(planned, toy)
+    text = fit_report.render_misfit(planned, toy.name, failure.value)
     assert "does not fit" in text and text.index("optimizer") < text.index("batch ")
 
 
 def test_the_suggestion_is_the_cheapest_change_that_is_expected_to_fit(toy: target.Target) -> None:
-    config = tiny_config("batch.users=32", "mesh.fsdp=8", "mesh.tensor=1")
-    made = plan.make_plan(config, toy)
-    needed = suggest.estimated_bytes(made)
-    change, smaller, expected = next(
-        suggest.first_that_may_fit(config, toy, needed - 1, config.mesh.rules)
-    )
-    assert change.flags() == "--config.batch.microbatches=2"
-    assert expected == suggest.estimated_bytes(smaller) < needed
+    config = tiny_config("batch.users=16", "mesh.fsdp=8", "mesh.tensor=1")
+    planned = plan.make_plan(config, toy)
+    needed, rules = suggest.estimate_bytes(planned), config.mesh.rules
+    change, smaller, expected = next(suggest.find_fitting_changes(config, toy, needed - 1, rules))
+    assert change.to_flags() == "--config.batch.microbatches=2"
+    assert expected == suggest.estimate_bytes(smaller) < needed
     assert smaller.config.batch.microbatches == 2
     # adapters come last, and then the state leaves room for them
-    last = list(
-        suggest.changes(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="x")),
-            8,
-            (),
-        )
-    )[-1]
-    assert (
-        last.applied(config).inference.lora.rank == last.applied(config).generator.lora.rank == 16
-    )
+    model = dataclasses.replace(config.model, checkpoint="x")
+    *_, last = suggest.list_changes(dataclasses.replace(config, model=model), 8, ())
+    adapted = last.apply(config)
+    assert adapted.inference.lora.rank == adapted.generator.lora.rank == 16
     # where the state leaves no room, nothing of it helps
-    state = sum(plan.state_bytes(made).values())
-    assert not list(suggest.first_that_may_fit(config, toy, state / 2, config.mesh.rules))
+    state = sum(plan.count_state_bytes(planned).values())
+    assert not list(suggest.find_fitting_changes(config, toy, state / 2, rules))
 
 
 def test_released_models_need_no_folder() -> None:
     config = cli.load_config("prism:model=llama3-8b,scale=v5p:4x4x4")
-    assert plan.planned_model(config).num_layers == 32
+    assert plan.plan_model(config).num_layers == 32
     with pytest.raises(
         UserError, match='no such folder, and lama-3.1-8b is no .*Did you mean "llama-3.1-8b"'
     ):
         model = dataclasses.replace(config.model, checkpoint="checkpoints/lama-3.1-8b")
-        plan.planned_model(dataclasses.replace(config, model=model))
+        plan.plan_model(dataclasses.replace(config, model=model))
 
 
 def run_fit(*args: str, timeout: int = 240) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -186,6 +215,7 @@ def test_the_command_compiles_for_a_tpu_that_is_not_there(tmp_path: Path) -> Non
     done, _ = run_fit(
         "--config=smoke:scale=v5e:2x4",
         *mesh,
+        *(f"--config.{field}" for field in SMALL),
         "--config.schedule.phases=generator 1",
         f"--report={path}",
     )

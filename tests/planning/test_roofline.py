@@ -9,11 +9,11 @@ CHIP = Chip(100.0, 0.0, 0.0, 50.0, links=6, link_bandwidth=5.0, dcn_bandwidth=2.
 
 
 def sent(wire: float, *axes: str, cross_slice: bool = False) -> Collective:
-    return Collective("all-gather", axes, 2, int(wire), wire, 3.0, "", "", (), (), cross_slice)
+    return Collective("all-gather", axes, 2, int(wire), wire, 3.0, "", "", (), cross_slice)
 
 
 def traffic(*collectives: Collective) -> Traffic:
-    return Traffic((Access("copy", "copy", "f32[1]", 25.0, 4.0, "", (), ()),), collectives, (), ())
+    return Traffic((Access("copy", 25.0, 4.0, "", ()),), collectives, ())
 
 
 def test_each_part_by_hand() -> None:

@@ -3,6 +3,7 @@ every optimizer."""
 
 import dataclasses
 import functools
+from functools import partial
 from typing import Any
 
 import jax

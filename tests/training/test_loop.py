@@ -250,18 +250,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_run_continues_as_if_it_never_was(uninterrupted: Path, tmp_path: Path) -> None:
-    stored = Path(SETTINGS["data.prepared"]).parent / "compiled" / "programs"
-    before = {path.name for path in stored.iterdir()}
     status, _ = send_at(start(tmp_path), tmp_path, 7, signal.SIGKILL)
     assert status == -signal.SIGKILL
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     assert 4 <= max(steps) < LAST
     train_only(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
-    assert {"main", "warmup", "init"} <= {name.split("-")[0] for name in before}
-    assert {
-        path.name for path in stored.iterdir()
-    } == before  # it found what the first run had stored
 
 
 def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:

@@ -13,6 +13,7 @@ from configs import scales
 from popi_jax.config_rules import parse_rules
 from popi_jax.models.layout import Rules
 from popi_jax.planning.program import Traffic, read
+from popi_jax.popi.update import popi_update
 from popi_jax.sharding import place_batch
 from tests.oracles.plain import MODEL, RULES
 from tests.popi.test_update import CFG, values
@@ -89,7 +90,7 @@ def check_layout(traffic: Traffic, case: Case) -> None:
     sampling = [
         c
         for c in traffic.collectives
-        if any(loop.says("/decode/") or "decode" in loop.op_name for loop in c.loops)
+        if any(loop.is_in("/decode/") or "decode" in loop.op_name for loop in c.loops)
     ]
     # what does move: sums of activations, and which token is the likeliest of the parts of a
     # vocabulary

@@ -1,7 +1,8 @@
-"""Medians, ratios and tables of what benchmarks.peers.run has measured. Standard library only."""
+"""Medians, ratios and tables of what benchmarks.peers.run has measured."""
 
-import statistics
 from typing import Any
+
+from benchmarks.tables import compute_spread, render_table
 
 OURS = "popi_jax"
 WITHOUT_REWARD = "step without reward"
@@ -9,7 +10,7 @@ WITHOUT_REWARD = "step without reward"
 Result = dict[str, Any]  # of one workload, as run.time_workload makes it
 
 
-def seconds(step: dict[str, Any], what: str, unit: str) -> float | None:
+def read_seconds(step: dict[str, Any], what: str, unit: str) -> float | None:
     """CPU or wall seconds of a step or of a part of it; None where the worker does not tell them
     apart."""
     parts = step["parts"]
@@ -20,24 +21,20 @@ def seconds(step: dict[str, Any], what: str, unit: str) -> float | None:
     return parts[what][unit] if what in parts else None
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def pairwise(
+def compare_steps(
     peer: list[Any], ours: list[Any], what: str, our_what: str, unit: str
 ) -> dict[str, float] | None:
     """What the peer took over what popi_jax took, round by round: above 1 popi_jax took less."""
     ratios = []
     for theirs, our in zip(peer, ours, strict=True):
-        above, below = seconds(theirs, what, unit), seconds(our, our_what, unit)
+        above, below = read_seconds(theirs, what, unit), read_seconds(our, our_what, unit)
         if not above or not below:
             return None
         ratios.append(above / below)
-    return spread(ratios) if ratios else None
+    return compute_spread(ratios) if ratios else None
 
 
-def ratios_of(name: str, result: Result) -> dict[str, dict[str, Any]]:
+def compute_ratios(name: str, result: Result) -> dict[str, dict[str, Any]]:
     """Peer -> what is compared -> unit -> spread of the ratios."""
     ours = result["steps"].get(OURS)
     if not ours:
@@ -50,28 +47,26 @@ def ratios_of(name: str, result: Result) -> dict[str, dict[str, Any]]:
         if peer == OURS or len(steps) != len(ours):
             continue
         for what, our_what in compared.items():
-            units = {unit: pairwise(steps, ours, what, our_what, unit) for unit in ("cpu", "wall")}
+            units = {
+                unit: compare_steps(steps, ours, what, our_what, unit) for unit in ("cpu", "wall")
+            }
             if all(units.values()):
                 found.setdefault(peer, {})[what] = units
     return found
 
 
-def all_ratios(workloads: dict[str, Result]) -> dict[str, Any]:
-    return {name: ratios_of(name, result) for name, result in workloads.items()}
+def compute_all_ratios(workloads: dict[str, Result]) -> dict[str, Any]:
+    return {name: compute_ratios(name, result) for name, result in workloads.items()}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def medians(workloads: dict[str, Result]) -> str:
+def render_medians(workloads: dict[str, Result]) -> str:
     rows = []
     for name, result in workloads.items():
         for worker, steps in result["steps"].items():
             for what in ("step", "rollout", "reward", "grpo", "dpo", WITHOUT_REWARD):
                 costs = {
-                    unit: [seconds(step, what, unit) for step in steps] for unit in ("cpu", "wall")
+                    unit: [read_seconds(step, what, unit) for step in steps]
+                    for unit in ("cpu", "wall")
                 }
                 if not steps or None in costs["cpu"]:
                     continue
@@ -79,13 +74,13 @@ def medians(workloads: dict[str, Result]) -> str:
                     continue  # the reward is nothing but a mean there
                 row = [name, worker, what]
                 for unit in ("cpu", "wall"):
-                    of = spread([cost for cost in costs[unit] if cost is not None])
+                    of = compute_spread([cost for cost in costs[unit] if cost is not None])
                     row += [f"{of['median']:.3f}", f"{of['min']:.3f} to {of['max']:.3f}"]
                 rows.append(row)
-    return table(["workload", "by", "what", "CPU s", "range", "wall s", "range"], rows)
+    return render_table(["workload", "by", "what", "CPU s", "range", "wall s", "range"], rows)
 
 
-def ratio_rows(workloads: dict[str, Result]) -> list[list[str]]:
+def list_ratios(workloads: dict[str, Result]) -> list[list[str]]:
     return [
         [
             name,
@@ -93,17 +88,18 @@ def ratio_rows(workloads: dict[str, Result]) -> list[list[str]]:
             what,
             *(f"{units[u][k]:.2f}" for u in ("cpu", "wall") for k in ("min", "median", "max")),
         ]
-        for name, peers in all_ratios(workloads).items()
+        for name, peers in compute_all_ratios(workloads).items()
         for peer, parts in peers.items()
         for what, units in parts.items()
     ]
 
 
-def markdown(results: dict[str, Any]) -> str:
+def render(results: dict[str, Any]) -> str:
     machine, workloads = results["machine"], results["workloads"]
     versions: dict[str, dict[str, str]] = {}
     for result in workloads.values():
         versions |= result["versions"]
+    geometry = ", ".join(f"{key} {value}" for key, value in results["geometry"].items())
     text = [
         "# Cost of a step: popi_jax, TRL and Tunix",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']};"
@@ -114,10 +110,10 @@ def markdown(results: dict[str, Any]) -> str:
             + ", ".join(f"{package} {version}" for package, version in packages.items())
             for worker, packages in versions.items()
         ),
-        f"Model: {', '.join(f'{key} {value}' for key, value in results['geometry'].items())}; float32.",
-        "## Median of the steps\n\n" + medians(workloads),
+        f"Model: {geometry}; float32.",
+        "## Median of the steps\n\n" + render_medians(workloads),
     ]
-    rows = ratio_rows(workloads)
+    rows = list_ratios(workloads)
     if rows:
         header = [
             "workload",
@@ -126,8 +122,9 @@ def markdown(results: dict[str, Any]) -> str:
             *(f"{u} {k}" for u in ("CPU", "wall") for k in ("min", "median", "max")),
         ]
         text.append(
-            "## Ratios, round by round\n\nThe peer's cost over that of popi_jax: above 1 popi_jax took less. A step"
-            " without reward is held against the whole step of popi_jax.\n\n" + table(header, rows)
+            "## Ratios, round by round\n\nThe peer's cost over that of popi_jax: above 1 popi_jax "
+            "took less. A step without reward is held against the whole step of popi_jax.\n\n"
+            + render_table(header, rows)
         )
     notes = [
         f"- {name}, {worker}: {note}"

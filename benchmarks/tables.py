@@ -1,6 +1,7 @@
-"""Tables in Markdown, and the files that the measurements are written to."""
+"""Tables in Markdown of what was measured, and the files that it is written to."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from popi_jax.progress import format_number
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def render_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The first column is text, the others are numbers."""
     cells = [
         [value if isinstance(value, str) else format_number(value) for value in row] for row in rows
@@ -17,10 +18,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def compute_spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def write_json(path: str | Path, content: Any) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
