@@ -23,9 +23,7 @@ class Array(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     bytes: int
-    space: (
-        int  # 0: the main memory of the device (HBM); others: memories of the chip, or the host's
-    )
+    space: int  # 0: the main memory of the device (HBM); others: of the chip, or of the host
 
     @property
     def elements(self) -> int:
@@ -75,9 +73,7 @@ class Module(NamedTuple):
     computations: dict[str, Computation]
     entry: str
     num_devices: int  # that the program runs on: those of one slice, where there are several
-    frames: dict[
-        str, tuple[str, ...]
-    ]  # number of a stack frame -> file:line of it and of its callers
+    frames: dict[str, tuple[str, ...]]  # number of a stack frame -> file:line of it, of its callers
 
     def find_lines(self, instruction: Instruction) -> tuple[str, ...]:
         """The lines of the traced program behind it as file:line, the innermost first; () where

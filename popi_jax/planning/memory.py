@@ -13,24 +13,9 @@ _RENAMES = {"bitcast", "reshape"}
 _NOTHING = {"parameter", "constant", "iota", "partition-id", "rng-get-and-update-state"}
 # a part of their result needs all of their operands; everything else goes element by element
 _WHOLE = {
-    "convolution",
-    "dot",
-    "reduce",
-    "reduce-window",
-    "sort",
-    "custom-call",
-    "fft",
-    "select-and-scatter",
-    "scatter",
-}
-_WHOLE |= {
-    "all-reduce",
-    "all-gather",
-    "all-to-all",
-    "reduce-scatter",
-    "collective-permute",
-    "topk",
-    "cholesky",
+    *("convolution", "dot", "reduce", "reduce-window", "sort", "custom-call", "fft", "topk"),
+    *("select-and-scatter", "scatter", "cholesky", "all-reduce", "all-gather", "all-to-all"),
+    *("reduce-scatter", "collective-permute"),
 }
 
 
@@ -126,29 +111,26 @@ def _count_needed_by_fusion(
     wanted = {inner.root.name: inner.root.elements * share}
     updating = {inner.root.name} if in_place else set()
     for y in reversed(inner.instructions.values()):
-        amount = (
-            min(wanted.get(y.name, 0.0), y.elements)
-            if y.opcode != "tuple"
-            else wanted.get(y.name, 0.0)
-        )
+        amount = wanted.get(y.name, 0.0)
+        if y.opcode != "tuple":
+            amount = min(amount, y.elements)
         if not amount or y.opcode in _NOTHING:
             continue
         operands = [inner.instructions[name] for name in y.operands]
         if y.opcode == "tuple":
-            parts = [operand.elements * amount / max(y.elements, 1) for operand in operands]
+            needs = [operand.elements * amount / max(y.elements, 1) for operand in operands]
             updating |= {operand.name for operand in operands} if y.name in updating else set()
         elif y.opcode == "fusion":
-            parts = _count_needed_by_fusion(module, y, amount, in_place=y.name in updating)
+            needs = _count_needed_by_fusion(module, y, amount, in_place=y.name in updating)
         else:
             last = y.name in updating
-            changes = (
-                last and y.opcode in _UPDATES and _find_fused_update(module, inner, y) is not None
-            )
-            parts = _count_needed_by_operation(y, operands, amount, in_place=changes)
+            changes = last and y.opcode in _UPDATES
+            changes = changes and _find_fused_update(module, inner, y) is not None
+            needs = _count_needed_by_operation(y, operands, amount, in_place=changes)
             if last and y.opcode in _RENAMES:
                 updating.add(operands[0].name)
-        for operand, part in zip(operands, parts, strict=True):
-            wanted[operand.name] = wanted.get(operand.name, 0.0) + part
+        for operand, need in zip(operands, needs, strict=True):
+            wanted[operand.name] = wanted.get(operand.name, 0.0) + need
     return [
         min(wanted.get(parameter.name, 0.0), parameter.elements) for parameter in inner.parameters
     ]

@@ -13,9 +13,7 @@ class Chip(NamedTuple):
 
     flops: float  # of products in bfloat16
     hbm_bytes: float  # capacity, as published
-    usable_bytes: (
-        float  # of one device, as the compiler for it reports: what a program must fit into
-    )
+    usable_bytes: float  # of one device, by its compiler: what a program must fit into
     hbm_bandwidth: float  # bytes
     links: int  # to neighbours: two along each axis of the torus
     link_bandwidth: float  # bytes that one link carries one way; it carries as many the other way

@@ -19,9 +19,8 @@ class Change(NamedTuple):
     fields: dict[str, Any]  # field of the configuration -> value
 
     def to_flags(self) -> str:
-        return " ".join(
-            f"--config.{name}={_show_value(value)}" for name, value in self.fields.items()
-        )
+        shown = {name: _show_value(value) for name, value in self.fields.items()}
+        return " ".join(f"--config.{name}={value}" for name, value in shown.items())
 
     def apply(self, config: Config) -> Config:
         for name, value in self.fields.items():
@@ -48,25 +47,17 @@ def list_changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> It
     data = max(mesh.data, 1)
     for tensor in (2, 4, 8, 16):
         if num_devices % (data * tensor) == 0:
-            shape: dict[str, Any] = {
-                "mesh.fsdp": num_devices // data // tensor,
-                "mesh.tensor": tensor,
-                "mesh.rules": rules,
-            }
-            shape |= {"model.remat": "full"}
+            shape: dict[str, Any] = {"mesh.fsdp": num_devices // data // tensor}
+            shape |= {"mesh.tensor": tensor, "mesh.rules": rules, "model.remat": "full"}
             for n in (b.microbatches, *splits):
                 yield Change({**shape, "batch.microbatches": n})
     for users in sorted((n for n in range(1, b.users) if b.users % n == 0), reverse=True):
         yield Change({"batch.users": users, "batch.microbatches": 1, "model.remat": "full"})
-    if (
-        config.model.checkpoint
-        and not config.generator.lora.rank
-        and not config.inference.lora.rank
-    ):
+    has_adapters = config.generator.lora.rank or config.inference.lora.rank
+    if config.model.checkpoint and not has_adapters:
         adapters = {"generator.lora.rank": 16, "inference.lora.rank": 16, "model.remat": "full"}
-        yield from (
-            Change({**adapters, "batch.microbatches": n}) for n in (b.microbatches, *splits)
-        )
+        for n in (b.microbatches, *splits):
+            yield Change({**adapters, "batch.microbatches": n})
 
 
 def find_fitting_changes(

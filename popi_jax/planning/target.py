@@ -85,9 +85,6 @@ def open_target(config: Config) -> Target:
         raise UserError(
             f'config.mesh.topology = "{topology}": {" ".join(str(e).split())[:300]}'
         ) from None
-    name = (
-        f"{topology}, {chips} chips"
-        if slices == 1
-        else f"{slices} slices of {topology}, {slices * chips} chips"
-    )
-    return Target(list(found.devices), topology.partition(":")[0], name)
+    name = topology if slices == 1 else f"{slices} slices of {topology}"
+    kind = topology.partition(":")[0]
+    return Target(list(found.devices), kind, f"{name}, {slices * chips} chips")
