@@ -20,7 +20,7 @@ from popi_jax.data.encode import fit_signals
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.evals.metrics import score_pairs
-from popi_jax.losses.preference import PairLengths, PairLogps, margins_of
+from popi_jax.losses.preference import PairLengths, PairLogps, pair_margins
 from popi_jax.models.sampling import Sampling
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.objectives import preference_objective
@@ -136,7 +136,7 @@ def evaluate(
         reference = (
             logps(before.generator, text) if objective.needs_reference and sees_text else unseen
         )
-        margins = margins_of(logps(params, text), lengths, reference, objective=objective)
+        margins = pair_margins(logps(params, text), lengths, reference, objective=objective)
         seen = counted.any(axis=1)
         return Row(
             condition,

@@ -156,17 +156,18 @@ class PolicyObjective:
         _one_of("normalise", self.normalise, NORMALISATIONS)
         if self.kl == "k1":
             raise ValueError(
-                "kl is 'k1': as a loss its on-policy gradient is 0 in expectation, so it would regularise nothing; "
-                "put it in the reward (summed_kl) or take k2 or k3"
+                "kl is 'k1': as a loss its on-policy gradient is 0 in expectation, so it would "
+                "regularise nothing; put it in the reward (summed_kl) or take k2 or k3"
             )
         _one_of("kl", self.kl, ("k2", "k3"))
         if self.kl_corrected and self.kl != "k3":
             raise ValueError(
-                f"kl_corrected goes with kl 'k3', not {self.kl!r}, whose gradient it would make wrong"
+                f"kl_corrected goes with 'k3', not {self.kl!r}, whose gradient it would make wrong"
             )
         if self.clip_max is not None and self.clip_max <= 1.0:
             raise ValueError(
-                f"clip_max is {self.clip_max}; allowed: more than 1, and sensibly more than 1 + clip_high"
+                f"clip_max is {self.clip_max}; allowed: more than 1, sensibly more than 1 + "
+                "clip_high"
             )
         if (self.normalise == "max_len") != (self.max_len is not None):
             raise ValueError(

@@ -11,7 +11,7 @@ Every objective gives one loss per pair; the caller forms the mean over real pai
 parts of a batch add up to the whole."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,7 @@ class BatchTerms(NamedTuple):
     flows through it."""
 
     chosen_len: Float[Array, ""]  # tokens: mean length of the chosen replies
-    kto_baseline: (
-        PairLogps  # nats: what the log-ratio of a chosen and of a rejected reply is compared with
-    )
+    kto_baseline: PairLogps  # nats: what the log-ratio of a reply of each side is compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +38,11 @@ class PreferenceObjective:
     docs/objectives.md has no effect."""
 
     name: str = "dpo"  # one of WITH_REFERENCE and REFERENCE_FREE
-    beta: float = 0.1  # per nat (per nat per token where lengths divide); of ORPO the weight of the odds ratio
-    label_smoothing: float = (
-        0.0  # probability that the labels of a pair are swapped: dpo, robust, cpo, simpo; < 0.5
-    )
-    length_normalised: bool = (
-        False  # dpo, robust, hinge, kto, slic, cpo; always so for ipo, simpo, orpo, rrhf
-    )
+    beta: float = 0.1  # per nat, or per nat per token; of ORPO the weight of the odds ratio
+    label_smoothing: float = 0.0  # probability of swapped labels, < 0.5: dpo, robust, cpo, simpo
+    length_normalised: bool = False  # of dpo, robust, hinge, kto, slic, cpo; the others always are
     gamma: float = 0.0  # nats: the margin that SimPO asks for
-    sft_coef: float = 0.0  # weight of the chosen reply's likelihood, per token; 1 in ORPO, CPO and RRHF as published
+    sft_coef: float = 0.0  # of the chosen reply's likelihood per token; 1 in ORPO, CPO and RRHF
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
 
@@ -326,41 +320,32 @@ def preference_losses(
 
     `reference` is not looked at by the objectives of REFERENCE_FREE.
     """
-    o = objective
+    o, beta, smoothing = objective, objective.beta, objective.label_smoothing
     per = lengths if o.length_normalised else None
+    given: Any = _given(reference, o) if o.needs_reference else None
     match o.name:
         case "dpo":
-            losses = dpo_losses(
-                policy, _given(reference, o), per, beta=o.beta, label_smoothing=o.label_smoothing
-            )
+            losses = dpo_losses(policy, given, per, beta=beta, label_smoothing=smoothing)
         case "robust":
-            losses = robust_dpo_losses(
-                policy, _given(reference, o), per, beta=o.beta, label_smoothing=o.label_smoothing
-            )
+            losses = robust_dpo_losses(policy, given, per, beta=beta, label_smoothing=smoothing)
         case "ipo":
-            losses = ipo_losses(policy, _given(reference, o), lengths, beta=o.beta)
-        case "hinge":
-            losses = hinge_losses(policy, _given(reference, o), per, beta=o.beta)
+            losses = ipo_losses(policy, given, lengths, beta=beta)
+        case "hinge" | "slic":
+            losses = hinge_losses(policy, given, per, beta=beta)
         case "kto":
-            losses = kto_losses(
-                policy,
-                _given(reference, o),
-                terms.kto_baseline,
-                per,
-                beta=o.beta,
-                desirable_weight=o.desirable_weight,
-                undesirable_weight=o.undesirable_weight,
-            )
-        case "slic":
-            losses = hinge_losses(policy, None, per, beta=o.beta)
+            weights = {
+                "desirable_weight": o.desirable_weight,
+                "undesirable_weight": o.undesirable_weight,
+            }
+            losses = kto_losses(policy, given, terms.kto_baseline, per, beta=beta, **weights)
         case "cpo":
-            losses = cpo_losses(policy, per, beta=o.beta, label_smoothing=o.label_smoothing)
+            losses = cpo_losses(policy, per, beta=beta, label_smoothing=smoothing)
         case "simpo":
             losses = simpo_losses(
-                policy, lengths, beta=o.beta, gamma=o.gamma, label_smoothing=o.label_smoothing
+                policy, lengths, beta=beta, gamma=o.gamma, label_smoothing=smoothing
             )
         case "orpo":
-            losses = orpo_losses(policy, lengths, beta=o.beta)
+            losses = orpo_losses(policy, lengths, beta=beta)
         case _:
             losses = rrhf_losses(policy, lengths)
     return losses + o.sft_coef * sft_losses(policy, terms.chosen_len) if o.sft_coef else losses

@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models.layout import UNSPLIT, Rules
-from popi_jax.models.packing import Levels
 
+Levels = tuple[tuple[int, int], ...]  # (nodes, slots of each) of each level, as packing.Level
 KERNEL_SLOTS = 512  # of a row, from which on a fused kernel pays
 QUERY_CHUNK = 128  # queries of a row, at most, whose scores exist at a time ...
 MOST_CHUNKS = 16  # ... unless that made more chunks of a level than this
@@ -141,10 +141,10 @@ def attend(
     chunks do.
     """
     new = new._replace(q=new.q * (how.score_dim or new.q.shape[-1]) ** -0.5)
-    slots = sum(level.nodes * level.length for level in levels)
+    slots = sum(nodes * length for nodes, length in levels)
     whole_rows = not past and window is None and slots >= KERNEL_SLOTS
     if how.kernel is not None and whole_rows and how.kernel.takes(new.q, how.softcap):
-        tree = tuple(level for level in levels if level.nodes * level.length)
+        tree = tuple(level for level in levels if math.prod(level))
         run = partial(how.kernel.run, levels=tree, softcap=how.softcap, rules=how.rules)
         return run(new.q, new.k, new.v, new.valid)
     return _attend_in_chunks(new, past, levels, window, how.softcap)

@@ -22,9 +22,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
-from popi_jax.models.attention import Kernel
+from popi_jax.models.attention import Kernel, Levels
 from popi_jax.models.layout import Axes, Rules, count_shards, on_one_device
-from popi_jax.models.packing import Levels
 
 IMPLEMENTATIONS = ("auto", "chunked", "splash", "cudnn")
 BEST = {"tpu": "splash", "gpu": "cudnn"}  # platform -> what "auto" is there; elsewhere "chunked"

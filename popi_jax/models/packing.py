@@ -27,9 +27,6 @@ class Level(NamedTuple):
     length: int
 
 
-Levels = tuple[Level, ...]
-
-
 class Tree(NamedTuple):
     """Answers to turns that continue one context."""
 
@@ -44,7 +41,7 @@ class Rows(NamedTuple):
     ids: Int[Array, "batch slots"]
     positions: Int[Array, "batch slots"]
     valid: Bool[Array, "batch slots"]
-    levels: Levels
+    levels: tuple[Level, ...]
 
 
 class Budget(NamedTuple):

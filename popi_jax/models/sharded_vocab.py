@@ -80,20 +80,20 @@ _take_rows.defvjp(lambda table, ids: (table[ids], (table, ids)), _sum_rows)
 
 
 def score_by_device(
-    score: Callable[[Array, Array, Array, Axes], Any],
+    score: Callable[..., Any],
     head: Float[Array, "embed vocab"],
     states: Float[Array, "rows n embed"],
     ids: Int[Array, "rows n"],
     rules: Rules,
 ) -> Any:
-    """score(head, states, ids, vocab_axes) -> a tree of [rows n]; on a mesh each device does so
+    """score(states, head, ids, vocab_axes=) -> a tree of [rows n]; on a mesh each device does so
     with its tokens.
 
     The head is gathered along its width once, before the chunks that `score` goes through, and its
     gradient is summed over the devices once, behind them. `vocab_axes` are the mesh axes that split
     the vocabulary."""
     if on_one_device():
-        return score(head, states, ids, ())
+        return score(states, head, ids)
     rows, embed, shared = _find_layout(ids.shape[0], rules)
     count = ids.shape[1]
     pad = -count % count_shards(rules.seq)
@@ -109,7 +109,8 @@ def score_by_device(
             ids = jax.lax.all_gather(ids, shared, axis=0, tiled=True)
         # of different tokens on each device, so that its gradients are added up behind the chunks
         others = tuple(axis for axis in (*rows, *rules.seq) if axis not in (*embed, *shared))
-        found = score(jax.lax.pcast(head, others, to="varying"), states, ids, rules.vocab)
+        head = jax.lax.pcast(head, others, to="varying")
+        found = score(states, head, ids, vocab_axes=rules.vocab)
         if not shared:
             return found
         first = jax.lax.axis_index(shared) * own

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models import attention, packing
-from popi_jax.models.attention import Kernel, KeysValues, RopeScaling
+from popi_jax.models.attention import Kernel, KeysValues, Levels, RopeScaling
 from popi_jax.models.layout import UNSPLIT, Rules, constrain, move
-from popi_jax.models.packing import Level, Levels, Places
+from popi_jax.models.packing import Level, Places
 from popi_jax.models.sharded_vocab import look_up
 
 REMAT_POLICIES = {
@@ -264,7 +264,10 @@ class Transformer(nn.Module):
         c = self.cfg
         if places is not None:
             ids = packing.take(ids.reshape(places.valid.shape), places.slot_of)
-        x = look_up(Embedding(c, name="embed")(), ids, c.rules, c.dtype)
+        shape, names = (c.vocab_size, c.embed_dim), ("vocab", "vocab_embed")
+        normal = nn.initializers.normal(c.embed_dim**-0.5)
+        embedding = Table("embedding", shape, names, normal, name="embed")()
+        x = look_up(embedding, ids, c.rules, c.dtype)
         if c.embed_scale:
             x = x * jnp.asarray(c.embed_dim**0.5, c.dtype)
         block = Block
@@ -290,28 +293,22 @@ class Transformer(nn.Module):
         x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, sight)
         x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)
         if not c.tied_embeddings:  # declared here so that it belongs to the tree; get_head reads it
-            Head(c, name="lm_head")()
+            Table("kernel", shape[::-1], names[::-1], kernel_init(1), name="lm_head")()
         return x, new
 
 
-class Embedding(nn.Module):
-    cfg: TransformerConfig
+class Table(nn.Module):
+    """A parameter of its own: the embedding or the LM head."""
+
+    key: str
+    shape: tuple[int, int]
+    names: tuple[str, str]
+    init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
-        c = self.cfg
-        normal = nn.initializers.normal(c.embed_dim**-0.5)
-        init = nn.with_logical_partitioning(normal, ("vocab", "vocab_embed"))
-        return self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
-
-
-class Head(nn.Module):
-    cfg: TransformerConfig
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
-        init = nn.with_logical_partitioning(kernel_init(1), ("vocab_embed", "vocab"))
-        return self.param("kernel", init, (self.cfg.embed_dim, self.cfg.vocab_size), jnp.float32)
+    def __call__(self) -> Float[Array, "..."]:
+        init = nn.with_logical_partitioning(self.init, self.names)
+        return self.param(self.key, init, self.shape, jnp.float32)
 
 
 def join_adapters(base: dict, lora: dict, *, scale: float) -> dict:

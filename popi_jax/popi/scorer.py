@@ -71,30 +71,15 @@ def score_answers(
         slots = packing.take(slots.reshape(scored.valid.shape), scored.slot_of)
         states = packing.take(hidden, packing.take(places.place_of, slots))
         ids = packing.take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-    score = partial(
-        _score_states, temperature=temperature, entropies=entropies, cap=model.final_logit_softcap
-    )
+    score = token_logps_and_entropy if entropies else token_logps
+    score = partial(score, temperature=temperature, softcap=model.final_logit_softcap)
     found = score_by_device(score, get_head(params, model), states, ids, model.rules)
+    found = found if entropies else (found,)
 
     def to_answers(x: Array) -> Array:
         return (x if scored is None else packing.to_slots(x, scored)).reshape(mask.shape)
 
     return AnswerLogps(to_answers(found[0]), mask, *map(to_answers, found[1:]))
-
-
-def _score_states(
-    head: Array,
-    states: Array,
-    ids: Array,
-    vocab_axes: tuple[str, ...],
-    *,
-    temperature: float,
-    entropies: bool,
-    cap: float | None,
-) -> tuple[Array, ...]:
-    score = token_logps_and_entropy if entropies else token_logps
-    found = score(states, head, ids, temperature=temperature, softcap=cap, vocab_axes=vocab_axes)
-    return found if isinstance(found, tuple) else (found,)
 
 
 def _take_predictors(
@@ -175,6 +160,11 @@ def map_microbatches(function: Callable[[Any], PyTree], batch: PyTree, num: int)
     return join_microbatches(jax.lax.map(function, split_microbatches(batch, num)))
 
 
+Loss = Callable[..., tuple[Array, tuple[Metrics, PyTree]]]
+# a microbatch's tree, its budget, and the scores of its answers by (params, budget)
+Task = tuple[Tree, Budget | None, Callable[[Params, Budget | None], Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """Scores pairs behind summaries, and summaries behind signals, of whole batches of users.
@@ -194,114 +184,98 @@ class Scorer:
     def score_pairs(self, params: Params, contexts: Tokens, users: UserBatch) -> PairLogps:
         """Log-probs of each user's chosen and rejected replies behind each of the user's contexts
         [users group seq]: [users group pairs]."""
-
-        def score(part: Any) -> PairLogps:
-            run = lambda budget: self._score_pairs(params, tree, part, budget)  # noqa: E731
-            tree, budget = self._plan_pairs(part)
-            return packing.run_packed_if_it_fits(budget, tree, run)
-
-        return map_microbatches(score, (contexts, users), self.microbatches)
+        return self._score(self._plan_pairs, params, (contexts, users))
 
     def score_summaries(
         self, params: Params, users: UserBatch, rollouts: Rollouts
     ) -> Float[Array, "users group seq"]:
         """Log-probs of the tokens of sampled summaries, at the temperature of the sampling."""
-
-        def score(part: Any) -> Array:
-            run = lambda budget: self._score_summaries(params, tree, budget).logps  # noqa: E731
-            tree, budget = self._plan_summaries(part)
-            return packing.run_packed_if_it_fits(budget, tree, run)
-
-        return map_microbatches(score, (users, rollouts), self.microbatches)
+        return self._score(self._plan_summaries, params, (users, rollouts)).logps
 
     def differentiate_pairs(
-        self,
-        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
-        params: Params,
-        whole: Callable[[Params], Params],
-        batch: tuple[PyTree, ...],
+        self, loss_fn: Loss, params: Params, whole: Callable[[Params], Params], batch: Any
     ) -> tuple[Params, Metrics, PyTree]:
         """(gradient of the loss by `params`, metrics, rows). whole(params) is the model; `batch`
         begins with (contexts, users); the loss sees the `PairLogps`."""
-
-        def score(params: Params, tree: Tree, part: Any, budget: Budget | None) -> PairLogps:
-            return self._score_pairs(whole(params), tree, part, budget)
-
-        return self._sum_gradients(loss_fn, score, self._plan_pairs, params, batch)
+        return self._differentiate(self._plan_pairs, loss_fn, params, whole, batch)
 
     def differentiate_summaries(
         self,
-        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
+        loss_fn: Loss,
         params: Params,
         whole: Callable[[Params], Params],
-        batch: tuple[PyTree, ...],
+        batch: Any,
         *,
         entropies: bool,
     ) -> tuple[Params, Metrics, PyTree]:
         """The same of sampled summaries: `batch` begins with (users, rollouts); the loss sees the
         `AnswerLogps` [users group seq]."""
+        plan = partial(self._plan_summaries, entropies=entropies)
+        return self._differentiate(plan, loss_fn, params, whole, batch)
 
-        def score(params: Params, tree: Tree, _: Any, budget: Budget | None) -> AnswerLogps:
-            return self._score_summaries(whole(params), tree, budget, entropies)
-
-        return self._sum_gradients(loss_fn, score, self._plan_summaries, params, batch)
-
-    def _plan_pairs(self, part: Any) -> tuple[Tree, Budget | None]:
+    def _plan_pairs(self, part: Any) -> Task:
         contexts, users = part[:2]
-        budgets, group = self.budgets, contexts.lengths.shape[1]
-        return make_pair_tree(contexts, users), budgets and budgets.for_pairs(group)
+        tree, shape = make_pair_tree(contexts, users), contexts.lengths.shape
 
-    def _score_pairs(
-        self, params: Params, tree: Tree, part: Any, budget: Budget | None
-    ) -> PairLogps:
-        sums = score_answers(params, tree, model=self.model, budget=budget).sums()
-        sums = sums.reshape(*part[0].lengths.shape, -1, 2)
-        return PairLogps(sums[..., 0], sums[..., 1])
+        def score(params: Params, budget: Budget | None) -> PairLogps:
+            sums = score_answers(params, tree, model=self.model, budget=budget).sums()
+            sums = sums.reshape(*shape, -1, 2)
+            return PairLogps(sums[..., 0], sums[..., 1])
 
-    def _plan_summaries(self, part: Any) -> tuple[Tree, Budget | None]:
+        return tree, self.budgets and self.budgets.for_pairs(shape[1]), score
+
+    def _plan_summaries(self, part: Any, entropies: bool = False) -> Task:
         users, rollouts = part[:2]
-        budgets, group = self.budgets, rollouts.finished.shape[1]
-        tree = make_summary_tree(users, rollouts, self.summary_turn)
-        return tree, budgets and budgets.for_summaries(group)
+        tree, group = (
+            make_summary_tree(users, rollouts, self.summary_turn),
+            rollouts.finished.shape[1],
+        )
 
-    def _score_summaries(
-        self, params: Params, tree: Tree, budget: Budget | None, entropies: bool = False
-    ) -> AnswerLogps:
-        score = partial(score_answers, model=self.model, budget=budget)
-        found = score(params, tree, temperature=self.temperature, entropies=entropies)
-        return AnswerLogps(*jax.tree.map(lambda x: x[:, 0], tuple(found)))
+        def score(params: Params, budget: Budget | None) -> AnswerLogps:
+            by = partial(score_answers, temperature=self.temperature, entropies=entropies)
+            found = by(params, tree, model=self.model, budget=budget)
+            return AnswerLogps(*jax.tree.map(lambda x: x[:, 0], tuple(found)))
 
-    def _sum_gradients(
+        return tree, self.budgets and self.budgets.for_summaries(group), score
+
+    def _score(self, plan: Callable[[Any], Task], params: Params, batch: Any) -> Any:
+        def run(part: Any) -> Any:
+            tree, budget, score = plan(part)
+            return packing.run_packed_if_it_fits(budget, tree, partial(score, params))
+
+        return map_microbatches(run, batch, self.microbatches)
+
+    def _differentiate(
         self,
-        loss_fn: Callable[..., tuple[Array, tuple[Metrics, PyTree]]],
-        score: Callable[[Params, Tree, Any, Budget | None], Any],
-        plan: Callable[[Any], tuple[Tree, Budget | None]],
+        plan: Callable[[Any], Task],
+        loss_fn: Loss,
         params: Params,
-        batch: tuple[PyTree, ...],
+        whole: Callable[[Params], Params],
+        batch: Any,
     ) -> tuple[Params, Metrics, PyTree]:
         """Sums over the microbatches; those that fit their budget are computed without padding."""
 
-        def differentiate(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
-            def run(budget: Budget | None) -> tuple[Params, tuple[Metrics, PyTree]]:
-                loss = lambda params: loss_fn(score(params, tree, part, budget), *part)  # noqa: E731
+        def run(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
+            tree, budget, score = plan(part)
+
+            def differentiate(budget: Budget | None) -> tuple[Params, tuple[Metrics, PyTree]]:
+                loss = lambda params: loss_fn(score(whole(params), budget), *part)  # noqa: E731
                 grads, (metrics, rows) = jax.grad(loss, has_aux=True)(params)
                 unpadded = Mean(jnp.float32(budget is not None), jnp.float32(1.0))
                 return grads, (metrics | {"unpadded": unpadded}, rows)
 
-            tree, budget = plan(part)
-            return packing.run_packed_if_it_fits(budget, tree, run)
+            return packing.run_packed_if_it_fits(budget, tree, differentiate)
 
         if self.microbatches == 1:
-            grads, (metrics, rows) = differentiate(params, batch)
+            grads, (metrics, rows) = run(params, batch)
             return grads, metrics, rows
 
         def add(total: Any, part: Any) -> tuple[Any, PyTree]:
-            grads, (metrics, rows) = differentiate(params, part)
+            grads, (metrics, rows) = run(params, part)
             return jax.tree.map(jnp.add, total, (grads, metrics)), rows
 
         parts = split_microbatches(batch, self.microbatches)
-        first = jax.tree.map(lambda x: x[0], parts)
-        grads, (metrics, _) = jax.eval_shape(differentiate, params, first)
+        grads, (metrics, _) = jax.eval_shape(run, params, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
         (grads, metrics), rows = jax.lax.scan(add, zeros, parts)
         return grads, metrics, join_microbatches(rows)

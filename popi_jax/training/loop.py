@@ -22,6 +22,7 @@ from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import join_adapters
+from popi_jax.popi.update import popi_update
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
 from popi_jax.run import Run
@@ -157,7 +158,7 @@ def train(run: Run) -> Trained:
                 layout = setup.shardings_of(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
-                main = jit_update(update.bind(), abstract)
+                main = jit_update(partial(popi_update, **update._asdict()), abstract)
                 program = lambda state, batch: main(state, frozen, batch)  # noqa: E731
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:

@@ -5,7 +5,6 @@ The one place that reads the configuration on behalf of popi/: what an update do
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,16 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from popi_jax.arrays import (
-    Frozen,
-    Metrics,
-    PairLogps,
-    Params,
-    RoleState,
-    Tokens,
-    TrainState,
-    UserBatch,
-)
+from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
 from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase, parse_phases
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
@@ -44,7 +34,6 @@ from popi_jax.popi.plan import (
 )
 from popi_jax.popi.rollout import PromptTokens, Sampler
 from popi_jax.popi.scorer import Scorer
-from popi_jax.popi.update import popi_update
 from popi_jax.sharding import check_heads, match_shardings, param_shardings, replicated
 from popi_jax.training import optim
 
@@ -55,9 +44,6 @@ class UpdateSetup(NamedTuple):
     plan: UpdatePlan
     scorer: Scorer
     sampler: Sampler
-
-    def bind(self) -> Callable[[TrainState, Frozen, UserBatch], tuple[TrainState, Metrics]]:
-        return partial(popi_update, plan=self.plan, scorer=self.scorer, sampler=self.sampler)
 
 
 class Roles(NamedTuple):

@@ -165,7 +165,7 @@ def test_a_better_pair_has_a_larger_margin_and_no_larger_loss(
     arrays = jax.tree.map(jnp.asarray, (b.policy, b.lengths, b.reference))
     better = arrays[0]._replace(chosen=arrays[0].chosen * 0.9)
     margins, improved = (
-        preference.margins_of(p, *arrays[1:], objective=objective) for p in (arrays[0], better)
+        preference.pair_margins(p, *arrays[1:], objective=objective) for p in (arrays[0], better)
     )
     assert (improved > margins).all()
     if objective.name != "ipo" and objective != OBJECTIVES["cdpo"]:  # their best margin is finite
@@ -173,7 +173,7 @@ def test_a_better_pair_has_a_larger_margin_and_no_larger_loss(
     same = PairLogps(arrays[0].chosen, arrays[0].chosen)
     twice = PairLengths(arrays[1].chosen, arrays[1].chosen)
     np.testing.assert_array_equal(
-        preference.margins_of(same, twice, same, objective=objective), 0.0
+        preference.pair_margins(same, twice, same, objective=objective), 0.0
     )
 
 
@@ -239,8 +239,8 @@ def test_a_missing_reference_is_refused() -> None:
     arrays = jax.tree.map(jnp.asarray, (b.policy, b.lengths))
     for name in preference.WITH_REFERENCE:
         with pytest.raises(ValueError, match="needs the log-probs of a reference"):
-            preference.margins_of(*arrays, None, objective=PreferenceObjective(name))
+            preference.pair_margins(*arrays, None, objective=PreferenceObjective(name))
     for name in preference.REFERENCE_FREE:
         assert np.isfinite(
-            preference.margins_of(*arrays, None, objective=PreferenceObjective(name))
+            preference.pair_margins(*arrays, None, objective=PreferenceObjective(name))
         ).all()

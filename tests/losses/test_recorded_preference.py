@@ -125,7 +125,7 @@ def test_of_sums(case: str) -> None:
     else:
         np.testing.assert_allclose(losses(policy), R[f"{case}_per_pair"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(jnp.mean(losses(policy)), R[case], rtol=1e-5)
-        margins = preference.margins_of(policy, lengths, reference, objective=objective)
+        margins = preference.pair_margins(policy, lengths, reference, objective=objective)
         np.testing.assert_allclose(
             margins,
             R[f"{case}_chosen_rewards"] - R[f"{case}_rejected_rewards"],

@@ -17,6 +17,7 @@ from popi_jax.arrays import TrainState
 from popi_jax.config import parse_phases
 from popi_jax.popi.plan import Kind, Reference
 from popi_jax.popi.scorer import repeat_ids
+from popi_jax.popi.update import popi_update
 from popi_jax.sharding import place_batch
 from popi_jax.training.setup import UpdateSetup, plan_kinds
 from tests.oracles import losses as oracle
@@ -30,7 +31,7 @@ KINDS = plan_kinds(small.phases())
 
 def make_program(made: UpdateSetup, state: TrainState):
     layouts = jax.tree.map(lambda x: x.sharding, state)
-    update = made.bind()
+    update = partial(popi_update, **made._asdict())
     return jax.jit(update, donate_argnums=0, out_shardings=(layouts, None))
 
 
@@ -130,7 +131,7 @@ def test_a_joint_update_is_both_turns_at_once(stored: bool, on_one_device: Mesh)
         if stored and phase == "joint 2":
             generator = dataclasses.replace(made.plan.generator, reference=Reference.STORED)
             made = made._replace(plan=dataclasses.replace(made.plan, generator=generator))
-        return jax.jit(made.bind())
+        return jax.jit(partial(popi_update, **made._asdict()))
 
     alone = [program(phase)(state, frozen, users)[0] for phase in ("inference 2", "generator 2")]
     if stored:

@@ -54,7 +54,7 @@ def joint_update(case: Case) -> Run:
         draw = jax.jit(partial(made.sampler.sample, group_size=3))
         drawn = draw(state.inference.params, batch, key)
         layouts = jax.tree.map(lambda x: x.sharding, state)
-        update = made.bind()
+        update = partial(popi_update, **made._asdict())
         options = {"donate_argnums": 0, "out_shardings": (layouts, None), "keep_unused": True}
         program = jax.jit(update, **options).lower(state, frozen, batch).compile()
         state, metrics = program(state, frozen, batch)
