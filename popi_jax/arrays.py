@@ -34,8 +34,7 @@ Params = dict  # a nested dict of arrays
 
 
 class Tokens(NamedTuple):
-    """Right-padded token ids; positions at or after `lengths` are padding, whatever id they
-    hold."""
+    """Right-padded token ids; from `lengths` on they are padding, whatever id they hold."""
 
     ids: Int[Array, "*rows seq"]
     lengths: Int[Array, "*rows"]
@@ -60,8 +59,7 @@ class UserBatch(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """Likelihood targets: answers to turns that continue one context. Used by the warm-up of both
-    roles."""
+    """Likelihood targets of the warm-up: answers to turns that continue one context."""
 
     context: Tokens  # [batch seq]
     turns: Tokens  # [batch turns seq]
@@ -70,8 +68,7 @@ class Demonstrations(NamedTuple):
 
 
 class WarmupBatch(NamedTuple):
-    """Demonstrations for the generator (replies) and the inference model (summaries of signals,
-    readings of pairs)."""
+    """Replies for the generator; summaries and readings for the inference model."""
 
     generator: Demonstrations
     summary: Demonstrations
@@ -105,8 +102,7 @@ class PairLengths(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A metric as a sum and the weight it is to be divided by; weight 0 means "does not apply to
-    this step"."""
+    """A metric as a sum and the weight that divides it; weight 0: it does not apply here."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]

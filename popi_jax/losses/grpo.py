@@ -162,7 +162,7 @@ class PolicyObjective:
         _one_of("kl", self.kl, ("k2", "k3"))
         if self.kl_corrected and self.kl != "k3":
             raise ValueError(
-                f"kl_corrected goes with 'k3', not {self.kl!r}, whose gradient it would make wrong"
+                f"kl_corrected goes with kl 'k3', not {self.kl!r}, whose gradient it would spoil"
             )
         if self.clip_max is not None and self.clip_max <= 1.0:
             raise ValueError(
@@ -183,8 +183,7 @@ class PolicyWeights(NamedTuple):
 
 
 class PolicySums(NamedTuple):
-    """Sums over tokens with their weights; those of the parts of a batch add up to those of the
-    whole."""
+    """Sums over tokens with their weights; those of the parts of a batch add up."""
 
     policy: Mean
     entropy: Mean
@@ -240,8 +239,7 @@ def clipped_surrogates(
     clip_high: float,
     clip_max: float | None = None,
 ) -> Float[Array, "users group seq"]:
-    """-min(min(r, clip_max) A, clip(r, 1 - clip_low, 1 + clip_high) A) of each token (PPO, arXiv
-    1707.06347)."""
+    """-min(min(r, clip_max) A, clip(r, 1 - clip_low, 1 + clip_high) A) (PPO, 1707.06347)."""
     a = advantages[..., None]
     bounded = ratios if clip_max is None else jnp.minimum(ratios, clip_max)
     return -jnp.minimum(bounded * a, jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high) * a)

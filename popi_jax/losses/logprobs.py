@@ -1,5 +1,4 @@
-"""Log-probs and entropies of tokens from hidden states, chunked so that [tokens, vocabulary] is
-never stored."""
+"""Log-probs and entropies of tokens, in chunks: [tokens vocabulary] is never stored."""
 
 from collections.abc import Callable
 from typing import Any

@@ -25,8 +25,7 @@ REFERENCE_FREE = ("slic", "cpo", "simpo", "orpo", "rrhf")
 
 
 class BatchTerms(NamedTuple):
-    """What losses of single pairs need to know of the whole batch (`batch_terms`); no gradient
-    flows through it."""
+    """What the loss of a pair needs to know of the whole batch; without gradient."""
 
     chosen_len: Float[Array, ""]  # tokens: mean length of the chosen replies
     kto_baseline: PairLogps  # nats: what the log-ratio of a reply of each side is compared with
@@ -34,8 +33,7 @@ class BatchTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective:
-    """Static settings of one objective; a field that an objective does not name in
-    docs/objectives.md has no effect."""
+    """Static settings; docs/objectives.md says which of them an objective reads."""
 
     name: str = "dpo"  # one of WITH_REFERENCE and REFERENCE_FREE
     beta: float = 0.1  # per nat, or per nat per token; of ORPO the weight of the odds ratio
@@ -205,8 +203,7 @@ def kto_losses(
 
 
 def log_odds_ratios(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*rows"]:
-    """log odds(y_w) - log odds(y_l), odds = p / (1 - p), p the geometric mean of the token
-    probabilities (nats)."""
+    """log odds(y_w) - log odds(y_l), odds = p / (1 - p), p the geometric mean over tokens."""
 
     def log_odds(logps: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
         logps = jnp.minimum(logps, -1e-6)  # the odds of a certain reply are infinite

@@ -1,5 +1,4 @@
-"""The reward of a summary: how well the generator, given it, tells the user's chosen replies from
-the rejected ones."""
+"""The reward of a summary: how well the generator behind it ranks the user's pairs."""
 
 import jax
 import jax.numpy as jnp

@@ -49,8 +49,7 @@ class RopeScaling:
 
 
 def frequencies(half: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per token of each of the `half` planes of a head: float32 [half], computed in
-    float64."""
+    """Radians per token of each plane of a head: float32 [half], computed in float64."""
     f = theta ** (-np.arange(half) / half)
     if scaling is None:
         return f.astype(np.float32)

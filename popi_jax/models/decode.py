@@ -60,8 +60,7 @@ class Loop(NamedTuple):
 def sample_keys(
     key: Key[Array, ""], index: Int[Array, " batch"], group_size: int
 ) -> Key[Array, "batch group"]:
-    """One key per sample, folded from the global index of its example: independent of how the
-    batch is laid out."""
+    """One key per sample, folded from the global index of its example alone."""
 
     def fold_example(i: Array) -> Array:
         fold = partial(jax.random.fold_in, jax.random.fold_in(key, i))
@@ -174,8 +173,7 @@ def decode_step(
 def cut_logits(
     logits: Float[Array, "*rows vocab"], sampling: Sampling
 ) -> Float[Array, "*rows vocab"]:
-    """Logits over the temperature, -inf where a token is not to be drawn. The likeliest token is
-    always kept."""
+    """Logits over the temperature, -inf where a token is not drawn; the likeliest stays."""
     z = logits if sampling.temperature == 0.0 else logits / sampling.temperature
     if sampling.banned:
         z = z.at[..., jnp.asarray(sampling.banned)].set(-jnp.inf)

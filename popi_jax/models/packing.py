@@ -153,8 +153,7 @@ def run_packed_if_it_fits(
 
 
 def assign_places(valid: Bool[Array, "batch slots"], num_places: int, shards: int) -> Places:
-    """Gives the tokens of each shard their places, in the order of rows and slots. They must fit:
-    what does not is lost."""
+    """Gives the tokens of each shard their places, in order; what does not fit is lost."""
     valid = valid.reshape(shards, -1)
     count = jnp.cumsum(valid, axis=1)
     place_of = jnp.clip(count - 1, 0, num_places - 1)

@@ -18,8 +18,7 @@ from popi_jax.models.layout import Axes, Rules, count_shards, on_one_device
 
 
 def _find_layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
-    """Mesh axes of (rows, width of the table or head, devices that share a vocabulary but no
-    rows)."""
+    """Mesh axes of (rows, width, devices that share a vocabulary but no rows)."""
     if rows % count_shards(rules.batch):  # every device computes all rows
         return (), (), ()
     return (
@@ -32,8 +31,7 @@ def _find_layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
 def look_up(
     table: Float[Array, "vocab embed"], ids: Int[Array, "rows n"], rules: Rules, dtype: str
 ) -> Float[Array, "rows n embed"]:
-    """table[ids] in the type `dtype`; gradients of a token that occurs often are added up in
-    float32."""
+    """table[ids] as `dtype`; gradients of equal tokens are added up in float32."""
     if on_one_device():
         return _take_rows(table, ids).astype(dtype)
     rows, embed, shared = _find_layout(ids.shape[0], rules)

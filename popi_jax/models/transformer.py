@@ -135,8 +135,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) times a scale of the last axis; with `plus_one` the parameter is what the scale
-    has above 1."""
+    """x / rms(x) times a scale; with `plus_one` the parameter is the scale less 1."""
 
     eps: float
     plus_one: bool

@@ -94,8 +94,7 @@ def summary_loss(
     share: float,
     plan: InferencePlan,
 ) -> tuple[Float[Array, ""], tuple[Metrics, tuple]]:
-    """The policy's loss on a microbatch, which is a `share` of the batch; `weights` are those of
-    the whole batch."""
+    """The loss of a microbatch, a `share` of the batch; `weights` are of the whole batch."""
     o, logps, entropies = plan.objective, scores.logps, scores.entropies
     # one step per rollout: the policy that sampled is the present one
     old = rollouts.logps if plan.steps_per_rollout > 1 else jax.lax.stop_gradient(logps)

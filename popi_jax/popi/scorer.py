@@ -85,8 +85,7 @@ def score_answers(
 def _take_predictors(
     hidden: Float[Array, "batch slots embed"], tree: Tree
 ) -> Float[Array, "batch turns answers seq embed"]:
-    """The states that predict each answer token: that of its turn's last token, then those of the
-    answer's tokens before it."""
+    """The states that predict each answer token: of the turn's last, then of those before."""
     batch, context_len = tree.context.ids.shape
     _, num_turns, turn_len = tree.turns.ids.shape
     num_answers, answer_len = tree.answers.ids.shape[2:]

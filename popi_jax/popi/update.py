@@ -135,8 +135,7 @@ def update_roles(
 def score_reference(
     frozen: Frozen, contexts: Tokens, users: UserBatch, plan: UpdatePlan, scorer: Scorer
 ) -> PairLogps | None:
-    """The reference's log-probs of all pairs: [users group pairs], or [users 1 pairs] where it does
-    not see the summary."""
+    """[users group pairs], or [users 1 pairs] where it does not see the summary."""
     match plan.generator.reference:
         case Reference.NONE:
             return None
