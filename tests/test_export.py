@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from absl import flags
 
-from popi_jax import cli, export
+from popi_jax import cli
 from popi_jax import run as runs
+from popi_jax.arrays import RoleState, TrainState
 from popi_jax.checkpoints import hf_config, hf_io, manager
 from popi_jax.config import Config, to_json
 from popi_jax.data import prompts, tokenizer
 from popi_jax.errors import UserError
 from popi_jax.models.layout import UNSPLIT
 from popi_jax.models.transformer import init_boxed, unbox
-from popi_jax.training.setup import RoleState, TrainState
+from tests import tiny_run
 
+export = tiny_run.command("export")
 TEXTS = [
     "short answers please",
     "how do magnets work",

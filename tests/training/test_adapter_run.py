@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax import export
 from popi_jax.checkpoints import hf_io
 from popi_jax.errors import UserError
 from popi_jax.models.lora import merge
 from popi_jax.run import open_run
 from popi_jax.training import loop, reference, restore
-from tests.tiny_run import config_of, on_devices, shared_run
+from tests.tiny_run import command, config_of, on_devices, shared_run
+
+export = command("export")
 
 STEPS = 3
 

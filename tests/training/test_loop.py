@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.arrays import Mean
+from popi_jax.arrays import Mean, TrainState
 from popi_jax.checkpoints import manager
 from popi_jax.distributed import StopRequest
 from popi_jax.metric_writer import MetricWriter
-from popi_jax.run import Built
+from popi_jax.run import Run
 from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
-from popi_jax.training.setup import TrainState
-from tests import tiny_run
 from tests.oracles.plain import MODEL
 from tests.training import small
 
@@ -88,23 +86,13 @@ class Scripted:
 
     def run(self, last_step: int) -> None:
         mesh = small.make_mesh(1, 1, 1)
-        built = Built(self.cfg, "", mesh, None, None, MODEL, small.GLUE, None)
         batches: Iterator[Any] = iter([small.user_batch(0)] * last_step)
         stop = StopRequest()
+        save = lambda step, state: self.saved.append(step)  # noqa: E731
         try:
             with MetricWriter(self.folder) as writer:
-                loop._run(
-                    self.program,
-                    STATE,
-                    0,
-                    last_step,
-                    built=built,
-                    batches=batches,
-                    writer=writer,
-                    stop=stop,
-                    save=lambda step, state: self.saved.append(step),
-                    label="test",
-                )
+                host = loop.Host(self.cfg, mesh, MODEL.rules, batches, writer, stop, save)
+                loop.run_stage(host, self.program, STATE, 0, last_step, "test")
         finally:
             stop.close()
 
@@ -153,13 +141,11 @@ def test_exit_status_of_a_run_that_was_stopped(
 ) -> None:
     from popi_jax import train
 
-    def stop(built: Built) -> None:
+    def stop(run: Run) -> None:
         raise Stopped(int(number), 3)
 
-    mesh = small.make_mesh(1, 1, 1)
-    monkeypatch.setattr(
-        "popi_jax.run.build", lambda *_: Built(None, "", mesh, None, None, None, None, None)
-    )
+    run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None)
+    monkeypatch.setattr("popi_jax.run.open_run", lambda _: run)
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exited:
         train.main(small.make_config())
@@ -244,7 +230,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ) in manager.ROLES:  # of the users of this run, most batches fit the places that its rows have
         assert any(row.get(f"{role}/unpadded") == 1.0 for row in rows)
     assert (
-        workdir / "reference" / "pairs"
+        workdir / "reference" / "stored"
     ).exists()  # so that what is stored is read again by runs that continue
     return workdir
 
@@ -282,22 +268,3 @@ def test_a_run_stopped_twice_and_killed_in_its_warm_up_continues(
     status, errors = end(start(tmp_path), tmp_path)  # nothing is left to train: it evaluates
     assert status == 0 and (tmp_path / "results.json").exists(), errors
     assert_same_run(tmp_path, uninterrupted)
-
-
-@pytest.mark.parametrize(
-    ("section", "values", "reads"),
-    [
-        ("generator", {}, False),  # the stored log-probs are all that is needed of the reference
-        ("generator", {"objective": "simpo"}, False),
-        ("generator", {"reference": "summary"}, True),
-        ("inference", {"reward_generator": "frozen"}, True),
-        ("schedule", {"phases": ("joint 1",)}, True),  # too few draws for log-probs of all pairs
-    ],
-)
-def test_training_holds_the_reference_generator_only_where_it_reads_it(
-    section: str, values: dict[str, Any], reads: bool
-) -> None:
-    built = tiny_run.shared_run(1).built
-    cfg = small.replace(built.config, "schedule", phases=("joint 500",))
-    built = built._replace(config=small.replace(cfg, section, **values))
-    assert loop.reads_generator(built.config, len(built.dataset.splits["train"])) is reads
