@@ -41,6 +41,16 @@ class TinyRun(NamedTuple):
 
 
 def config_of(workdir: Path, *overrides: str) -> Config:
+    return cli.load_config("smoke:scale=laptop", [*list_overrides(workdir), *overrides])
+
+
+def load_tiny(spec: str, workdir: Path, **changed: object) -> Config:
+    """A configuration on the same few made people."""
+    own = [f"--config.{name}={value}" for name, value in changed.items()]
+    return cli.load_config(spec, [*list_overrides(workdir), *own])
+
+
+def list_overrides(workdir: Path) -> list[str]:
     own = {
         "workdir": workdir,
         "data.path": CACHE / "nothing",
@@ -54,9 +64,7 @@ def config_of(workdir: Path, *overrides: str) -> Config:
         "mesh.num_devices": 0,
         "evaluation.max_users": 0,
     }
-    return cli.load_config(
-        "smoke:scale=laptop", [*(f"--config.{k}={v}" for k, v in own.items()), *overrides]
-    )
+    return [f"--config.{name}={value}" for name, value in own.items()]
 
 
 @contextlib.contextmanager
