@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from popi_jax import distributed
 from popi_jax.arrays import PairLengths, PairLogps, Params, UserBatch
@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 class Cell(NamedTuple):
     text: Text
-    generator: str
+    generator: str  # the name of its models
 
 
 NOTHING = Text(Condition("nothing", conditions.tell_nothing), "none")
@@ -113,10 +113,8 @@ def evaluate(
         reference = references[cell]
         known = logps[reference] if reference else None
         margins = pair_margins(logps[cell], lengths, known, objective=objective)
-        text, mask = cell.text, counted[cell.text.condition]
-        score = metrics.score_pairs(np.asarray(margins), mask)
-        seen = [len(ids) for ids, row in zip(written[text], mask, strict=True) if row.any()]
-        result = Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
+        mask = counted[cell.text.condition]
+        result = _make_result(cell.text, written[cell.text], np.asarray(margins), mask)
         if cell.generator == BEFORE_RL:
             before[result.condition] = result
         else:
@@ -162,6 +160,17 @@ def _write_text(
     texts = text.condition.make_texts(People(users, reader, run.config, given))
     limit = max(_list_lengths(run))
     return [list(ids[:limit]) for ids in texts]
+
+
+def _make_result(
+    text: Text,
+    written: Sequence[Ids],
+    margins: Float[np.ndarray, "users pairs"],
+    mask: Bool[np.ndarray, "users pairs"],
+) -> Result:
+    seen = [len(ids) for ids, row in zip(written, mask, strict=True) if row.any()]
+    score = metrics.score_pairs(margins, mask)
+    return Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
 
 
 def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
