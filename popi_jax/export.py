@@ -179,7 +179,7 @@ def read_results(workdir: str, step: int) -> list[dict[str, Any]]:
     Raises: UserError if the file is broken."""
     from etils import epath
 
-    from popi_jax.run import find_results
+    from popi_jax.evals.render import find_results
 
     path = find_results(workdir, "test", step) / "results.json"
     if not path.exists():

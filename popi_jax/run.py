@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from popi_jax import config_rules, distributed, files
 from popi_jax.checkpoints import hf_config, manager
 from popi_jax.config import Config, to_json
-from popi_jax.data import measure, prompts, tokenizer, warmup_batches
+from popi_jax.data import batches, encode, measure, prompts, tokenizer, warmup_batches
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
@@ -102,11 +102,6 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     inference = RoleParts(model, words, asking, summaries)
     generator = RoleParts(model, words, prefix, answers)
     return Run(config, config_json, mesh, dataset, measured, inference, generator)
-
-
-def find_results(workdir: str, split: str, step: int) -> epath.Path:
-    """The folder that keeps the results of a split at a step."""
-    return epath.Path(workdir) / "results" / f"{split}-{step}"
 
 
 def start_devices(config: Config) -> Mesh:
@@ -201,8 +196,15 @@ def load_measured(config: Config, dataset: Dataset, words: Tokenizer, *, begun: 
     path = epath.Path(config.workdir) / "tokenizer" / "measured.json"
     if begun and path.exists():
         return measure.from_json(path.read_text(), path)
-    items = warmup_batches.find_items(dataset, config)
-    measured = measure.measure(dataset.splits["train"], words, config, items)
+    users, make = dataset.splits["train"], warmup_batches.make_warmup_batches
+    lengths, cut = encode.fit_lengths(users, words, config)
+    fitted = dataclasses.replace(config, data=dataclasses.replace(config.data, **lengths))
+    # of one seed, so that runs that differ in theirs share their programs
+    main, warmup = batches.make_user_batches(users, words, fitted, seed=0), None
+    if config.warmup.steps:
+        items = warmup_batches.find_items(dataset, config)
+        warmup = make(users, words, fitted, seed=0, items=items)
+    measured = Measured(lengths, cut, measure.measure_fill(main, warmup))
     if distributed.is_main_process():
         files.write_whole(path, measure.to_json(measured))
     return measured

@@ -61,6 +61,6 @@ def test_what_was_measured_is_kept_whole_and_read_again(
     path = tiny.workdir / "tokenizer" / "measured.json"
     assert measure.from_json(path.read_text()) == tiny.run.measured
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".part"] == []
-    monkeypatch.setattr(measure, "measure", None)  # it is not called again
+    monkeypatch.setattr(measure, "measure_fill", None)  # it is not called again
     with on_devices(1):
         assert run.open_run(config_of(tiny.workdir)).measured == tiny.run.measured

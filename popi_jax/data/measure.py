@@ -1,24 +1,19 @@
 """What the training users are like in tokens: how long their texts are, what had to be shortened,
 and how much of the batches they fill. It decides about shapes and speed alone."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from popi_jax.arrays import Demonstrations, WarmupBatch
-from popi_jax.data import batches, prompts, warmup_batches
-from popi_jax.data.encode import Ids, Truncations, encode_user, round_up
-from popi_jax.data.records import User
-from popi_jax.data.tokenizer import Tokenizer
+from popi_jax.arrays import Demonstrations, UserBatch, WarmupBatch
+from popi_jax.data.encode import Truncations
 from popi_jax.errors import UserError
 
-_MEASURED_USERS = 4096
 _BATCHES = 8  # that are looked at
 # share of batches, about, that may exceed a budget: they cost more, a larger budget costs always
 _TOO_MANY = 0.02
@@ -61,60 +56,18 @@ class Measured(NamedTuple):
     fill: Fill
 
 
-def measure(
-    users: Sequence[User], tokenizer: Tokenizer, cfg: Any, items: tuple[str, ...]
-) -> Measured:
-    """Measures users; `items` as `make_warmup_batches` takes them.
-
-    All processes measure the same users, and runs that differ in their seed too, so that their
-    programs agree. Raises: UserError as `fit_lengths`."""
-    lengths, truncations = fit_lengths(users, tokenizer, cfg)
-    data = dataclasses.replace(cfg.data, **lengths)
-    fill = measure_fill(users, tokenizer, dataclasses.replace(cfg, data=data), items)
-    return Measured(lengths, truncations, fill)
-
-
-def fit_lengths(
-    users: Sequence[User], tokenizer: Tokenizer, cfg: Any
-) -> tuple[dict[str, Any], Truncations]:
-    """Returns the padded lengths of `cfg.data`, lowered to what the longest texts need, and what
-    had to be shortened.
-
-    At most `_MEASURED_USERS` users, evenly spaced, are measured; others that are longer are
-    shortened like any other. Raises: UserError when a limit does not hold the headers alone."""
-    stride = -(-len(users) // _MEASURED_USERS)
-    encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
-    contexts = [u.context for u in encoded]
-    turns = [prompts.render_summary_turn(tokenizer, cfg)]
-    answers: list[Ids] = []
-    for u in encoded:
-        turns += [*u.turns, *(turn for turn, _ in u.readings)]
-        answers += [*u.chosen, *u.rejected, *(answer for _, answer in u.readings)]
-    lengths = {
-        name: min(getattr(cfg.data, name), round_up(max(map(len, texts), default=1)))
-        for name, texts in (("context_len", contexts), ("turn_len", turns), ("answer_len", answers))
-    }
-    parts = zip(*(u.truncations for u in encoded), strict=True)
-    return lengths, Truncations(*(sum(part) for part in parts))
-
-
-def measure_fill(
-    users: Sequence[User], tokenizer: Tokenizer, cfg: Any, items: tuple[str, ...]
-) -> Fill:
-    """Looks at some batches such as a run of `cfg` makes."""
-    made = list(islice(iter(batches.make_user_batches(users, tokenizer, cfg, seed=0)), _BATCHES))
+def measure_fill(main: Iterable[UserBatch], warmup: Iterable[WarmupBatch] | None = None) -> Fill:
+    """Looks at the first batches of a run; `warmup`: those of its warm-up, where it has one."""
+    made = list(islice(iter(main), _BATCHES))
     replies = [(b.chosen.lengths + b.rejected.lengths).sum(axis=1) for b in made]
     prompt_tokens = [b.turns.lengths.sum(axis=1) for b in made]
-    warmup = dict[str, TaskFill]()
-    if cfg.warmup.steps:
-        endless = warmup_batches.make_warmup_batches(users, tokenizer, cfg, seed=0, items=items)
-        seen = list(islice(iter(endless), _BATCHES))
-        warmup = {t: _measure_task([getattr(b, t) for b in seen]) for t in WarmupBatch._fields}
+    seen = list(islice(iter(warmup or ()), _BATCHES))
+    tasks = WarmupBatch._fields if seen else ()
     return Fill(
         contexts=_spread(b.context.lengths for b in made),
         pairs=_spread(p + r for p, r in zip(prompt_tokens, replies, strict=True)),
         answers=_spread(replies),
-        warmup=warmup,
+        warmup={task: _measure_task([getattr(b, task) for b in seen]) for task in tasks},
     )
 
 

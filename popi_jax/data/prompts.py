@@ -6,12 +6,22 @@ z, that of the inference model after the signals u. Nothing is shortened here: e
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from popi_jax.data.records import Messages, User
-from popi_jax.data.tokenizer import Tokenizer
 
 _CUT = "\ufdd0"  # a Unicode noncharacter: reserved for such a use, and replaced where data hold it
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What prompts need of data/tokenizer.py: Tokenizer."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]: ...
 
 
 def render_signals(user: User, layout: str = "paired") -> str:

@@ -1,9 +1,11 @@
 """Scores a list of conditions on the same users and pairs: each cell is a text about the users and
-a generator. Touches no file."""
+a generator."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +13,24 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from popi_jax import distributed
-from popi_jax.arrays import PairLengths, PairLogps, Params, UserBatch
+from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params, UserBatch
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
-from popi_jax.evals import conditions, metrics
+from popi_jax.errors import UserError
+from popi_jax.evals import conditions, metrics, render
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED, Condition, People
-from popi_jax.evals.generators import Generator, Summarizer, encode_users
+from popi_jax.evals.generators import Generator, Summarizer, encode_users, list_summaries
 from popi_jax.losses.preference import PreferenceObjective, pair_margins
 from popi_jax.progress import Progress
 from popi_jax.run import Run
 from popi_jax.sharding import place_whole
-from popi_jax.training.loop import plan_run
+from popi_jax.training.setup import make_objective
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # how the summaries of a condition are decoded
+
+
+NUM_EXAMPLES = 3
+BOUNDS = ("no_signals", "signals", "latent")  # what a model may know, of which an optimum is known
 
 
 class Models(NamedTuple):
@@ -85,7 +92,7 @@ def evaluate(
     real = _join_pairs(encoded, len(users))
     counted = {c: real.pair_mask & _count_users(c, users)[:, None] for c in told}
     cells = _list_cells([c for c in told if counted[c].any()])
-    objective = plan_run(run).plan.generator.objective
+    objective = make_objective(run.config)
     references = {cell: _find_reference(run, cell, objective) for cell in cells}
     # all that is drawn and scored, each once
     scored = dict.fromkeys([*cells, *(cell for cell in references.values() if cell)])
@@ -181,3 +188,63 @@ def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
 
 def _list_lengths(run: Run) -> tuple[int, int]:
     return run.config.data.summary_len, run.config.data.context_len
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    step: int,
+    inference: Params,
+    generator: Params,
+    frozen: Frozen,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Scores the models of a run on a split, writes the result files into its workdir and prints
+    the table.
+
+    `frozen` holds both models at the start of the main stage. At most `evaluation.max_users` users
+    are scored, the first ones. Where the files lie says `render.write_results`. Raises: UserError when the
+    split holds no user."""
+    config, users = run.config, run.dataset.splits[split]
+    users = list(users[: config.evaluation.max_users or len(users)])
+    if not users:
+        raise UserError(
+            f"data.{split}_fraction: the {split} split holds no user; take another --split"
+        )
+    before = Models(frozen.inference, frozen.generator)
+    models = {TRAINED: Models(inference, generator), BEFORE_RL: before}
+    evaluation = evaluate(run, users, models)
+    summaries = list_summaries(run, users, evaluation.summaries)
+    results = {
+        "config": dataclasses.asdict(config),
+        "data": run.dataset.data,
+        "split": split,
+        "step": step,
+        "bayes": _find_optimum(run, users),
+        **_list_results(evaluation),
+        "examples": [
+            {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
+            for user, row in zip(users[:NUM_EXAMPLES], summaries, strict=False)
+        ],
+    }
+    if distributed.is_main_process():
+        render.write_results(config.workdir, results, summaries)
+        print(render.render(results), end="")
+    return results
+
+
+def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
+    """The best accuracy that any model could reach, by what it knows; None where unknown."""
+    compute = run.dataset.source.compute_optimum
+    return {**dict.fromkeys(BOUNDS), **(compute(users) if compute else {})}
+
+
+def _list_results(evaluation: Evaluation) -> dict[str, Any]:
+    before = {name: _list_fields(row) for name, row in evaluation.before_rl.items()}
+    for fields in before.values():
+        del fields["condition"]
+    return {"rows": [_list_fields(row) for row in evaluation.rows], "before_rl": before}
+
+
+def _list_fields(row: Result) -> dict[str, Any]:
+    return row._asdict() | {"stderr": None if math.isnan(row.stderr) else row.stderr}

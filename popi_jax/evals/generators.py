@@ -22,7 +22,7 @@ from jaxtyping import Array
 from popi_jax import distributed
 from popi_jax.arrays import PairLogps, Params, Tokens, UserBatch
 from popi_jax.config import Config
-from popi_jax.data import batches, measure, prompts
+from popi_jax.data import batches, encode, prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.models import decode
@@ -132,7 +132,7 @@ def summarize_users(
     """
     words = run.inference.tokenizer
     users = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
-    lengths, cut = measure.fit_lengths(users, words, config)
+    lengths, cut = encode.fit_lengths(users, words, config)
     if cut.contexts:
         logging.warning(
             "The signals of %d of %d users were too long and shortened (data.context_len = %d).",

@@ -1,25 +1,13 @@
-"""Evaluates a run and says what came out: results.json, results.md, summaries.jsonl and a table on
-the terminal."""
+"""What an evaluation leaves behind: results.json, results.md, summaries.jsonl and a table."""
 
-import dataclasses
 import json
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from popi_jax import distributed, files
-from popi_jax.arrays import Frozen, Params
+from popi_jax import files
 from popi_jax.checkpoints import manager
-from popi_jax.data.records import User
-from popi_jax.errors import UserError
-from popi_jax.evals import cells, generators
-from popi_jax.evals.cells import Evaluation, Models, Result
-from popi_jax.evals.conditions import BEFORE_RL, TRAINED
-from popi_jax.run import Run, find_results
 
-NUM_EXAMPLES = 3
 MADE_DATA = (
     "MADE SAMPLE DATA: these people were made by a program, in PRISM's format. The numbers show "
     "whether the training works; they say nothing about real people or about PRISM."
@@ -31,47 +19,9 @@ _BAYES = {
 }
 
 
-def evaluate_run(
-    run: Run,
-    *,
-    step: int,
-    inference: Params,
-    generator: Params,
-    frozen: Frozen,
-    split: str = "test",
-) -> dict[str, Any]:
-    """Scores the models of a run on a split, writes the result files into its workdir and prints
-    the table.
-
-    `frozen` holds both models at the start of the main stage. At most `evaluation.max_users` users
-    are scored, the first ones. Where the files lie says `write_results`. Raises: UserError when the
-    split holds no user."""
-    config, users = run.config, run.dataset.splits[split]
-    users = list(users[: config.evaluation.max_users or len(users)])
-    if not users:
-        raise UserError(
-            f"data.{split}_fraction: the {split} split holds no user; take another --split"
-        )
-    before = Models(frozen.inference, frozen.generator)
-    models = {TRAINED: Models(inference, generator), BEFORE_RL: before}
-    evaluation = cells.evaluate(run, users, models)
-    summaries = generators.list_summaries(run, users, evaluation.summaries)
-    results = {
-        "config": dataclasses.asdict(config),
-        "data": run.dataset.data,
-        "split": split,
-        "step": step,
-        "bayes": _find_optimum(run, users),
-        **_list_results(evaluation),
-        "examples": [
-            {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
-            for user, row in zip(users[:NUM_EXAMPLES], summaries, strict=False)
-        ],
-    }
-    if distributed.is_main_process():
-        write_results(config.workdir, results, summaries)
-        print(render(results), end="")
-    return results
+def find_results(workdir: str, split: str, step: int) -> epath.Path:
+    """The folder that keeps the results of a split at a step."""
+    return epath.Path(workdir) / "results" / f"{split}-{step}"
 
 
 def write_results(workdir: str, results: dict[str, Any], summaries: list[dict[str, Any]]) -> None:
@@ -145,20 +95,3 @@ def align_table(rows: list[list[str]]) -> str:
 def _show_accuracy(row: dict[str, Any]) -> str:
     error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
     return f"{row['accuracy']:.3f}{error}"
-
-
-def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
-    """The best accuracy that any model could reach, by what it knows; None where unknown."""
-    compute = run.dataset.source.compute_optimum
-    return {**dict.fromkeys(_BAYES), **(compute(users) if compute else {})}
-
-
-def _list_results(evaluation: Evaluation) -> dict[str, Any]:
-    before = {name: _list_fields(row) for name, row in evaluation.before_rl.items()}
-    for fields in before.values():
-        del fields["condition"]
-    return {"rows": [_list_fields(row) for row in evaluation.rows], "before_rl": before}
-
-
-def _list_fields(row: Result) -> dict[str, Any]:
-    return row._asdict() | {"stderr": None if math.isnan(row.stderr) else row.stderr}

@@ -113,43 +113,23 @@ def summed_kl(
 
 @dataclasses.dataclass(frozen=True)
 class PolicyObjective:
-    """Static settings of the policy loss. The defaults are those of this project, not of GRPO: see
-    docs/objectives.md.
+    """Static settings of the policy loss; docs/objectives.md has what each stands for. The defaults
+    are those of this project, not of GRPO.
 
-    ratio: "token", r_t = pi / old of each token; "sequence", their geometric mean over the sample
-    (GSPO, arXiv 2507.18071); "sequence_token", that value with the gradient of each token
-    (GSPO-token).
-
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high > clip_low
-    is clip-higher (DAPO, arXiv 2503.14476). clip_max: where the advantage is negative the ratio is
-    bounded too (TRL "delta", the dual clip of arXiv 1912.09729), to what should exceed 1 +
-    clip_high; None: unbounded.
-
-    normalise: what the sum over tokens is divided by. "samples": their number. "sequences": each
-    sample's tokens, then the number of samples (GRPO). "tokens": all tokens of the batch (DAPO;
-    BNPO where the batch is one part). "max_len": samples times `max_len` (Dr. GRPO). A sample
-    without a token counts among the samples.
-
-    kl: the estimator that is added to the loss, times kl_coef. k3 (GRPO) is unbiased as a value;
-    its gradient is that of KL(ref || policy), equal to the right one to first order at the
-    reference. k2 has the right gradient on samples of the present policy, and so has k3 with
-    kl_corrected, i.e. times the ratio (TRL "use_bias_correction_kl"), which also corrects for old
-    samples. k1 is refused: its gradient, that of log pi at the policy's own samples, is 0 in
+    k1 is refused as `kl`: its gradient, that of log pi at the policy's own samples, is 0 in
     expectation, whatever the reference; it belongs in the reward (`summed_kl`).
-
-    entropy_coef: weight of the mean entropy per token, which is subtracted.
     """
 
-    ratio: str = "token"
-    clip_low: float = 0.2
+    ratio: str = "token"  # r = pi / old of a token; sequence: their geometric mean (GSPO)
+    clip_low: float = 0.2  # r is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    clip_max: float | None = None
-    normalise: str = "samples"
-    max_len: int | None = None  # tokens
-    kl: str = "k3"
-    kl_coef: float = 0.0
-    kl_corrected: bool = False
-    entropy_coef: float = 0.0
+    clip_max: float | None = None  # bound of r where the advantage is negative; None: unbounded
+    normalise: str = "samples"  # what the sum over tokens is divided by
+    max_len: int | None = None  # tokens, with normalise = "max_len"
+    kl: str = "k3"  # estimator of the KL that is added
+    kl_coef: float = 0.0  # per nat
+    kl_corrected: bool = False  # k3 times r
+    entropy_coef: float = 0.0  # of the mean entropy per token, which is subtracted
 
     def __post_init__(self) -> None:
         _one_of("ratio", self.ratio, RATIOS)

@@ -1,10 +1,11 @@
 """A policy-gradient step of the inference model on sampled summaries."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from popi_jax.arrays import Mean, Metrics, Params, RoleState, Rollouts, UserBatch
 from popi_jax.losses import grpo
@@ -83,18 +84,11 @@ def inference_step(
 
 
 def summary_loss(
-    scores: AnswerLogps,
-    users: UserBatch,
-    rollouts: Rollouts,
-    reference: Float[Array, "users group seq"],
-    advantages: Float[Array, "users group"],
-    counted: Bool[Array, "users group seq"],
-    *,
-    weights: grpo.PolicyWeights,
-    share: float,
-    plan: InferencePlan,
+    scores: AnswerLogps, *part: Any, weights: grpo.PolicyWeights, share: float, plan: InferencePlan
 ) -> tuple[Float[Array, ""], tuple[Metrics, tuple]]:
-    """The loss of a microbatch, a `share` of the batch; `weights` are of the whole batch."""
+    """The loss of a microbatch, a `share` of the batch; `weights` are of the whole batch. The part:
+    users, rollouts, log-probs of the reference, advantages and the tokens that count."""
+    _, rollouts, reference, advantages, counted = part
     o, logps, entropies = plan.objective, scores.logps, scores.entropies
     # one step per rollout: the policy that sampled is the present one
     old = rollouts.logps if plan.steps_per_rollout > 1 else jax.lax.stop_gradient(logps)

@@ -81,20 +81,9 @@ def plan_update(
     kinds = plan_kinds(parse_phases(config.schedule.phases))
     roles = plan_main_roles(config, kinds)
     parts = config.batch.microbatches
-    g = config.generator
-    objective = PreferenceObjective(
-        name=g.objective,
-        beta=g.beta,
-        label_smoothing=g.label_smoothing,
-        length_normalised=g.length_normalised,
-        gamma=g.gamma,
-        sft_coef=g.sft_coef,
-        desirable_weight=g.desirable_weight,
-        undesirable_weight=g.undesirable_weight,
-    )
-    reference = Reference.NONE
+    objective, reference = make_objective(config), Reference.NONE
     if objective.needs_reference:
-        reference = Reference(g.reference)
+        reference = Reference(config.generator.reference)
         # where it never changes and each pair is drawn at least about once, it is computed once
         if reference is Reference.PROMPT and config.batch.users * len(kinds) >= num_users:
             reference = Reference.STORED
@@ -110,6 +99,21 @@ def plan_update(
         plan,
         Scorer(model, turn, temperature, parts, budgets),
         Sampler(model, turn, sampling, parts, budgets),
+    )
+
+
+def make_objective(config: Config) -> PreferenceObjective:
+    """The preference objective that the configuration asks for: docs/objectives.md."""
+    g = config.generator
+    return PreferenceObjective(
+        name=g.objective,
+        beta=g.beta,
+        label_smoothing=g.label_smoothing,
+        length_normalised=g.length_normalised,
+        gamma=g.gamma,
+        sft_coef=g.sft_coef,
+        desirable_weight=g.desirable_weight,
+        undesirable_weight=g.undesirable_weight,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from popi_jax.data import measure
+from popi_jax.data import encode, measure, warmup_batches
 from popi_jax.data.batches import make_user_batches
 from popi_jax.data.encode import Truncations, encode_user
 from popi_jax.data.measure import Spread
@@ -17,6 +17,12 @@ from popi_jax.errors import UserError
 from tests.data.people import ITEMS, USERS, make_config, make_tokenizer, take
 
 CFG, TOKENIZER = make_config(), make_tokenizer()
+
+
+def fill_of(cfg: Any) -> measure.Fill:
+    make = warmup_batches.make_warmup_batches
+    warmup = make(USERS, TOKENIZER, cfg, seed=0, items=ITEMS) if cfg.warmup.steps else None
+    return measure.measure_fill(make_user_batches(USERS, TOKENIZER, cfg, seed=0), warmup)
 
 
 def test_a_budget_holds_for_nearly_all_batches() -> None:
@@ -32,7 +38,7 @@ def test_a_budget_holds_for_nearly_all_batches() -> None:
 
 
 def test_measures_the_batches_of_the_run() -> None:
-    found = measure.measure_fill(USERS, TOKENIZER, CFG, ITEMS)
+    found = fill_of(CFG)
     batches = take(make_user_batches(USERS, TOKENIZER, CFG, seed=0), 8)
     contexts = np.concatenate([batch.context.lengths for batch in batches])
     pairs = np.concatenate(
@@ -47,7 +53,7 @@ def test_measures_the_batches_of_the_run() -> None:
 
 def test_without_a_warmup_there_is_nothing_of_it() -> None:
     cfg = dataclasses.replace(CFG, warmup=dataclasses.replace(CFG.warmup, steps=0))
-    assert measure.measure_fill(USERS, TOKENIZER, cfg, ()).warmup == {}
+    assert fill_of(cfg).warmup == {}
 
 
 def read_lengths(lengths: dict[str, int]) -> tuple[int, ...]:
@@ -57,7 +63,7 @@ def read_lengths(lengths: dict[str, int]) -> tuple[int, ...]:
 
 def test_lengths_are_the_longest_rounded_up() -> None:
     cfg = make_config(data__context_len=400, data__turn_len=100, data__answer_len=100)
-    lengths, cut = measure.fit_lengths(USERS, TOKENIZER, cfg)
+    lengths, cut = encode.fit_lengths(USERS, TOKENIZER, cfg)
     encoded = [encode_user(u, TOKENIZER, cfg) for u in USERS]
     turns = [turn for u in encoded for turn in (*u.turns, *(t for t, _ in u.readings))]
     readings = [answer for u in encoded for _, answer in u.readings]
@@ -72,7 +78,7 @@ def test_lengths_are_the_longest_rounded_up() -> None:
 
 def test_lengths_never_exceed_the_limits() -> None:
     cfg = make_config(data__context_len=15, data__turn_len=7, data__answer_len=3)
-    lengths, cut = measure.fit_lengths(USERS, TOKENIZER, cfg)
+    lengths, cut = encode.fit_lengths(USERS, TOKENIZER, cfg)
     assert read_lengths(lengths) == (15, 7, 3)
     assert cut.contexts == cut.users == 11
     assert cut.turns == cut.pairs and cut.answers == 2 * cut.pairs
@@ -83,7 +89,7 @@ def test_lengths_count_readings_and_the_request_for_a_summary() -> None:
         user = dataclasses.replace(USERS[0], readings=readings)
         limits = {"data__turn_len": 100, "data__answer_len": 100}
         cfg = make_config(**limits, model__summary_instruction=instruction)
-        return read_lengths(measure.fit_lengths([user], TOKENIZER, cfg)[0])
+        return read_lengths(encode.fit_lengths([user], TOKENIZER, cfg)[0])
 
     context, turn, answer = fit(())
     # 20 and 4 of headers; 30 and the end
@@ -96,23 +102,20 @@ def test_lengths_of_a_user_without_texts() -> None:
     nothing = {"shots": (), "comments": (), "pairs": (), "readings": ()}
     bare = dataclasses.replace(USERS[0], profile="", survey="", **nothing)
     cfg = make_config(model__summary_instruction="")
-    lengths, cut = measure.fit_lengths([bare], TOKENIZER, cfg)
+    lengths, cut = encode.fit_lengths([bare], TOKENIZER, cfg)
     # headers of 2 and 4 tokens; answers are never without room for one
     assert read_lengths(lengths) == (4, 4, 4)
     assert cut == Truncations(0, 0, 0, users=1, pairs=0)
 
 
 def test_some_users_are_measured_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_MEASURED_USERS", 3)
-    _, cut = measure.fit_lengths(USERS, TOKENIZER, make_config())
+    monkeypatch.setattr(encode, "_MEASURED_USERS", 3)
+    _, cut = encode.fit_lengths(USERS, TOKENIZER, make_config())
     assert (cut.users, cut.pairs) == (3, sum(len(USERS[n].pairs) for n in (0, 4, 8)))
 
 
 def test_what_is_stored_is_read_by_names() -> None:
-    made = measure.measure(USERS, TOKENIZER, CFG, ITEMS)
-    assert (made.lengths, made.truncations) == measure.fit_lengths(USERS, TOKENIZER, CFG)
-    fitted = dataclasses.replace(CFG, data=dataclasses.replace(CFG.data, **made.lengths))
-    assert made.fill == measure.measure_fill(USERS, TOKENIZER, fitted, ITEMS)
+    made = measure.Measured(*encode.fit_lengths(USERS, TOKENIZER, CFG), fill_of(CFG))
     text = measure.to_json(made)
     assert measure.from_json(text) == made
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from popi_jax.evals import render
+from popi_jax.evals import cells, render
 from popi_jax.evals.cells import Evaluation, Result
 
 ROW = {
@@ -109,7 +109,7 @@ def test_results_of_a_run_that_is_gone_are_replaced(tmp_path, left):
 
 def test_an_unknown_error_is_null_in_json():
     row = Result("summary", "greedy", 0.5, float("nan"), 8, 0.7, 3.0)
-    assert render._list_results(Evaluation([row], {"oracle": row}, [])) == {
+    assert cells._list_results(Evaluation([row], {"oracle": row}, [])) == {
         "rows": [row._asdict() | {"stderr": None}],
         "before_rl": {"oracle": {"decoding": "greedy", "accuracy": 0.5, "stderr": None, "n": 8}
         | {"nats": 0.7, "context_tokens": 3.0}},
