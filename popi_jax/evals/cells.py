@@ -203,8 +203,8 @@ def evaluate_run(
     the table.
 
     `frozen` holds both models at the start of the main stage. At most `evaluation.max_users` users
-    are scored, the first ones. Where the files lie says `render.write_results`. Raises: UserError when the
-    split holds no user."""
+    are scored, the first ones. `render.write_results` says where the files lie. Raises: UserError
+    when the split holds no user."""
     config, users = run.config, run.dataset.splits[split]
     users = list(users[: config.evaluation.max_users or len(users)])
     if not users:
