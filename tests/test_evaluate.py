@@ -116,6 +116,21 @@ def test_roles_of_different_steps_are_not_mixed(tiny, monkeypatch):
         restore.restore_run(tiny.run)
 
 
+def test_an_absent_step_is_told_by_each_reader(tiny):
+    """And one that is there is taken."""
+    config, told = config_of(tiny.workdir), rf"--step=9: not in .*that are there: {STEP}$"
+    opened = open_run(config, must_exist=True)
+    for read in (
+        restore.restore_run,
+        lambda run, step: restore.restore_role(run, "generator", step),
+    ):
+        assert read(opened, STEP)[0] == STEP
+        with pytest.raises(UserError, match=told):
+            read(opened, 9)
+    with flags_set("--step=9"), pytest.raises(UserError, match=told):
+        evaluate.main(config)
+
+
 def test_an_empty_split_is_told(tiny):
     empty = tiny.run._replace(dataset=tiny.run.dataset._replace(splits={"test": ()}))
     with pytest.raises(UserError, match="data.test_fraction: the test split holds no user"):

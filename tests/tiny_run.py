@@ -69,8 +69,8 @@ def list_overrides(workdir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def on_devices(count: int) -> Iterator[None]:
-    """Lets `open_run` see so many of the simulated devices, and at the end undoes what it sets for a
-    whole process."""
+    """Lets `open_run` see so many of the simulated devices, and at the end undoes what it sets for
+    a whole process."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
 

@@ -58,7 +58,7 @@ def read_params(
                 x = stored[index]
             except SafetensorError as e:
                 raise UserError(f"{path}: cannot read {name}: {e}") from e
-            if not _all_finite(x):
+            if not _is_finite(x):
                 raise UserError(
                     f"{path}: {name} of shape {stored.get_shape()} holds numbers that are not "
                     "finite"
@@ -159,7 +159,7 @@ def _check_names(folder: Path, tensors: Tensors, cfg: TransformerConfig) -> None
             )
 
 
-def _all_finite(x: np.ndarray) -> bool:
+def _is_finite(x: np.ndarray) -> bool:
     if x.dtype == ml_dtypes.bfloat16:  # several times faster than its isfinite
         return not bool(np.any((x.view(np.uint16) & 0x7F80) == 0x7F80))
     return bool(np.isfinite(x).all())

@@ -50,7 +50,7 @@ def open_manager(workdir: str, keep: int, config_json: str) -> ocp.CheckpointMan
             "you may write in"
         ) from e
     check_same_run(workdir, config_json)
-    logging.get_absl_logger().addFilter(_without_traceback)
+    logging.get_absl_logger().addFilter(_drop_traceback)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
     )
@@ -203,9 +203,9 @@ def check_same_run(workdir: str, config_json: str) -> None:
     now = config_rules.flatten(json.loads(config_json))
     free = {field.name for field in config_rules.list_settings(Config) if field.free}
     differing = [
-        f"{name} was {_shown(before, name)}, is {_shown(now, name)}"
+        f"{name} was {_show(before, name)}, is {_show(now, name)}"
         for name in sorted((before.keys() | now.keys()) - free)
-        if _shown(before, name) != _shown(now, name)
+        if _show(before, name) != _show(now, name)
     ]
     if differing:
         raise UserError(
@@ -247,7 +247,7 @@ def restore_frozen(workdir: str, abstract_frozen: Frozen) -> Frozen | None:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(folder, args=ocp.args.Composite(**items))
     except Exception as e:
-        reason = _one_line(e)
+        reason = _shorten(e)
         raise UserError(
             f'config.workdir: cannot read "{folder}": {reason}; start again in another WORKDIR'
         ) from e
@@ -288,7 +288,7 @@ def _read_first(
             failure = e
         if np.all(multihost_utils.process_allgather(np.array(failure is None))):
             return step, value
-        reason = _one_line(failure) if failure else "another process could not read it"
+        reason = _shorten(failure) if failure else "another process could not read it"
         where = folder / str(step)
         logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", where, reason)
     raise UserError(
@@ -322,7 +322,7 @@ def tell_full_disk(folder: os.PathLike) -> Iterator[None]:
         ) from e
 
 
-def _without_traceback(record: std_logging.LogRecord) -> bool:
+def _drop_traceback(record: std_logging.LogRecord) -> bool:
     """Orbax logs each error of its threads with a traceback and then raises it too: once is
     enough."""
     if record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname:
@@ -330,10 +330,10 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
     return True
 
 
-def _one_line(error: BaseException) -> str:
+def _shorten(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _shown(flat: dict[str, Any], name: str) -> str:
+def _show(flat: dict[str, Any], name: str) -> str:
     return json.dumps(flat[name]) if name in flat else "absent"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from popi_jax import distributed
 from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params, UserBatch
@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
 class Cell(NamedTuple):
     text: Text
-    generator: str
+    generator: str  # the name of its models
 
 
 NOTHING = Text(Condition("nothing", conditions.tell_nothing), "none")
@@ -120,10 +120,8 @@ def evaluate(
         reference = references[cell]
         known = logps[reference] if reference else None
         margins = pair_margins(logps[cell], lengths, known, objective=objective)
-        text, mask = cell.text, counted[cell.text.condition]
-        score = metrics.score_pairs(np.asarray(margins), mask)
-        seen = [len(ids) for ids, row in zip(written[text], mask, strict=True) if row.any()]
-        result = Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
+        mask = counted[cell.text.condition]
+        result = _make_result(cell.text, written[cell.text], np.asarray(margins), mask)
         if cell.generator == BEFORE_RL:
             before[result.condition] = result
         else:
@@ -171,6 +169,17 @@ def _write_text(
     return [list(ids[:limit]) for ids in texts]
 
 
+def _make_result(
+    text: Text,
+    written: Sequence[Ids],
+    margins: Float[np.ndarray, "users pairs"],
+    mask: Bool[np.ndarray, "users pairs"],
+) -> Result:
+    seen = [len(ids) for ids, row in zip(written, mask, strict=True) if row.any()]
+    score = metrics.score_pairs(margins, mask)
+    return Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
+
+
 def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
     """The padded length of texts: one of two, so that the conditions share two programs."""
     longest = max(map(len, texts))
@@ -194,8 +203,8 @@ def evaluate_run(
     the table.
 
     `frozen` holds both models at the start of the main stage. At most `evaluation.max_users` users
-    are scored, the first ones. Where the files lie says `render.write_results`. Raises: UserError when the
-    split holds no user."""
+    are scored, the first ones. `render.write_results` says where the files lie. Raises: UserError
+    when the split holds no user."""
     config, users = run.config, run.dataset.splits[split]
     users = list(users[: config.evaluation.max_users or len(users)])
     if not users:

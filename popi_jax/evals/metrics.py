@@ -8,9 +8,8 @@ from jaxtyping import Bool, Float
 
 
 class Score(NamedTuple):
-    accuracy: (
-        float  # share of the pairs whose margin is above 0; a margin of exactly 0 counts one half
-    )
+    # share of the pairs whose margin is above 0; a margin of exactly 0 counts one half
+    accuracy: float
     stderr: float  # of the accuracy, clustered by user; NaN with fewer than two users
     n: int  # pairs
     nats: float  # mean of -log sigmoid(margin); log 2 = 0.693 for a model that cannot tell
@@ -37,8 +36,7 @@ def score_pairs(
     accuracy = right.sum() / n
     num_users = int((counts > 0).sum())
     residuals = right - accuracy * counts
-    variance = (
-        num_users / (num_users - 1) * np.sum(residuals**2) / n**2 if num_users > 1 else np.nan
-    )
+    spread = num_users / (num_users - 1) if num_users > 1 else np.nan
+    variance = spread * np.sum(residuals**2) / n**2
     nats = np.where(mask, np.logaddexp(0.0, -values), 0.0).sum() / n
     return Score(float(accuracy), float(np.sqrt(variance)), n, float(nats))

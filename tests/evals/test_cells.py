@@ -227,7 +227,7 @@ def test_a_new_condition_is_one_value_and_compiles_nothing(tiny, users, evaluate
     check_bar(len(users), 4 + 11 + 1, tiny.run.config.evaluation.batch_users)
 
 
-def test_two_roles_with_different_models_and_tokenizers(tiny, users, monkeypatch):
+def test_two_roles_with_different_models_and_tokenizers(tiny, users, evaluated, monkeypatch):
     """A summary goes to the generator as text."""
     config, written = tiny.run.config, tiny.run.inference.tokenizer
     texts = prompts.list_training_texts(users[:5], config)
@@ -265,6 +265,7 @@ def test_two_roles_with_different_models_and_tokenizers(tiny, users, monkeypatch
         generator = generators.Generator(run.generator, params, run.mesh)
         del contexts[8 * 2 :]  # greedy and sampled; then those of the reference, which are empty
         (answer,) = generator.reply(rows[0]["summary"], "tea?", sampling=sampling, num=1, seed=0)
+    assert evaluation.summaries == evaluated.summaries[:8]  # signals are in words of the writer
     expected = [words.encode(row["summary"]) for row in rows]
     assert contexts[:8] == expected != evaluation.summaries
     assert [row["summary"] for row in rows] == [

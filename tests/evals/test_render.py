@@ -45,8 +45,8 @@ def test_what_a_reader_sees():
 | summary                     | greedy   | 0.750 ± 0.013 |  4336 |         0.500 |           13.7 |
 | oracle, generator before RL | none     |         0.930 |  4336 |         0.500 |            5.0 |
 
-Best accuracy that any model could reach: 0.613 seeing nothing of the user, 0.876 seeing all signals, 0.931 \
-knowing the true preferences.
+Best accuracy that any model could reach: 0.613 seeing nothing of the user, 0.876 seeing all \
+signals, 0.931 knowing the true preferences.
 
 Accuracy ± standard error, clustered by user.
 
