@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import tempfile
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,12 +91,7 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _tensorboard(self) -> Any:

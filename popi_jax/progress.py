@@ -2,7 +2,6 @@
 
 import sys
 import time
-import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,12 +65,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _print_line(self) -> None:

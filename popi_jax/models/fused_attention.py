@@ -10,7 +10,7 @@ skipped; padding, which only the run knows, is told by segments.
 
 import itertools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -41,7 +41,7 @@ def choose_kernel(name: str, platform: str) -> Kernel | None:
         raise ValueError(f'attention = "{name}": must be one of {allowed}')
     match BEST.get(platform) if name == "auto" else name:
         case "splash":
-            return Kernel(takes_all, splash if platform == "tpu" else splash_interpreted)
+            return Kernel(takes_all, splash if platform == "tpu" else INTERPRETED)
         case "cudnn" if platform == "gpu":
             return Kernel(cudnn_takes, cudnn)
     return None
@@ -91,17 +91,7 @@ def splash(
     return _by_device(of_device, k.shape, rules)(q, k, v, valid)
 
 
-def splash_interpreted(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    valid: Bool[Array, "B T"],
-    *,
-    levels: Levels,
-    softcap: float | None,
-    rules: Rules,
-) -> Float[Array, "B T N H"]:
-    return splash(q, k, v, valid, levels=levels, softcap=softcap, rules=rules, interpret=True)
+INTERPRETED = partial(splash, interpret=True)  # one value, so that equal models are equal
 
 
 def cudnn(

@@ -1,6 +1,7 @@
 """One update of both roles as one jitted program: which roles it trains is decided inside, by the
 step (POPI, arXiv 2510.17881 v1)."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from popi_jax.popi.scorer import Scorer, repeat_ids
 
 # the named scopes of an update, which planning/ reads from the compiled program
 SCOPES = ("sampling", "rewards", "reference", "generator_step", "inference_step")
+Updated = tuple[RoleState, RoleState, Metrics]  # inference, generator
 
 
 def popi_update(
@@ -47,15 +49,14 @@ def popi_update(
     not make them.
     """
     kinds = sorted(set(plan.kinds))  # what never occurs is not compiled
+    pairs = Pairs(plan, scorer)
     # jitted, so that finding the names of the metrics and compiling share one tracing
-    run_kind = partial(update_roles, plan=plan, scorer=scorer, sampler=sampler)
-    branches = [jax.jit(partial(run_kind, kind=kind)) for kind in kinds]
-    key = jax.random.fold_in(state.key, state.step)
-    operands = (state, frozen, users, key)
+    branches = [jax.jit(partial(update_roles, kind, pairs, sampler)) for kind in kinds]
+    operands = (state, frozen, users, jax.random.fold_in(state.key, state.step))
     made = [jax.eval_shape(branch, *operands)[2] for branch in branches]
     idle = {name: Mean(jnp.zeros(()), jnp.zeros(())) for names in made for name in sorted(names)}
 
-    def run(branch: int) -> tuple[RoleState, RoleState, Metrics]:
+    def run(branch: int) -> Updated:
         inference, generator, metrics = branches[branch](*operands)
         return inference, generator, idle | metrics
 
@@ -67,16 +68,14 @@ def popi_update(
 
 
 def update_roles(
+    kind: Kind,
+    pairs: "Pairs",
+    sampler: Sampler,
     state: TrainState,
     frozen: Frozen,
     users: UserBatch,
     key: Key[Array, ""],
-    *,
-    kind: Kind,
-    plan: UpdatePlan,
-    scorer: Scorer,
-    sampler: Sampler,
-) -> tuple[RoleState, RoleState, Metrics]:
+) -> Updated:
     """The inference model samples G summaries per user, is rewarded by the judge's margins on K of
     the user's pairs and takes policy-gradient steps; the generator takes a preference step on the
     same pairs behind the first summary of each group.
@@ -84,69 +83,36 @@ def update_roles(
     In a joint update both see the models as they were before it, and the current generator's
     margins behind that first summary come from its gradient pass.
     """
-    writer = plan.inference.role.join_policy(state.inference.params, frozen.inference)
+    plan, scorer = pairs.plan, pairs.scorer
+    inference, generator, known = state.inference, state.generator, None
+    writer = plan.inference.role.join_policy(inference.params, frozen.inference)
     group_size = plan.inference.group_size if kind.inference else 1
     rollouts = sampler.sample(writer, users, key, group_size)
     contexts = splice(plan.generator_prefix, rollouts.summaries, rollouts.finished)
-    reference = score_reference(frozen, contexts, users, plan, scorer)
+    reference = pairs.score_reference(frozen, contexts, users)
     metrics = {f"turn/{role}": metric(jnp.float32(on)) for role, on in kind._asdict().items()}
-    metrics["sampled_tokens"] = Mean(
-        jnp.sum(rollouts.summaries.lengths).astype(jnp.float32), jnp.float32(1.0)
-    )
-    generator, inference, known = state.generator, state.inference, None
+    sampled = jnp.sum(rollouts.summaries.lengths).astype(jnp.float32)
+    metrics["sampled_tokens"] = Mean(sampled, jnp.float32(1.0))
     if kind.generator:
+        first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
+        prefer = partial(generator_step, plan=plan.generator, scorer=scorer)
         with jax.named_scope("generator_step"):
-            first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
-            generator, made, known = generator_step(
-                state.generator,
-                frozen.generator,
-                given,
-                first,
-                users,
-                plan=plan.generator,
-                scorer=scorer,
-            )
+            generator, made, known = prefer(generator, frozen.generator, given, first, users)
         metrics |= made
     if kind.inference:
         judge = choose_judge(state, frozen, plan)
         if known is None or plan.inference.judge is not Judge.CURRENT:
-            margins = find_margins(judge, contexts, reference, users, plan, scorer)
+            margins = pairs.find_margins(judge, contexts, reference, users)
         else:
             rest = jax.tree.map(lambda x: x[:, 1:] if x.shape[1] > 1 else x, (contexts, reference))
-            margins = jnp.concatenate(
-                [known, find_margins(judge, *rest, users, plan, scorer)], axis=1
-            )
-        without = find_baseline_margins(judge, frozen, reference, users, plan, scorer)
+            margins = jnp.concatenate([known, pairs.find_margins(judge, *rest, users)], axis=1)
+        without = pairs.find_baseline(judge, frozen, reference, users)
+        learn = partial(inference_step, plan=plan.inference, scorer=scorer)
+        inputs = (frozen.inference, margins, without, rollouts, users)
         with jax.named_scope("inference_step"):
-            inference, made = inference_step(
-                state.inference,
-                frozen.inference,
-                margins,
-                without,
-                rollouts,
-                users,
-                plan=plan.inference,
-                scorer=scorer,
-            )
+            inference, made = learn(inference, *inputs)
         metrics |= made
     return inference, generator, metrics
-
-
-@jax.named_scope("reference")
-def score_reference(
-    frozen: Frozen, contexts: Tokens, users: UserBatch, plan: UpdatePlan, scorer: Scorer
-) -> PairLogps | None:
-    """[users group pairs], or [users 1 pairs] where it does not see the summary."""
-    match plan.generator.reference:
-        case Reference.NONE:
-            return None
-        case Reference.STORED:
-            return jax.tree.map(lambda x: x[users.pair_number][:, None], frozen.stored)
-        case Reference.PROMPT:
-            nothing = repeat_ids(plan.generator_prefix, (users.index.shape[0], 1))
-            return scorer.score_pairs(frozen.generator, nothing, users)
-        case Reference.SUMMARY:
-            return scorer.score_pairs(frozen.generator, contexts, users)
 
 
 def choose_judge(state: TrainState, frozen: Frozen, plan: UpdatePlan) -> Params:
@@ -158,33 +124,48 @@ def choose_judge(state: TrainState, frozen: Frozen, plan: UpdatePlan) -> Params:
     return plan.generator.role.join_policy(params, frozen.generator)
 
 
-@jax.named_scope("rewards")
-def find_margins(
-    judge: Params,
-    contexts: Tokens,
-    reference: PairLogps | None,
-    users: UserBatch,
-    plan: UpdatePlan,
-    scorer: Scorer,
-) -> Float[Array, "users group pairs"]:
-    """The judge's margins on the pairs of each user behind each of the contexts."""
-    logps = scorer.score_pairs(judge, contexts, users)
-    lengths = PairLengths(users.chosen.lengths[:, None], users.rejected.lengths[:, None])
-    return pair_margins(logps, lengths, reference, objective=plan.generator.objective)
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Scores the pairs of a batch as the plan says: by the reference, and by the judge."""
 
+    plan: UpdatePlan
+    scorer: Scorer
 
-def find_baseline_margins(
-    judge: Params,
-    frozen: Frozen,
-    reference: PairLogps | None,
-    users: UserBatch,
-    plan: UpdatePlan,
-    scorer: Scorer,
-) -> Float[Array, "users pairs"] | None:
-    """The same behind no summary, where the reward has a baseline."""
-    if not plan.inference.reward_baseline:
-        return None
-    nothing = repeat_ids(plan.generator_prefix, (users.index.shape[0], 1))
-    if plan.generator.reference is Reference.SUMMARY:
-        reference = score_reference(frozen, nothing, users, plan, scorer)
-    return find_margins(judge, nothing, reference, users, plan, scorer)[:, 0]
+    def repeat_nothing(self, users: UserBatch) -> Tokens:
+        """The generator's context without a summary: [users 1 seq]."""
+        return repeat_ids(self.plan.generator_prefix, (users.index.shape[0], 1))
+
+    @jax.named_scope("reference")
+    def score_reference(
+        self, frozen: Frozen, contexts: Tokens, users: UserBatch
+    ) -> PairLogps | None:
+        """[users group pairs], or [users 1 pairs] where it does not see the summary."""
+        match self.plan.generator.reference:
+            case Reference.NONE:
+                return None
+            case Reference.STORED:
+                return jax.tree.map(lambda x: x[users.pair_number][:, None], frozen.stored)
+            case Reference.PROMPT:
+                contexts = self.repeat_nothing(users)
+        return self.scorer.score_pairs(frozen.generator, contexts, users)
+
+    @jax.named_scope("rewards")
+    def find_margins(
+        self, judge: Params, contexts: Tokens, reference: PairLogps | None, users: UserBatch
+    ) -> Float[Array, "users group pairs"]:
+        """The judge's margins on the pairs of each user behind each of the contexts."""
+        logps = self.scorer.score_pairs(judge, contexts, users)
+        lengths = PairLengths(users.chosen.lengths[:, None], users.rejected.lengths[:, None])
+        objective = self.plan.generator.objective
+        return pair_margins(logps, lengths, reference, objective=objective)
+
+    def find_baseline(
+        self, judge: Params, frozen: Frozen, reference: PairLogps | None, users: UserBatch
+    ) -> Float[Array, "users pairs"] | None:
+        """The same behind no summary, where the reward has a baseline."""
+        if not self.plan.inference.reward_baseline:
+            return None
+        nothing = self.repeat_nothing(users)
+        if self.plan.generator.reference is Reference.SUMMARY:
+            reference = self.score_reference(frozen, nothing, users)
+        return self.find_margins(judge, nothing, reference, users)[:, 0]

@@ -180,8 +180,9 @@ def test_what_attend_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(name: str) -> Callable[..., jax.Array]:
         return lambda q, *_, **__: chosen.append(name) or q
 
-    for name in ("splash", "splash_interpreted", "cudnn"):
-        monkeypatch.setattr(fused_attention, name, called(name.removesuffix("_interpreted")))
+    for name in ("splash", "cudnn"):
+        monkeypatch.setattr(fused_attention, name, called(name))
+    monkeypatch.setattr(fused_attention, "INTERPRETED", called("splash"))
     chunks = called("chunked")
     monkeypatch.setattr(attention, "_attend_in_chunks", lambda new, *_: chunks(new.q))
 
