@@ -23,8 +23,7 @@ Words, in one meaning everywhere:
   shard      the part of the users that one device computes; microbatch: a part of an update
 
 Axes: `users`, `pairs`, `group` as above, `batch` any leading rows, `seq` tokens, padded on the
-right; `lengths` says how many tokens of a row count.
-"""
+right; `lengths` says how many tokens of a row count."""
 
 from typing import NamedTuple
 
@@ -133,8 +132,7 @@ class Frozen(NamedTuple):
     """Reference policies: the models at the start of the main stage. Never donated, never updated.
 
     Under LoRA they are the base weights that the adapters stand on, one copy for both roles. {}:
-    updates do not read them.
-    """
+    updates do not read them."""
 
     inference: Params
     generator: Params

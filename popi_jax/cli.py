@@ -72,8 +72,7 @@ def parse(argv: Sequence[str]) -> Config:
 
     Raises:
         UserError: one line for an unknown flag or field, a value that does not fit, a missing or
-        broken file.
-    """
+        broken file."""
     spec, overrides, rest = _split(argv[1:])
     try:
         unexpected = flags.FLAGS([argv[0], f"--config={spec}", *rest])[1:]
@@ -96,8 +95,7 @@ def load_config(spec: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
     "--config.seed=3".
 
     Raises:
-        UserError: one line.
-    """
+        UserError: one line."""
     c = _load_file(spec)
     values = config_rules.flatten(c.to_dict())
     for text in overrides:

@@ -345,8 +345,7 @@ def from_config_dict(c: ConfigDict) -> Config:
     """Returns the checked configuration.
 
     Raises:
-        UserError: one line that names the field, what it is and what is allowed.
-    """
+        UserError: one line that names the field, what it is and what is allowed."""
     return _read_config(c.to_dict())
 
 

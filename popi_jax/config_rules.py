@@ -113,8 +113,7 @@ def setting(
     Args:
         meaning: a line for --help. free: a run may go on with another value: where things are, how
             fast, and what is looked at, but not what is learned. data: it decides what a prepared
-            copy of the data holds.
-    """
+            copy of the data holds."""
     declared = {"meaning": meaning, "allowed": allowed, "free": free, "data": data}
     return dataclasses.field(default=default, metadata=declared)
 
@@ -135,8 +134,7 @@ def read_section(section: type, values: Any, prefix: str) -> Any:
     """Makes a section of `values`, which must have each field; `prefix` is its path with a dot.
 
     Raises:
-        UserError: one line that names the field, what it is and what is allowed.
-    """
+        UserError: one line that names the field, what it is and what is allowed."""
     fields = {field.name: field for field in dataclasses.fields(section)}
     if not isinstance(values, Mapping):
         rule = f"is a section and cannot be set to {values!r}; set its fields one by one"
@@ -167,8 +165,7 @@ def check_together(config: "Config") -> None:
     """Checks the rules that concern several fields.
 
     Raises:
-        UserError: one line.
-    """
+        UserError: one line."""
     d, m, b = config.data, config.model, config.batch
     rule = "leaves no training users, with data.validation_fraction = "
     rule += f"{d.validation_fraction}; their sum must be below 1"
@@ -207,8 +204,7 @@ def resolve_mesh(mesh: "MeshConfig", num_devices: int) -> tuple[int, int, int, i
     `num_devices`.
 
     Raises:
-        UserError: when the axes do not multiply to `num_devices`.
-    """
+        UserError: when the axes do not multiply to `num_devices`."""
     shape = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     known = math.prod(n for n in shape.values() if n != -1)
     fits = num_devices % known == 0 if -1 in shape.values() else num_devices == known
@@ -227,8 +223,7 @@ def parse_rules(rules: tuple[str, ...], field: str) -> dict[str, tuple[str, ...]
 
     Raises:
         UserError: for an unknown or repeated logical axis, an unknown mesh axis or one that is
-        given twice.
-    """
+        given twice."""
     found: dict[str, tuple[str, ...]] = {}
     for number, rule in enumerate(rules):
         where = f"{field}[{number}]"
@@ -250,8 +245,7 @@ def check_mesh(config: "Config", num_devices: int) -> None:
 
     Raises:
         UserError: when a batch does not divide over the mesh, or the heads over the axes that split
-        them.
-    """
+        them."""
     sizes = dict(zip(MESH_AXES, resolve_mesh(config.mesh, num_devices), strict=True))
     split = {"batch": ["batch.users", "evaluation.batch_users"], "kv_heads": [], "mlp": []}
     if config.warmup.steps:

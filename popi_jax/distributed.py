@@ -74,8 +74,7 @@ class Herald:
 def joining(env: Mapping[str, str]) -> Joining | None:
     """What an environment says about the other processes; None when this process is alone.
 
-    Raises: UserError when a number is none.
-    """
+    Raises: UserError when a number is none."""
     local: list[int] | None = None if _several_on_this_host(env) else []
     if env.get("JAX_COORDINATOR_ADDRESS"):
         count, number = (_whole(env, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -114,8 +113,7 @@ def start() -> None:
     """Joins the other processes that the environment speaks of; does nothing where there are none.
 
     Of several processes only the first shows what is no error.
-    Raises: UserError when the environment does not suffice.
-    """
+    Raises: UserError when the environment does not suffice."""
     how = joining(os.environ)
     if how is None:
         return
@@ -160,8 +158,7 @@ def wait_for_all(what: str) -> None:
     """Returns when all processes have called this with the same words, each of which may be used
     once.
 
-    Raises: UserError after BARRIER_S seconds.
-    """
+    Raises: UserError after BARRIER_S seconds."""
     if jax.process_count() == 1:
         return
     try:
@@ -177,8 +174,7 @@ def leave(status: int) -> None:
     """Ends this process at once where there are others: a process that failed must not wait for
     those that wait for it.
 
-    Returns where there are none.
-    """
+    Returns where there are none."""
     if not jax.distributed.is_initialized() or global_state.num_processes == 1:
         return
     for stream in (sys.stdout, sys.stderr):
@@ -194,8 +190,7 @@ class StopRequest:
     """Remembers SIGINT and SIGTERM, so that a loop can save and end at a step that all processes
     agree on.
 
-    A second signal of the same kind acts as it would without this.
-    """
+    A second signal of the same kind acts as it would without this."""
 
     def __init__(self) -> None:
         self.signal = 0

@@ -19,8 +19,7 @@ class MetricWriter:
     """One line of JSON per step: {"step": 10, "loss": 0.7, …}. A number that is not finite is
     written as null.
 
-    Use it as a context manager, or call `close`.
-    """
+    Use it as a context manager, or call `close`."""
 
     def __init__(self, folder: str | os.PathLike[str], *, enabled: bool = True) -> None:
         in_bucket = "://" in os.fspath(folder)

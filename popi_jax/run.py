@@ -65,8 +65,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
 
     must_exist: as all but training ask; then nothing in the workdir is changed. Raises: UserError
     for whatever is wrong with the data, the devices or the workdir, such as a run with other
-    settings.
-    """
+    settings."""
     stored = manager.read_config(config.workdir)
     if must_exist and stored is None:
         raise UserError(
@@ -107,8 +106,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
 def start_devices(config: Config) -> Mesh:
     """Starts JAX as the configuration asks, before any array exists, and sets the mesh.
 
-    Raises: UserError when the mesh does not fit the devices.
-    """
+    Raises: UserError when the mesh does not fit the devices."""
     simulated = config.mesh.num_devices
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         simulated = max(simulated, 8)
@@ -135,8 +133,7 @@ def make_model(config: Config, vocab_size: int, platform: str = "") -> Transform
     """The shape of both models: that of the base checkpoint, else the configuration's.
 
     vocab_size: of the tokenizer. platform: tpu, gpu or cpu; "": that of the mesh that is set.
-    Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens.
-    """
+    Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens."""
     m = config.model
     if m.checkpoint:
         model = hf_config.read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)

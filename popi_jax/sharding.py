@@ -1,7 +1,6 @@
 """Device meshes, and where parameters, optimizer states and batches lie on them.
 
-How arrays inside a program are laid out is models/layout.py.
-"""
+How arrays inside a program are laid out is models/layout.py."""
 
 import math
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ def make_mesh(
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
-      UserError: `data` does not divide over the slices of a TPU.
-    """
+      UserError: `data` does not divide over the slices of a TPU."""
     sizes = (data, fsdp, tensor, sequence)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
@@ -44,8 +42,7 @@ def device_array(sizes: tuple[int, int, int, int], devices: Sequence[Any]) -> np
     """The devices in the order of a mesh: neighbours along its axes near each other, `data` across
     slices.
 
-    Raises: UserError, as `make_mesh`.
-    """
+    Raises: UserError, as `make_mesh`."""
     data = sizes[0]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and data % slices == 0:
@@ -76,8 +73,7 @@ def param_shardings(params: Any, names: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises:
       UserError: an axis of a parameter does not divide over the devices that split it, a mesh axis
         would split two axes of one parameter, or a matrix would be whole on every device although
-        the rules split others.
-    """
+        the rules split others."""
     split_by = ("vocab", "vocab_embed", "embed", "heads", "kv_heads", "mlp")
     used = {axis for name in split_by for axis in getattr(rules, name)}
     splits_parameters = any(mesh.shape[axis] > 1 for axis in used)

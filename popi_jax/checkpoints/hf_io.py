@@ -90,8 +90,7 @@ def _open_folder(folder: Path, stack: contextlib.ExitStack) -> Tensors:
     """Headers of all files; of a folder with a vision tower, the text model under the names that it
     has alone.
 
-    Raises: UserError if a file is absent, cut short or broken, or index and files differ.
-    """
+    Raises: UserError if a file is absent, cut short or broken, or index and files differ."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):

@@ -90,8 +90,7 @@ def read_part(
     """The part of a leaf that `index` selects, in `dtype`; `read` returns the part of a stored
     tensor.
 
-    index: one slice of step 1 for each axis of the leaf, "layers" included.
-    """
+    index: one slice of step 1 for each axis of the leaf, "layers" included."""
     names, shape = weight.names(cfg), weight.shape
     if weight.stacked:
         names, index = names[index[0]], index[1:]

@@ -199,8 +199,7 @@ def list_tensors(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, 
     """Yields (name, C-contiguous array) of every tensor, one at a time; dtypes are kept.
 
     A leaf may be a jax.Array on many devices: one layer of it at a time is brought to the host.
-    Raises: KeyError or ValueError if the tree is not that of `cfg`.
-    """
+    Raises: KeyError or ValueError if the tree is not that of `cfg`."""
     weights = hf_names.list_weights(cfg)
     extra = set(_list_paths(params)) - {weight.path for weight in weights}
     if extra:

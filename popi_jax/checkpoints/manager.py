@@ -194,8 +194,7 @@ def read_config(workdir: str) -> dict[str, Any] | None:
 def check_same_run(workdir: str, config_json: str) -> None:
     """Compares the stored configuration of a workdir, if any, with the present one.
 
-    Raises: UserError naming each field that differs and matters for continuing the run.
-    """
+    Raises: UserError naming each field that differs and matters for continuing the run."""
     stored = read_config(workdir)
     if stored is None:
         return
@@ -218,8 +217,7 @@ def save_frozen(workdir: str, frozen: Frozen, config_json: str) -> None:
     """Writes `<workdir>/reference` (a `Frozen` whose empty trees are left out) and waits; an
     earlier one is replaced.
 
-    Raises: UserError if the disk is full.
-    """
+    Raises: UserError if the disk is full."""
     folder = epath.Path(workdir).resolve() / "reference"
     items = {name: ocp.args.StandardSave(tree) for name, tree in frozen._asdict().items() if tree}
     with tell_full_disk(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -231,8 +229,7 @@ def restore_frozen(workdir: str, abstract_frozen: Frozen) -> Frozen | None:
     """Returns the `Frozen` of `<workdir>/reference`, sharded as `abstract_frozen`; None if it was
     not written yet.
 
-    Raises: UserError if it cannot be read: the run cannot continue without it.
-    """
+    Raises: UserError if it cannot be read: the run cannot continue without it."""
     folder = epath.Path(workdir).resolve() / "reference"
     if not folder.exists():
         return None

@@ -1,8 +1,7 @@
 """Users -> padded numpy batches, in an order that depends on the seed alone: not on processes,
 threads or workers.
 
-Refuses to touch jax: batches are numpy, and worker processes must not start a device.
-"""
+Refuses to touch jax: batches are numpy, and worker processes must not start a device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple

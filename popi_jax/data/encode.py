@@ -59,8 +59,7 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     then the start of its last one. Too long an answer loses its tail, and with it the end token. At
     most `num_pairs` pairs are kept.
 
-    Raises: UserError when the fixed parts of a conversation alone exceed a limit.
-    """
+    Raises: UserError when the fixed parts of a conversation alone exceed a limit."""
     d = cfg.data
     pairs = user.pairs[: d.num_pairs]
     signals = fit_signals(user, tokenizer, cfg)
@@ -97,8 +96,7 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     Whole items go first: the oldest comments, then the oldest past pairs, each with both replies.
     What is still too long loses the tail of the survey, then that of the profile.
 
-    Raises: UserError when the headers alone are longer.
-    """
+    Raises: UserError when the headers alone are longer."""
     limit = cfg.data.context_len
 
     def render(some: User) -> tuple[str, Ids]:

@@ -76,8 +76,7 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
         allow_sample: whether made data may stand in for files that are neither there nor to be had.
         trained_on: `Dataset.data` of the run that the users are for, "" for a new one. A run that
             was trained on the sample goes on with it, without another try to download the files.
-    Raises: UserError.
-    """
+    Raises: UserError."""
     source, folder = _find(cfg, allow_sample, trained_on)
     sums = {
         str(path.relative_to(folder)) if path != folder else path.name: download.hash_file(path)

@@ -1,8 +1,7 @@
 """The tokenizer of both roles and its chat template, read from and written to the files of Hugging
 Face tools.
 
-Refuses to let text of the data become a control token. Needs neither jax nor torch.
-"""
+Refuses to let text of the data become a control token. Needs neither jax nor torch."""
 
 import datetime
 import json
@@ -45,8 +44,7 @@ class Tokenizer:
     token that ends a reply: the first control token that the template writes after an assistant's
     content, else `eos`.
 
-    Raises: UserError when the serialised tokenizer, a token name or the chat template is broken.
-    """
+    Raises: UserError when the serialised tokenizer, a token name or the chat template is broken."""
 
     def __init__(
         self, tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str
@@ -212,8 +210,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     A word has one form at the start of a text and after a space (a space is put before each text);
     so a space before a text is not restored by `decode`.
 
-    Raises: UserError when `vocab_size` does not hold the 256 bytes and the control tokens.
-    """
+    Raises: UserError when `vocab_size` does not hold the 256 bytes and the control tokens."""
     least = 256 + len(CONTROL_TOKENS)
     if vocab_size < least:
         told = f"{vocab_size} is too small; the bytes and control tokens alone need {least}"
@@ -237,8 +234,7 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the
     chat template.
 
-    Raises: UserError when a file is missing or broken, or no chat template is found.
-    """
+    Raises: UserError when a file is missing or broken, or no chat template is found."""
     root = epath.Path(folder)
     if not root.is_dir():
         fix = "give a Hugging Face folder with tokenizer.json"

@@ -51,8 +51,7 @@ def make_warmup_batches(
     where summaries are free text.
 
     Raises: UserError as `batches.make_user_batches`, and when `data.turn_len` does not hold the
-    request for a summary.
-    """
+    request for a summary."""
     sizes = [getattr(cfg.warmup, f"{task}_users") for task in _TASKS]
     rows = [
         batches.pick_own_rows(size, f"warmup.{task}_users", process_index, process_count)

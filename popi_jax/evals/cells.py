@@ -85,8 +85,7 @@ def evaluate(
     Margins are those of the objective of training; their reference, if they have one, is the
     generator before RL, without any text unless `generator.reference` says otherwise. Where that is
     the generator that is scored too, no_signals has margins of 0. A condition under which no pair
-    counts is left out.
-    """
+    counts is left out."""
     encoded = encode_users(run, users, run.config)
     placed = [place_whole(batch, run.mesh, run.inference.model.rules) for batch in encoded]
     real = _join_pairs(encoded, len(users))

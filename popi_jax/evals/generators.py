@@ -78,8 +78,7 @@ class Generator(NamedTuple):
         pairs], in the memory of every process.
 
         texts: one for each user, without those that fill the last batch; at most `length` tokens,
-        to which all are padded.
-        """
+        to which all are padded."""
         scorer, size, found = Scorer(self.role.model), len(users[0].index), []
         filled = [*texts, *[[]] * (len(users) * size - len(texts))]
         for number, batch in enumerate(users):

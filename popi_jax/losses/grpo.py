@@ -117,8 +117,7 @@ class PolicyObjective:
     are those of this project, not of GRPO.
 
     k1 is refused as `kl`: its gradient, that of log pi at the policy's own samples, is 0 in
-    expectation, whatever the reference; it belongs in the reward (`summed_kl`).
-    """
+    expectation, whatever the reference; it belongs in the reward (`summed_kl`)."""
 
     ratio: str = "token"  # r = pi / old of a token; sequence: their geometric mean (GSPO)
     clip_low: float = 0.2  # r is clipped to [1 - clip_low, 1 + clip_high]

@@ -133,8 +133,7 @@ def robust_dpo_losses(
     """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e): unbiased where a share e of the
     labels is swapped.
 
-    Robust DPO (arXiv 2403.00409; TRL "robust"). e < 1/2; not bounded below.
-    """
+    Robust DPO (arXiv 2403.00409; TRL "robust"). e < 1/2; not bounded below."""
     margins = preference_margins(policy, reference, lengths, beta=beta)
     agree, swapped = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
     return ((1.0 - label_smoothing) * agree - label_smoothing * swapped) / (
@@ -194,8 +193,7 @@ def kto_losses(
     log-ratio of a reply.
 
     KTO (arXiv 2402.01306; TRL KTOTrainer "kto"). Half the sum, because TRL averages over replies:
-    the mean over pairs is its mean over both sides. `baseline`: scalars b, see `kto_baseline`.
-    """
+    the mean over pairs is its mean over both sides. `baseline`: scalars b, see `kto_baseline`."""
     scores = _scores(policy, reference, lengths)
     desirable = 1.0 - jax.nn.sigmoid(beta * (scores.chosen - baseline.chosen))
     undesirable = 1.0 - jax.nn.sigmoid(beta * (baseline.rejected - scores.rejected))
@@ -265,8 +263,7 @@ def rrhf_losses(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*rows"
     """max(0, p_l - p_w), p the mean log-prob per token: the ranking term of RRHF (arXiv 2304.05302)
     for two replies.
 
-    The whole is this plus `sft_losses` with sft_coef 1, the likelihood of the best reply.
-    """
+    The whole is this plus `sft_losses` with sft_coef 1, the likelihood of the best reply."""
     return jax.nn.relu(-preference_margins(policy, None, lengths, beta=1.0))
 
 
@@ -315,8 +312,7 @@ def preference_losses(
     """The loss of each pair: the objective's own plus sft_coef times the likelihood of the chosen
     reply.
 
-    `reference` is not looked at by the objectives of REFERENCE_FREE.
-    """
+    `reference` is not looked at by the objectives of REFERENCE_FREE."""
     o, beta, smoothing = objective, objective.beta, objective.label_smoothing
     per = lengths if o.length_normalised else None
     given: Any = _given(reference, o) if o.needs_reference else None

@@ -7,8 +7,7 @@ of its own node, all of its ancestors, and what lies in `past` (a cache), nothin
 decides what is seen; it knows nothing of prompts. `attend` is the one interface: it computes in
 chunks everywhere, or by a fused kernel (fused_attention.py) where the model has one that takes it.
 Letters as in transformer.py, and in chunks: n groups of queries that share keys, m queries of a
-group, s their keys.
-"""
+group, s their keys."""
 
 import dataclasses
 import math
@@ -137,8 +136,7 @@ def attend(
 
     window: positions back that are seen, the token's own included; None for all. The backward pass
     computes scores again. Where the kernel does not compute this, or would gain nothing, the
-    chunks do.
-    """
+    chunks do."""
     new = new._replace(q=new.q * (how.score_dim or new.q.shape[-1]) ** -0.5)
     slots = sum(nodes * length for nodes, length in levels)
     whole_rows = not past and window is None and slots >= KERNEL_SLOTS

@@ -21,8 +21,7 @@ class Sampling(NamedTuple):
     it left.
 
     They change what is drawn, never the log-probs that are reported: those are of the whole
-    distribution at `temperature`, as the scoring pass computes them.
-    """
+    distribution at `temperature`, as the scoring pass computes them."""
 
     temperature: float  # 0 is greedy; log-probs are then those at temperature 1
     max_len: int  # tokens, end token included
@@ -82,8 +81,7 @@ def sample(
     """Draws one answer per key. Shapes: context [batch seq], turn [batch seq].
 
     `weights` as transformer.lay_out_for_rollout makes them. Stops early when every sample has
-    ended. `budget` is of the prefixes alone, see packing.py.
-    """
+    ended. `budget` is of the prefixes alone, see packing.py."""
     batch, group = keys.shape
     model = dataclasses.replace(model, rules=model.rollout_rules)
     tree = packing.prefix_tree(context, turn)

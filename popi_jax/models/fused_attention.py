@@ -5,8 +5,7 @@ Both compute what attention.py computes in chunks, for a whole row at once, with
 without a window, see `attend` there. Neither keeps scores. A row is laid out anew for them: each
 node gets room for some more padding, so that nodes begin where blocks of the kernel do. Which
 blocks of scores hold any pair that sees another is known before the program runs, the others are
-skipped; padding, which only the run knows, is told by segments.
-"""
+skipped; padding, which only the run knows, is told by segments."""
 
 import itertools
 from collections.abc import Callable
@@ -160,8 +159,7 @@ def _by_device(
     """`fn` of (q, k, v, valid) on each device's rows and heads: a kernel is not split by the
     compiler.
 
-    shape: of the keys. An axis that does not divide over its devices is whole on each of them.
-    """
+    shape: of the keys. An axis that does not divide over its devices is whole on each of them."""
     if on_one_device():
         return fn
 

@@ -2,8 +2,7 @@
 
 `Rules` says which mesh axes split a logical axis. They are data of the configuration
 (configs/scales.py) and travel with the model's configuration, so nothing here is global. All mesh
-axes are `Auto`: the compiler propagates the layouts and inserts the collectives.
-"""
+axes are `Auto`: the compiler propagates the layouts and inserts the collectives."""
 
 import math
 from collections.abc import Sequence
@@ -55,8 +54,7 @@ def move(x: jax.Array, names: Sequence[str | None], before: Rules, after: Rules)
     """Moves `x` from the layout of the rules `before` to that of the rules `after`.
 
     In two steps, since the compiler, left alone, makes it whole on every device on the way: first
-    what splits another axis than before moves there, then what splits none is gathered.
-    """
+    what splits another axis than before moves there, then what splits none is gathered."""
     if on_one_device():
         return x
     wanted: list[Axes] = [() if name is None else getattr(after, name) for name in names]

@@ -25,8 +25,7 @@ def kernels(
 ) -> Iterator[tuple[tuple[str, str], Any]]:
     """((group, name), (input axes, output axes)) of each target; an axis is (logical name, size).
 
-    Raises: ValueError on a name that is no target, or none at all.
-    """
+    Raises: ValueError on a name that is no target, or none at all."""
     unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets:
         raise ValueError(f"targets {list(targets)}: must be some of {', '.join(TARGETS)}")

@@ -5,8 +5,7 @@ A tree is a context, turns that continue it and answers to each turn. It is laid
 works on slots; all else, most of the arithmetic, may work on *places*, a fixed number for all rows
 of a shard that its tokens fill from the start: there one long text pads no other. How many places
 there are is a guess (`Budgets`); what does not fit is computed in its slots, so the guess decides
-about the speed alone.
-"""
+about the speed alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,8 +133,7 @@ def run_packed_if_it_fits(
     decided by the lengths, inside the program, for all shards alike.
 
     Not to be differentiated: both branches would keep what the backward pass of either needs.
-    Without a budget, or with one that spares next to nothing, there is compute(None) alone.
-    """
+    Without a budget, or with one that spares next to nothing, there is compute(None) alone."""
     if budget is None:
         return compute(None)
     slots = sum(part.ids.size for part in tree) / budget.shards
@@ -178,8 +176,7 @@ def to_places(
 ) -> Float[Array, "shards places *dims"]:
     """What lies in the slots of tokens, at their places; anything at places without a token.
 
-    A token has one slot and one place, so the gradient is the way back: nothing is added up.
-    """
+    A token has one slot and one place, so the gradient is the way back: nothing is added up."""
     return take(x, places.slot_of)
 
 

@@ -4,8 +4,7 @@ Pure behind `Transformer(cfg).apply(variables(params), ...)`. Callers say by `Le
 what a token sees, so this file knows nothing of prompts or samples, nor of model families:
 `TransformerConfig` switches behaviours. The only file that imports flax.
 Einsum letters: B batch, T queries, S keys, D embed, N heads, K kv_heads, G heads per kv_head, H
-head_dim, F mlp, V vocab.
-"""
+head_dim, F mlp, V vocab."""
 
 import dataclasses
 import math
@@ -101,8 +100,7 @@ class Linear(nn.Module):
     collection `lora` holds one.
 
     An adapter is a pair of kernels `a` [inputs rank] and `b` [rank outputs]; the layer adds
-    (x a) b. The factor alpha / rank is already in `b` (see `join_adapters`).
-    """
+    (x a) b. The factor alpha / rank is already in `b` (see `join_adapters`)."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -258,8 +256,7 @@ class Transformer(nn.Module):
         of all layers.
 
         The T new tokens form the tree `levels` behind the `past`, see attention.py; valid is False
-        for padding. The hidden states are [B T D] or, with `places`, theirs: [shards places D].
-        """
+        for padding. The hidden states are [B T D] or, with `places`, theirs: [shards places D]."""
         c = self.cfg
         if places is not None:
             ids = packing.take(ids.reshape(places.valid.shape), places.slot_of)
@@ -313,8 +310,7 @@ class Table(nn.Module):
 def join_adapters(base: dict, lora: dict, *, scale: float) -> dict:
     """The parameters of base with adapters, as every function here takes them; scale is alpha/rank.
 
-    Differentiable in `lora`. The base is not copied: the reference model is `base` alone.
-    """
+    Differentiable in `lora`. The base is not copied: the reference model is `base` alone."""
 
     def scaled(path: tuple[Any, ...], x: Array) -> Array:
         return x * scale if path[-1].key == "b" else x

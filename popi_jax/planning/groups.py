@@ -17,8 +17,7 @@ def parse_groups(attributes: str, num_devices: int) -> Groups:
     of a mesh of its own, "mesh['a'=16,'b'=4], device_ids=([16,4]T(1,0)) {'a'}", where 'a':(2)4 is
     the part of 4 of an axis that lies behind a part of 2.
 
-    Raises ValueError on a syntax that is none of these.
-    """
+    Raises ValueError on a syntax that is none of these."""
     found = re.search(
         r"replica_groups=(\{\{[\d,{} ]*\}\}|\{\}|\[[\d,]+\]<=\S+|mesh\[.*?\}|@\S+)", attributes
     )
@@ -40,8 +39,7 @@ def parse_groups(attributes: str, num_devices: int) -> Groups:
 def find_axes(groups: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """The axes along which members of a group differ, in the order of the mesh.
 
-    Raises ValueError if a position lies outside of the mesh.
-    """
+    Raises ValueError if a position lies outside of the mesh."""
     differing: set[str] = set()
     for group in groups:
         first = _locate(group[0], mesh_shape)
@@ -55,8 +53,7 @@ def parse_permute(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple
     """Of `source_target_pairs`: the axes that they cross, and the steps of a device's data as a
     mean over all devices.
 
-    Each axis is taken for a ring; a device that sends nothing counts as no step.
-    """
+    Each axis is taken for a ring; a device that sends nothing counts as no step."""
     found = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
     pairs = (
         [_parse_numbers(pair) for pair in re.findall(r"\{([\d, ]+)\}", found[1])] if found else []

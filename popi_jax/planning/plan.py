@@ -75,8 +75,7 @@ def plan_model(config: Config) -> TransformerConfig:
     """The shape of both models: of the checkpoint's folder where there is one, else of the released
     model of its name.
 
-    Raises: UserError when neither is known.
-    """
+    Raises: UserError when neither is known."""
     m, path = config.model, Path(config.model.checkpoint)
     if not m.checkpoint or (path / "config.json").exists():
         return run.make_model(config, m.vocab_size if not m.checkpoint else 0)

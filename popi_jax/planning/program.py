@@ -105,8 +105,7 @@ def read_module(
     of all others, and without it, the most expensive branch counts. A loop that may end early, as
     that of sampling, is read with its largest number of trips.
 
-    Raises ValueError if a group of the program does not fit the mesh.
-    """
+    Raises ValueError if a group of the program does not fit the mesh."""
     reader = _Reader(module, dict(mesh_shape))
     return reader.walk(module.computations[module.entry], (), 1.0, branch)
 

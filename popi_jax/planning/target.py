@@ -39,8 +39,7 @@ def set_environment(environ: MutableMapping[str, str], *, fast: bool) -> None:
     """What the TPU compiler needs of the environment on a machine without a TPU; before jax is
     imported.
 
-    fast: a third of the time to compile, with memory within 5 % and a slower program.
-    """
+    fast: a third of the time to compile, with memory within 5 % and a slower program."""
     environ["JAX_PLATFORMS"] = "cpu"
     environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -26,8 +26,7 @@ def generator_step(
     """The preference objective on all pairs; also the margins before the step.
 
     contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does
-    not see the summary; None where the objective has none.
-    """
+    not see the summary; None where the objective has none."""
     o = plan.objective
     shape = (*contexts.lengths.shape, users.pair_mask.shape[1])
     spread = partial(jnp.broadcast_to, shape=shape)

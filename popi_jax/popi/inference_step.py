@@ -30,8 +30,7 @@ def inference_step(
     """Policy gradient on sampled summaries: `steps_per_rollout` steps.
 
     `margins` are the judge's on the users' held-out pairs behind each summary; those without a
-    summary are needed where the reward has a baseline. `frozen` is the reference.
-    """
+    summary are needed where the reward has a baseline. `frozen` is the reference."""
     reference = scorer.score_summaries(frozen, users, rollouts)
     mask = length_mask(rollouts.summaries)
     counted = grpo.finished_mask(mask, rollouts.finished) if plan.skip_unfinished else mask

@@ -6,8 +6,7 @@ would have, so the result equals that of scoring each (context, turn, answer) al
 
 `Scorer` alone knows of microbatches and budgets: the steps see log-probs of whole batches, and give
 it losses whose parts add up. Microbatch j of n holds the users j, n + j, 2n + j, ... so that each
-device keeps the users that it has.
-"""
+device keeps the users that it has."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,8 +50,7 @@ def score_answers(
 
     The LM head is applied at the positions that predict an answer token, nowhere else. A turn has
     at least one token. With a budget, which the tree must fit, padding runs neither through the
-    layers nor the head.
-    """
+    layers nor the head."""
     # the last token of an answer is predicted, never read
     answers, most = tree.answers, tree.answers.ids.shape[-1] - 1
     read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, most))
@@ -175,8 +173,7 @@ class Scorer:
     A loss that is given to a gradient is loss_fn(scores, *part) -> (loss, (metrics, rows)). `part`
     holds the rows of one microbatch of all batches that the call names. The loss is a sum over
     users, divided by a weight of the whole batch, so that losses, gradients and metrics of the
-    microbatches add up: means of means never occur. `rows` have a row for each user.
-    """
+    microbatches add up: means of means never occur. `rows` have a row for each user."""
 
     model: TransformerConfig
     summary_turn: tuple[int, ...] = ()  # what asks for a summary, behind the signals

@@ -46,8 +46,7 @@ def popi_update(
     """Trains one role or both on one batch of users, as the plan has it for this step.
 
     The metrics are those of all kinds of update that the plan has; weight 0 where this one does
-    not make them.
-    """
+    not make them."""
     kinds = sorted(set(plan.kinds))  # what never occurs is not compiled
     pairs = Pairs(plan, scorer)
     # jitted, so that finding the names of the metrics and compiling share one tracing
@@ -81,8 +80,7 @@ def update_roles(
     same pairs behind the first summary of each group.
 
     In a joint update both see the models as they were before it, and the current generator's
-    margins behind that first summary come from its gradient pass.
-    """
+    margins behind that first summary come from its gradient pass."""
     plan, scorer = pairs.plan, pairs.scorer
     inference, generator, known = state.inference, state.generator, None
     writer = plan.inference.role.join_policy(inference.params, frozen.inference)

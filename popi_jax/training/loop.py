@@ -114,8 +114,7 @@ def train(run: Run) -> Trained:
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
       NotFinite: when a metric is not finite.
-      UserError: as the checkpoint manager does.
-    """
+      UserError: as the checkpoint manager does."""
     cfg, model, mesh = run.config, run.inference.model, run.mesh
     update = plan_run(run)
     plan = update.plan
@@ -294,8 +293,7 @@ class Written(NamedTuple):
 def write_metrics(pending: list[tuple[int, Metrics]], writer: MetricWriter) -> Written:
     """Writes the metrics of some steps.
 
-    Raises: NotFinite.
-    """
+    Raises: NotFinite."""
     seen: dict[str, list[float]] = {}
     for step, metrics in jax.device_get(pending):
         values = {

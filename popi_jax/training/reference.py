@@ -25,8 +25,7 @@ def read_base(config: Config, model: TransformerConfig, mesh: jax.sharding.Mesh)
     """The weights that adapters stand on, in the compute type and laid out on the mesh; {} where no
     role has adapters.
 
-    Raises: UserError when the checkpoint cannot be read.
-    """
+    Raises: UserError when the checkpoint cannot be read."""
     if not (config.inference.lora.rank or config.generator.lora.rank):
         return {}
     shapes = setup.abstract_params(model, mesh, config.model.dtype)
@@ -36,8 +35,7 @@ def read_base(config: Config, model: TransformerConfig, mesh: jax.sharding.Mesh)
 def keep_reference(run: Run, plan: UpdatePlan, state: TrainState, base: Params) -> Frozen:
     """Stores the models as they are now as the reference policies; returns what updates read.
 
-    Raises: UserError if the disk is full.
-    """
+    Raises: UserError if the disk is full."""
     own = setup.own_params(plan, state)
 
     def copy(tree: Frozen) -> Frozen:
@@ -57,8 +55,7 @@ def keep_reference(run: Run, plan: UpdatePlan, state: TrainState, base: Params) 
 def restore_reference(workdir: str, shapes: Frozen, base: Params) -> Frozen:
     """The reference policies of a run, as `shapes` say which.
 
-    Raises: UserError where they are not there or cannot be read.
-    """
+    Raises: UserError where they are not there or cannot be read."""
     own = manager.restore_frozen(workdir, shapes)
     if own is None:
         raise UserError(

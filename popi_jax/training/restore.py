@@ -23,8 +23,7 @@ def restore_role(run: Run, role: str, step: int | None = None) -> tuple[int, Par
     """Returns (step, whole model) of one role, laid out on the mesh; no step: the newest readable.
 
     It is the average of the parameters where the run keeps one; adapters are joined with their
-    base. Raises: UserError when it cannot be read.
-    """
+    base. Raises: UserError when it cannot be read."""
     adapted = setup.adapter_scale(getattr(run.config, role))
     base = reference.read_base(run.config, run.inference.model, run.mesh) if adapted else {}
     return _restore_whole(run, role, step, base)
@@ -33,8 +32,7 @@ def restore_role(run: Run, role: str, step: int | None = None) -> tuple[int, Par
 def restore_run(run: Run, step: int | None = None) -> Restored:
     """Returns both roles at a step; None: the newest readable.
 
-    Raises: UserError when it cannot be read, or the run has not reached its main stage.
-    """
+    Raises: UserError when it cannot be read, or the run has not reached its main stage."""
     workdir = run.config.workdir
     base = reference.read_base(run.config, run.inference.model, run.mesh)
     own = manager.restore_frozen(

@@ -1,8 +1,7 @@
 """From a configuration to what training starts with: the plan of an update, budgets, the state.
 
 The one place that reads the configuration on behalf of popi/: what an update does is decided here
-(`plan_update`) and nowhere else.
-"""
+(`plan_update`) and nowhere else."""
 
 import math
 from functools import partial
@@ -76,8 +75,7 @@ def plan_update(
 ) -> UpdateSetup:
     """Decides all about the updates of the main stage. num_users: of the training split.
 
-    Raises: ValueError for a word that no decision knows (config.py refuses it before).
-    """
+    Raises: ValueError for a word that no decision knows (config.py refuses it before)."""
     kinds = plan_kinds(parse_phases(config.schedule.phases))
     roles = plan_main_roles(config, kinds)
     parts = config.batch.microbatches

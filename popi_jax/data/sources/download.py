@@ -47,8 +47,7 @@ def download_files(folder: Path, url: str, sha256: dict[str, str]) -> None:
 def check_download(folder: Path, sha256: dict[str, str]) -> None:
     """Compares the sha256 of files (name -> hex) with SOURCE.json, where that exists.
 
-    Raises: UserError when a file has changed since it was downloaded.
-    """
+    Raises: UserError when a file has changed since it was downloaded."""
     path = folder / RECORD
     if not path.exists():
         return

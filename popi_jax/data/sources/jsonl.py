@@ -44,8 +44,7 @@ def load(path: Path, cfg: Any) -> Loaded:
     """Reads a file, split by user_id, or a folder of train.jsonl, validation.jsonl and test.jsonl.
 
     Args: cfg: the `data` part of the configuration.
-    Raises: UserError, also when a user_id occurs in two files of a folder.
-    """
+    Raises: UserError, also when a user_id occurs in two files of a folder."""
     users: list[User] = []
     bad_rows: list[str] = []
     # user_id -> its split and where it was first seen
@@ -88,8 +87,7 @@ def read_users(path: Path, num_shots: int) -> list[User]:
     are needed and read.
 
     Users hold no pairs, and the first `num_shots` past pairs, as training shows.
-    Raises: UserError naming file and line.
-    """
+    Raises: UserError naming file and line."""
 
     def parse(row: Row) -> User:
         row.allow_only(FIELDS)

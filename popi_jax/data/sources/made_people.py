@@ -6,8 +6,7 @@ partly wrong, among distractors; in each conversation two replies differ in one 
 person cares about, and the scores follow the utilities by Bradley-Terry (Gumbel noise on each
 reply). As the process is known, so is the best accuracy that any model could reach:
 `compute_bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real
-people.
-"""
+people."""
 
 import itertools
 import json

@@ -42,8 +42,7 @@ def load(folder: Path, cfg: Any) -> Loaded:
     (split_by "topic").
 
     Args: cfg: the `data` part of the configuration.
-    Raises: UserError.
-    """
+    Raises: UserError."""
     topics = sorted(path.stem for path in list_files(folder) if path.parent.name == OPTIONS)
     topic_split = split_topics(topics, cfg.validation_fraction, cfg.test_fraction)
     users: list[User] = []
@@ -64,8 +63,7 @@ def _read_options(
     """Returns (preference, question) -> the four options, the first of which respects the
     preference.
 
-    A skipped row has no options: its chat is passed over, so that one bad row counts once.
-    """
+    A skipped row has no options: its chat is passed over, so that one bad row counts once."""
     seen: dict[tuple[str, str], str] = {}
 
     def parse(row: Row) -> tuple[tuple[str, str], list[str]]:

@@ -122,8 +122,7 @@ def load(folder: Path, cfg: Any) -> Loaded:
     prompt of its own.
 
     Args: cfg: the `data` part of the configuration.
-    Raises: UserError.
-    """
+    Raises: UserError."""
     skip = cfg.on_bad_row
     people, bad = _read_table(folder / FILES[0], "user_id", _parse_person, skip)
     parse = partial(_parse_conversation, people=people)
