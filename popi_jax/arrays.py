@@ -18,7 +18,7 @@ Words, in one meaning everywhere:
   policy     the weights in training; reference: those at the start of the main stage
   judge      the generator whose margins are the reward of a summary
   rollout    sampled summaries with their log-probs
-  turn kind  which roles an update trains
+  kind       which roles an update trains
   stage      warm-up or main; phase: a stretch of the main stage
   shard      the part of the users that one device computes; microbatch: a part of an update
 

@@ -1,5 +1,4 @@
-"""Group-relative policy gradients (GRPO, arXiv 2402.03300, and its kin) for the summaries of a
-user.
+"""Group-relative policy gradients (GRPO, arXiv 2402.03300, and its kin) for summaries.
 
 docs/objectives.md has the table of variants. Losses are returned as sums and their weights: those
 of the parts of a batch add up to those of the whole, and one division at the end makes the loss.
@@ -32,8 +31,7 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 def group_advantages(
     rewards: Float[Array, "users group"], *, scale: str, baseline: str = "group"
 ) -> Float[Array, "users group"]:
-    """(reward - baseline) / (scale + 1e-4); exactly 0 where the rewards that it compares are all
-    equal.
+    """(reward - baseline) / (scale + 1e-4); exactly 0 where the rewards compared are all equal.
 
     Baselines: "group", the mean of the user's G rewards (GRPO); "leave_one_out", that of the other
     G - 1 (RLOO, arXiv 2402.14740: G / (G - 1) times the former); "batch", the mean of all rewards
@@ -79,12 +77,10 @@ def kl_estimates(
     *,
     estimator: str = "k3",
 ) -> Float[Array, "users group seq"]:
-    """An estimate of KL(policy || reference) at each token that the policy sampled (nats), d = log
-    ref - log policy.
+    """Estimates of KL(policy || reference) at the sampled tokens, nats; d = log ref - log policy.
 
     k1 = -d, unbiased; k2 = d^2 / 2, biased, >= 0; k3 = exp(d) - d - 1, unbiased, >= 0 (Schulman,
-    "Approximating KL divergence", 2020). Their gradients are another matter: see
-    `PolicyObjective.kl`."""
+    "Approximating KL divergence", 2020). Of their gradients see docs/objectives.md."""
     _one_of("estimator", estimator, ESTIMATORS)
     log_ratio = reference_logps - logps
     match estimator:
@@ -233,12 +229,8 @@ def policy_weights(
     """The weights of `policy_sums` of the same masks."""
     samples = jnp.float32(mask.shape[0] * mask.shape[1])
     tokens = jnp.sum(mask).astype(jnp.float32)
-    policy = {
-        "samples": samples,
-        "sequences": samples,
-        "tokens": tokens,
-        "max_len": samples * (objective.max_len or 1),
-    }
+    policy = {"samples": samples, "sequences": samples, "tokens": tokens}
+    policy["max_len"] = samples * (objective.max_len or 1)
     counted = tokens if active is None else jnp.sum(mask & active).astype(jnp.float32)
     return PolicyWeights(policy[objective.normalise], counted)
 

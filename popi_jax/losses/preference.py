@@ -205,9 +205,7 @@ def log_odds_ratios(policy: PairLogps, lengths: PairLengths) -> Float[Array, "*r
 
     def log_odds(logps: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
         logps = jnp.minimum(logps, -1e-6)  # the odds of a certain reply are infinite
-        near_1 = (
-            logps > -0.6931472
-        )  # log(1 - p) by whichever form is exact; the other one stays finite
+        near_1 = logps > -0.6931472  # log(1 - p) by whichever form is exact, the other is finite
         log_not = jnp.where(
             near_1,
             jnp.log(-jnp.expm1(jnp.where(near_1, logps, -1.0))),

@@ -231,17 +231,13 @@ def _attend_chunk(
     """One softmax over several sets of keys. The last set are the chunk's own nodes, seen up to
     each query's slot; `first` is the slot of its first query."""
     batch, kv_heads, nodes, groups, t, head_dim = q.shape
-    rows = nodes * groups * t
-    scores = []
+    rows, scores = nodes * groups * t, []
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     for number, keys in enumerate(seen):
         n, s = keys.k.shape[2:4]
         own = number == len(seen) - 1
-        x = jnp.einsum(
-            "BKnmH,BKnsH->BKnms",
-            q.reshape(batch, kv_heads, n, rows // n, head_dim),
-            keys.k,
-            preferred_element_type=jnp.float32,
-        )
+        queries = q.reshape(batch, kv_heads, n, rows // n, head_dim)
+        x = product("BKnmH,BKnsH->BKnms", queries, keys.k)
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
         if own or window is not None:
@@ -249,11 +245,8 @@ def _attend_chunk(
             if own:
                 mask &= (jnp.arange(s)[None, :] <= first + jnp.arange(t)[:, None])[None, None, None]
             if window is not None:
-                mask &= (
-                    q_positions.reshape(batch, n, nodes // n, t, 1)
-                    - keys.positions[:, :, None, None, :]
-                    < window
-                )
+                back = q_positions.reshape(batch, n, nodes // n, t, 1)
+                mask &= back - keys.positions[:, :, None, None, :] < window
             bias = jnp.where(mask, 0.0, -1e30)[:, None, :, :, None]
             x = (x.reshape(batch, kv_heads, n, nodes // n, groups, t, s) + bias).reshape(x.shape)
         else:
@@ -271,11 +264,6 @@ def _attend_chunk(
     for x, keys in zip(scores, seen, strict=True):
         weights = jnp.exp(x - top.reshape(*x.shape[:-1], 1))
         total = total + flat(jnp.sum(weights, axis=-1))
-        values = jnp.einsum(
-            "BKnms,BKnsH->BKnmH",
-            weights.astype(keys.v.dtype),
-            keys.v,
-            preferred_element_type=jnp.float32,
-        )
+        values = product("BKnms,BKnsH->BKnmH", weights.astype(keys.v.dtype), keys.v)
         y = y + values.reshape(y.shape)
     return (y / total[..., None]).astype(q.dtype).reshape(q.shape)

@@ -114,16 +114,9 @@ def pack(tree: Tree) -> Rows:
         turn_start[..., None] + jnp.arange(turn_len)[None, None, :],
         answer_start[..., None] + jnp.arange(answer_len)[None, None, None, :],
     )
-    return Rows(
-        flat(context.ids, turns.ids, answers.ids),
-        positions,
-        flat(*map(length_mask, tree)),
-        (
-            Level(1, context_len),
-            Level(num_turns, turn_len),
-            Level(num_turns * num_answers, answer_len),
-        ),
-    )
+    ids, valid = flat(context.ids, turns.ids, answers.ids), flat(*map(length_mask, tree))
+    last = Level(num_turns * num_answers, answer_len)
+    return Rows(ids, positions, valid, (Level(1, context_len), Level(num_turns, turn_len), last))
 
 
 def run_packed_if_it_fits(

@@ -21,11 +21,8 @@ def _find_layout(rows: int, rules: Rules) -> tuple[Axes, Axes, Axes]:
     """Mesh axes of (rows, width, devices that share a vocabulary but no rows)."""
     if rows % count_shards(rules.batch):  # every device computes all rows
         return (), (), ()
-    return (
-        rules.batch,
-        rules.vocab_embed,
-        tuple(axis for axis in rules.vocab if axis in rules.batch),
-    )
+    shared = tuple(axis for axis in rules.vocab if axis in rules.batch)
+    return rules.batch, rules.vocab_embed, shared
 
 
 def look_up(

@@ -31,9 +31,8 @@ def generator_step(
     shape = (*contexts.lengths.shape, users.pair_mask.shape[1])
     spread = partial(jnp.broadcast_to, shape=shape)
     mask = spread(users.pair_mask[:, None])
-    lengths = PairLengths(
-        spread(users.chosen.lengths[:, None]), spread(users.rejected.lengths[:, None])
-    )
+    both = (users.chosen, users.rejected)
+    lengths = PairLengths(*(spread(replies.lengths[:, None]) for replies in both))
     reference = jax.tree.map(spread, reference)
     whole = partial(plan.role.join_policy, frozen=frozen)
     total = jnp.maximum(jnp.sum(mask), 1)

@@ -46,23 +46,15 @@ def inference_step(
     )
     scale, baseline = plan.advantage_scale, plan.advantage_baseline
     advantages = grpo.group_advantages(rewards, scale=scale, baseline=baseline)
-    loss_fn = partial(
-        summary_loss,
-        weights=grpo.policy_weights(counted, objective=plan.objective),
-        share=1 / scorer.microbatches,
-        plan=plan,
-    )
+    weights = grpo.policy_weights(counted, objective=plan.objective)
+    loss_fn = partial(summary_loss, weights=weights, share=1 / scorer.microbatches, plan=plan)
     whole = partial(plan.role.join_policy, frozen=frozen)
     wants_entropies = plan.objective.entropy_coef > 0 or plan.high_entropy_share < 1
 
     def update(state: RoleState, _: None) -> tuple[RoleState, Metrics]:
-        grads, metrics, _ = scorer.differentiate_summaries(
-            loss_fn,
-            state.params,
-            whole,
-            (users, rollouts, reference, advantages, counted),
-            entropies=wants_entropies,
-        )
+        batch = (users, rollouts, reference, advantages, counted)
+        differentiate = partial(scorer.differentiate_summaries, entropies=wants_entropies)
+        grads, metrics, _ = differentiate(loss_fn, state.params, whole, batch)
         state, norm = plan.role.apply_gradients(state, grads)
         return state, metrics | {"grad_norm": metric(norm)}
 

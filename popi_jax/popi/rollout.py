@@ -1,6 +1,7 @@
 """Summaries of users, sampled, and how they enter the generator's prompt."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,14 +51,8 @@ class Sampler:
         def sample(part: UserBatch) -> Rollouts:
             keys = decode.sample_keys(key, part.index, group_size)
             turn = repeat_ids(self.summary_turn, part.index.shape)
-            return decode.sample(
-                weights,
-                part.context,
-                turn,
-                keys,
-                model=self.model,
-                sampling=self.sampling,
-                budget=self.budgets and self.budgets.for_sampling(),
-            )
+            budget = self.budgets and self.budgets.for_sampling()
+            draw = partial(decode.sample, model=self.model, sampling=self.sampling)
+            return draw(weights, part.context, turn, keys, budget=budget)
 
         return map_microbatches(sample, users, self.microbatches)

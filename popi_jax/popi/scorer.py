@@ -69,12 +69,8 @@ def score_answers(
         slots = packing.take(slots.reshape(scored.valid.shape), scored.slot_of)
         states = packing.take(hidden, packing.take(places.place_of, slots))
         ids = packing.take(answers.ids.reshape(scored.valid.shape), scored.slot_of)
-    score = partial(
-        score_tokens,
-        temperature=temperature,
-        softcap=model.final_logit_softcap,
-        entropies=entropies,
-    )
+    cap = model.final_logit_softcap
+    score = partial(score_tokens, temperature=temperature, softcap=cap, entropies=entropies)
     found = score_by_device(score, get_head(params, model), states, ids, model.rules)
 
     def to_answers(x: Array) -> Array:
