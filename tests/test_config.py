@@ -288,10 +288,10 @@ def test_saved_text_that_is_no_configuration_is_an_error() -> None:
 
 def test_words_are_those_of_the_losses() -> None:
     from popi_jax.losses import grpo, preference, reward
-    from popi_jax.models import attention, lora
+    from popi_jax.models import fused_attention, lora
 
     words = {
-        "model.attention": attention.IMPLEMENTATIONS,
+        "model.attention": fused_attention.IMPLEMENTATIONS,
         "generator.objective": preference.WITH_REFERENCE + preference.REFERENCE_FREE,
         "inference.reward": reward.KINDS,
         "inference.advantage_baseline": grpo.BASELINES,

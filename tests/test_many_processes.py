@@ -171,7 +171,6 @@ from functools import partial
 from popi_jax import distributed
 from popi_jax.sharding import make_mesh, place_batch
 from popi_jax.popi.update import popi_update
-from popi_jax.popi.roles import rollout
 from tests.oracles.plain import RULES
 from tests.training import small
 distributed.start()
@@ -179,19 +178,21 @@ devices = jax.device_count()
 mesh = make_mesh(1, devices, 1)
 with jax.set_mesh(mesh):
     cfg = small.make_config()
-    parts = small.make_parts(cfg)
-    state, frozen = small.make_state(parts, mesh)
+    made = small.make_update(cfg, phases=("joint 2",))
+    state, frozen = small.make_state(cfg, small.roles_of(made), mesh)
     whole = small.user_batch(0)
     each = 8 // jax.process_count()
     own = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
-    update = jax.jit(partial(popi_update, parts=parts, phases=small.parse_phases(("joint 2",))))
+    update = jax.jit(partial(popi_update, **made._asdict()))
     users = place_batch(jax.tree.map(lambda x: x[own], whole), mesh, RULES)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    draw = partial(rollout, model=parts.model, glue=parts.glue, sampling=parts.sampling, group_size=3)
-    drawn = jax.jit(draw, out_shardings=everywhere)(state.inference.params, users, jax.random.key(7))
+    draw = jax.jit(partial(made.sampler.sample, group_size=3), out_shardings=everywhere)
+    drawn = draw(state.inference.params, users, jax.random.key(7))
     state, metrics = update(state, frozen, users)
-    found = {f"metric {k}": float(m.total) / max(float(m.weight), 1e-9) for k, m in jax.device_get(metrics).items()}
-    found |= {"sampled ids": np.asarray(drawn.summaries.ids), "sampled lengths": np.asarray(drawn.summaries.lengths)}
+    means = {k: float(m.total) / max(float(m.weight), 1e-9) for k, m in jax.device_get(metrics).items()}
+    found = {f"metric {name}": mean for name, mean in means.items()}
+    ids, lengths = map(np.asarray, drawn.summaries)
+    found |= {"sampled ids": ids, "sampled lengths": lengths}
     params = {"inference": state.inference.params, "generator": state.generator.params}
     params = jax.jit(lambda x: x, out_shardings=everywhere)(params)
     found |= {f"param {jax.tree_util.keystr(p)}": np.asarray(x) for p, x in jax.tree.leaves_with_path(params)}
