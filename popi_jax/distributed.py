@@ -30,7 +30,9 @@ from jax.experimental import multihost_utils
 
 from popi_jax.errors import UserError
 
-JOIN_S = 60  # until all processes must have come; POPI_JAX_JOIN_S overrides it, e.g. where hosts start minutes apart
+# until all processes must have come; POPI_JAX_JOIN_S overrides it, e.g. where hosts start minutes
+# apart
+JOIN_S = 60
 LOST_S = 40  # without a sign of life a process counts as lost; POPI_JAX_LOST_S overrides it
 BARRIER_S = 600  # until all processes must have come to the same point of the program
 _SHUTDOWN_S = 100  # that the first process to end waits for the last
@@ -126,8 +128,9 @@ def start() -> None:
     number = "this process" if how.process_id is None else f"process {how.process_id}"
     count = "all" if how.num_processes is None else f"all {how.num_processes}"
     herald.keep(
-        f"error: {number} did not meet the others at {where} within {join_s} s; check that {count} processes were "
-        "started, that each has another number, and that this address can be reached from every host"
+        f"error: {number} did not meet the others at {where} within {join_s} s; check that {count} "
+        "processes were started, that each has another number, and that this address can be "
+        "reached from every host"
     )
     try:
         jax.distributed.initialize(
@@ -142,8 +145,9 @@ def start() -> None:
             f"cannot join the other processes: {' '.join(str(e).split())[:300]}; see docs/launch.md"
         ) from e
     herald.keep(
-        f"error: process {global_state.process_id} of {global_state.num_processes} ended early: if no other error is "
-        f"told above, it got a signal or another process was lost, whose log says why; {_CONTINUE}"
+        f"error: process {global_state.process_id} of {global_state.num_processes} ended early: if "
+        "no other error is told above, it got a signal or another process was lost, whose log says "
+        f"why; {_CONTINUE}"
     )
     atexit.register(_part, herald)
     if global_state.process_id:

@@ -124,7 +124,7 @@ def test_files_and_functions_are_short(path: pathlib.Path) -> None:
 
 
 class Load(NamedTuple):
-    """What one must load to understand a module: modules of ours, their lines, the longest chain."""
+    """What one must load to understand a module: modules of ours, lines, the longest chain."""
 
     modules: int
     lines: int

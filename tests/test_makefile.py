@@ -94,8 +94,9 @@ def test_variables_of_the_environment_do_not_leak_in() -> None:
 
 def test_help_is_the_default_and_names_every_target_and_variable() -> None:
     text = make().stdout
-    targets = "setup data train eval summarize generate export print-config lint test test-slow golden clean"
-    for word in f"{targets} bench bench-compare bench-growth bench-restart profile".split():
+    targets = "setup data train eval summarize generate export print-config lint test test-slow"
+    targets += " golden clean bench bench-compare bench-growth bench-restart profile"
+    for word in targets.split():
         assert f"make {word} " in text
     for word in "CONFIG MODEL SCALE SCHEDULE WORKDIR ARGS ACCEL BASE PROGRAM PYTHON".split():
         assert f"  {word} " in text

@@ -189,13 +189,15 @@ with jax.set_mesh(mesh):
     draw = jax.jit(partial(made.sampler.sample, group_size=3), out_shardings=everywhere)
     drawn = draw(state.inference.params, users, jax.random.key(7))
     state, metrics = update(state, frozen, users)
-    means = {k: float(m.total) / max(float(m.weight), 1e-9) for k, m in jax.device_get(metrics).items()}
-    found = {f"metric {name}": mean for name, mean in means.items()}
+    found = {}
+    for name, m in jax.device_get(metrics).items():
+        found[f"metric {name}"] = float(m.total) / max(float(m.weight), 1e-9)
     ids, lengths = map(np.asarray, drawn.summaries)
     found |= {"sampled ids": ids, "sampled lengths": lengths}
     params = {"inference": state.inference.params, "generator": state.generator.params}
     params = jax.jit(lambda x: x, out_shardings=everywhere)(params)
-    found |= {f"param {jax.tree_util.keystr(p)}": np.asarray(x) for p, x in jax.tree.leaves_with_path(params)}
+    for path, x in jax.tree.leaves_with_path(params):
+        found[f"param {jax.tree_util.keystr(path)}"] = np.asarray(x)
 if distributed.is_main_process():
     np.savez(sys.argv[1], **found)
 """

@@ -91,8 +91,8 @@ def test_data_goes_across_slices() -> None:
     def chip(number: int) -> SimpleNamespace:
         x, y = divmod(number % 4, 2)
         return SimpleNamespace(
-            id=number, slice_index=number // 4, process_index=number // 4, platform="tpu", device_kind="TPU v5 lite",
-            coords=(x, y, 0), core_on_chip=0,
+            id=number, slice_index=number // 4, process_index=number // 4, platform="tpu",
+            device_kind="TPU v5 lite", coords=(x, y, 0), core_on_chip=0,
         )  # fmt: skip
 
     devices = [chip(number) for number in range(8)]

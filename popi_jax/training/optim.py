@@ -50,7 +50,7 @@ def optimizer(
                 adam_b2=cfg.b2,
                 adam_weight_decay=cfg.weight_decay,
                 muon_weight_dimension_numbers=matrices,
-                consistent_rms=0.2,  # the size of Adam's updates, so that one learning rate serves both
+                consistent_rms=0.2,  # the size of Adam's updates: one learning rate serves both
             )
         case _:
             raise ValueError(f"the optimizer {cfg.name!r} is unknown")

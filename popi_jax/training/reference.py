@@ -59,8 +59,8 @@ def restore_reference(workdir: str, shapes: Frozen, base: Params) -> Frozen:
     own = manager.restore_frozen(workdir, shapes)
     if own is None:
         raise UserError(
-            f'config.workdir: "{workdir}/reference" is gone, without which the run cannot continue; '
-            "put it back, or start again in another WORKDIR"
+            f'config.workdir: "{workdir}/reference" is gone, without which the run cannot '
+            "continue; put it back, or start again in another WORKDIR"
         )
     return stand_on_base(own, base)
 

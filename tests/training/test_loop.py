@@ -160,7 +160,8 @@ SETTINGS = {
     "data.test_fraction": 0.3,
     "model.vocab_size": 400,
     "warmup.steps": 2,
-    "schedule.phases": "('inference 3', 'alternate 1:1 26', 'joint 3')",  # long enough that a signal comes in time
+    # long enough that a signal comes in time
+    "schedule.phases": "('inference 3', 'alternate 1:1 26', 'joint 3')",
     "schedule.save_every": 4,
     "schedule.log_every": 1,
     "evaluation.max_users": 8,
