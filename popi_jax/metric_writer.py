@@ -46,7 +46,7 @@ class MetricWriter:
         kept = [
             line
             for line in self._path.read_bytes().splitlines(keepends=True)
-            if _step_of(line) <= step
+            if _read_step(line) <= step
         ]
         part = self._path.with_suffix(".part")
         with part.open("wb") as f:
@@ -103,7 +103,7 @@ class MetricWriter:
         return self._board
 
 
-def _step_of(line: bytes) -> float:
+def _read_step(line: bytes) -> float:
     """The step of a line; infinity for one that was cut while it was written."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf

@@ -83,7 +83,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
         logging.warning("The data are the made PRISM-format sample, not real data.")
     words = load_tokenizer(config, dataset, begun=stored is not None)
     measured = load_measured(config, dataset, words, begun=stored is not None)
-    _warn_of_truncations(config, measured.truncations)
+    _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin)
@@ -217,7 +217,7 @@ def _add_origin(config_json: str, origin: dict[str, str]) -> str:
     return json.dumps(json.loads(config_json) | ({"dataset": origin} if origin else {}))
 
 
-def _warn_of_truncations(config: Config, cut: measure.Truncations) -> None:
+def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
     if cut.contexts or cut.turns or cut.answers:
         d = config.data
         logging.warning(

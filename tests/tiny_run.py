@@ -97,7 +97,7 @@ def shared_run(num_devices: int) -> TinyRun:
         shape = {"model": run.inference.model, "roles": setup.plan_warmup_roles(run.config)}
         abstract = setup.abstract_state(**shape, mesh=run.mesh, config=run.config)
         init = functools.partial(setup.init_state, **shape, config=run.config)
-        program = jax.jit(init, out_shardings=setup.shardings_of(abstract))
+        program = jax.jit(init, out_shardings=setup.get_shardings(abstract))
         now, before = program(jnp.int32(1)), program(jnp.int32(2))
         frozen = Frozen(before.inference.params, before.generator.params)
         steps = manager.open_manager(config.workdir, 1, run.config_json)

@@ -23,7 +23,7 @@ ESTIMATORS = ("k1", "k2", "k3")
 EPS = 1e-4  # beside every standard deviation, as in TRL
 
 
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+def _check_word(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
 
@@ -45,8 +45,8 @@ def group_advantages(
 
     Raises ValueError for an unknown name, and for a group of one that must be compared with itself.
     """
-    _one_of("scale", scale, SCALES)
-    _one_of("baseline", baseline, BASELINES)
+    _check_word("scale", scale, SCALES)
+    _check_word("baseline", baseline, BASELINES)
     group = rewards.shape[-1]
     if group < 2 and (scale == "group" or baseline == "leave_one_out"):
         raise ValueError(
@@ -81,7 +81,7 @@ def kl_estimates(
 
     k1 = -d, unbiased; k2 = d^2 / 2, biased, >= 0; k3 = exp(d) - d - 1, unbiased, >= 0 (Schulman,
     "Approximating KL divergence", 2020). Of their gradients see docs/objectives.md."""
-    _one_of("estimator", estimator, ESTIMATORS)
+    _check_word("estimator", estimator, ESTIMATORS)
     log_ratio = reference_logps - logps
     match estimator:
         case "k1":
@@ -127,14 +127,14 @@ class PolicyObjective:
     entropy_coef: float = 0.0  # of the mean entropy per token, which is subtracted
 
     def __post_init__(self) -> None:
-        _one_of("ratio", self.ratio, RATIOS)
-        _one_of("normalise", self.normalise, NORMALISATIONS)
+        _check_word("ratio", self.ratio, RATIOS)
+        _check_word("normalise", self.normalise, NORMALISATIONS)
         if self.kl == "k1":
             raise ValueError(
                 "kl is 'k1': as a loss its on-policy gradient is 0 in expectation, so it would "
                 "regularise nothing; put it in the reward (summed_kl) or take k2 or k3"
             )
-        _one_of("kl", self.kl, ("k2", "k3"))
+        _check_word("kl", self.kl, ("k2", "k3"))
         if self.kl_corrected and self.kl != "k3":
             raise ValueError(
                 f"kl_corrected goes with kl 'k3', not {self.kl!r}, whose gradient it would spoil"

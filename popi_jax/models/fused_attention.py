@@ -64,7 +64,7 @@ def splash(
     """`interpret`: the kernel as plain operations, for processors that are no TPU."""
     layout = lay_out(levels)
 
-    def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
+    def attend_here(q: Array, k: Array, v: Array, valid: Array) -> Array:
         heads = q.shape[2]
         kernel = splash_kernel.make_splash_mha(
             splash_mask.MultiHeadMask([_Mask(layout)] * heads),
@@ -87,7 +87,7 @@ def splash(
         y = jax.jit(run)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
         return layout.taken(y.swapaxes(1, 2))
 
-    return _by_device(of_device, k.shape, rules)(q, k, v, valid)
+    return _by_device(attend_here, k.shape, rules)(q, k, v, valid)
 
 
 INTERPRETED = partial(splash, interpret=True)  # one value, so that equal models are equal
@@ -111,7 +111,7 @@ def cudnn(
     # the kernel has no gradient of odd lengths
     even = tuple(-(-length // 2) * 2 for _, length in levels)
 
-    def of_device(q: Array, k: Array, v: Array, valid: Array) -> Array:
+    def attend_here(q: Array, k: Array, v: Array, valid: Array) -> Array:
         batch = q.shape[0]
         qs, ks, vs, reals = (_spread(x, levels, even) for x in (q, k, v, valid))
         parts = []
@@ -142,7 +142,7 @@ def cudnn(
             parts.append(y.reshape(batch, nodes * length, *q.shape[2:]))
         return jnp.concatenate(parts, axis=1)
 
-    return _by_device(of_device, k.shape, rules)(q, k, v, valid)
+    return _by_device(attend_here, k.shape, rules)(q, k, v, valid)
 
 
 def cudnn_takes(q: Float[Array, "B T N H"], softcap: float | None) -> bool:

@@ -106,7 +106,7 @@ def make_plan(config: Config, target: Target) -> Plan:
     update = jax.jit(
         partial(updates.popi_update, **made.setup._asdict()),
         donate_argnums=(0,),
-        out_shardings=(setup.shardings_of(made.state), None),
+        out_shardings=(setup.get_shardings(made.state), None),
         keep_unused=True,
     )
     names: dict[tuple[bool, bool], Mode] = {

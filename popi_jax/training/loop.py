@@ -154,7 +154,7 @@ def train(run: Run) -> Trained:
             else:
                 frozen = reference.keep_reference(run, plan, state, base)
                 restart = partial(setup.restart_optimizers, roles=main_roles)
-                layout = setup.shardings_of(abstract)
+                layout = setup.get_shardings(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
                 main = jit_update(partial(popi_update, **update._asdict()), abstract)
@@ -182,14 +182,14 @@ def plan_run(run: Run) -> setup.UpdateSetup:
 def jit_update(update: Callable[..., Any], abstract: TrainState) -> Any:
     """Donates the state; what an update returns is laid out as what it is given, so that it is
     compiled once."""
-    layout = setup.shardings_of(abstract)
+    layout = setup.get_shardings(abstract)
     return jax.jit(update, donate_argnums=(0,), out_shardings=(layout, None))
 
 
 def make_first_state(run: Run, roles: setup.Roles) -> TrainState:
     """The state at step 0: random weights, those of a checkpoint, or adapters on them."""
     cfg, model, mesh = run.config, run.inference.model, run.mesh
-    layout = setup.shardings_of(setup.abstract_state(model, roles, mesh, cfg))
+    layout = setup.get_shardings(setup.abstract_state(model, roles, mesh, cfg))
     init = partial(setup.init_state, model=model, roles=roles, config=cfg)
     seed = jnp.int32(cfg.seed)
     if not cfg.model.checkpoint:

@@ -42,7 +42,7 @@ def keep_reference(run: Run, plan: UpdatePlan, state: TrainState, base: Params) 
         return jax.tree.map(jnp.copy, tree)
 
     # laid out as a run that continues reads it, so that the program is the same
-    own = jax.jit(copy, out_shardings=setup.shardings_of(own))(own)
+    own = jax.jit(copy, out_shardings=setup.get_shardings(own))(own)
     frozen = stand_on_base(own, base)
     if plan.generator.reference is Reference.STORED:
         stored = score_training_pairs(frozen.generator, run)

@@ -300,7 +300,7 @@ def reads_frozen_generator(plan: UpdatePlan) -> bool:
     return scores or judges or bool(plan.generator.role.adapter_scale)
 
 
-def shardings_of(abstract: PyTree) -> PyTree:
+def get_shardings(abstract: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 

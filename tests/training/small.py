@@ -161,7 +161,7 @@ def make_state(
     cfg: Config, roles: setup.Roles, mesh: Mesh, model: TransformerConfig = MODEL
 ) -> tuple[TrainState, Frozen]:
     """A state and reference policies that differ from it, on the mesh (which must be set)."""
-    layout = setup.shardings_of(setup.abstract_state(model, roles, mesh, cfg))
+    layout = setup.get_shardings(setup.abstract_state(model, roles, mesh, cfg))
     init = partial(setup.init_state, model=model, roles=roles, config=cfg)
     program = jax.jit(init, out_shardings=layout)
     state, other = program(jnp.int32(0)), program(jnp.int32(1))

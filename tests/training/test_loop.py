@@ -1,6 +1,7 @@
 """The host loop: what it writes and saves, how it stops, and that a killed run continues as if it
 never was."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -67,6 +69,8 @@ def test_batches_of_both_stages_continue_at_their_position() -> None:
 class Scripted:
     """Runs the loop with a program that counts, and at one step does `event`."""
 
+    SAMPLED = 1000.0
+
     def __init__(
         self, folder: Path, *, save_every: int, log_every: int, at: int, event: Any
     ) -> None:
@@ -82,6 +86,7 @@ class Scripted:
         return state, {
             "loss": Mean(jnp.float32(2 * (value or 0.0)), jnp.float32(2.0)),
             "idle": Mean(*jnp.zeros(2)),
+            "sampled_tokens": Mean(jnp.float32(self.SAMPLED), jnp.float32(1.0)),
         }
 
     def run(self, last_step: int) -> None:
@@ -112,6 +117,28 @@ def test_writes_every_step_once_and_before_it_saves(tmp_path: Path, log_every: i
         [1 / step for step in range(1, 9)]
     )
     assert all("idle" not in row for row in scripted.rows())  # weight 0: it does not apply
+
+
+def test_the_rate_counts_data_and_what_was_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the bar; the clock of this test goes by a second whenever it is read."""
+    seconds = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+    monkeypatch.setattr(loop, "time", clock)
+    shown: list[dict[str, float]] = []
+
+    class Bar(loop.Progress):
+        def update(self, step: int, values: dict[str, float] | None = None) -> None:
+            shown.append(values or {})
+
+    monkeypatch.setattr(loop, "Progress", Bar)
+    scripted = Scripted(tmp_path, save_every=100, log_every=1, at=0, event=None)
+    scripted.run(3)
+    data = loop.count_tokens(small.user_batch(0))
+    # the first rate is of two batches, of which the metrics of one were read
+    rates = [values["tokens/s"] for values in shown if values]
+    assert rates[0] == pytest.approx(2 * data + Scripted.SAMPLED)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
