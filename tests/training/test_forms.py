@@ -47,9 +47,9 @@ def changed(
 
 
 @functools.cache
-def compiled(cfg: Config) -> tuple[TrainState, Frozen, Any]:
+def compiled(cfg: Config, phases: tuple[str, ...]) -> tuple[TrainState, Frozen, Any]:
     """(state, reference policies, update) with plain gradient descent."""
-    made = small.make_update(cfg, SGD, phases=JOINT)
+    made = small.make_update(cfg, SGD, phases=phases)
     mesh = small.make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
         state, frozen = small.make_state(cfg, small.roles_of(made), mesh)
@@ -59,14 +59,24 @@ def compiled(cfg: Config) -> tuple[TrainState, Frozen, Any]:
     return state, frozen, jax.jit(partial(popi_update, **made._asdict()))
 
 
-def run(cfg: Config, updates: int = 1) -> tuple[TrainState, TrainState, dict[str, Mean]]:
+def run(
+    cfg: Config, updates: int = 1, phases: tuple[str, ...] = JOINT
+) -> tuple[TrainState, TrainState, dict[str, Mean]]:
     """(state before, state after, metrics of the last update)."""
-    before, frozen, program = compiled(cfg)
+    before, frozen, program = compiled(cfg, phases)
     state = before
     with jax.set_mesh(small.make_mesh(1, 1, 1)):
         for i in range(updates):
             state, metrics = program(state, frozen, small.user_batch(i))
     return before, state, metrics
+
+
+@functools.cache
+def small_state() -> TrainState:
+    """Of whole models without averages."""
+    mesh = small.make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        return small.make_state(small.make_config(), PLAIN, mesh)[0]
 
 
 ADAPTED = changed(generator={"lora": LORA, "reference": "summary"}, inference={"lora": LORA})
@@ -113,13 +123,14 @@ def test_parts_hold_every_user_once(seed: int, num: int) -> None:
 def test_several_steps_on_the_same_summaries() -> None:
     """The first step is that of a single one; the ratio then counts: far from the old policy the
     clip stops it."""
-    _, once, _ = run(changed())
-    _, twice, metrics = run(changed(inference={"updates_per_rollout": 2}))
+    alone = ("inference 8",)
+    _, once, _ = run(changed(), phases=alone)
+    _, twice, metrics = run(changed(inference={"updates_per_rollout": 2}), phases=alone)
     assert (once.inference.step, twice.inference.step) == (1, 2)
     assert 0 <= metrics["inference/clip_fraction"].total < metrics["inference/clip_fraction"].weight
     assert np.abs(flat(twice.inference.params) - flat(once.inference.params)).max() > 1e-4
     tight = {"updates_per_rollout": 2, "clip_low": 0.0, "clip_high": 0.0, "kl_coef": 0.0}
-    _, _, told = run(changed(inference=tight))
+    _, _, told = run(changed(inference=tight), phases=alone)
     assert told["inference/clip_fraction"].total > 0.2 * told["inference/clip_fraction"].weight
 
 
@@ -131,7 +142,7 @@ def test_averages_follow_the_parameters() -> None:
         np.testing.assert_allclose(
             flat(getattr(after, role).ema), decay * old + (1 - decay) * new, atol=1e-6
         )
-    assert run(changed())[1].generator.ema is None
+    assert small_state().generator.ema is None
 
 
 def test_the_average_can_judge_summaries() -> None:
@@ -176,7 +187,7 @@ def test_policy_joins_adapters_and_leaves_whole_models() -> None:
 def test_every_objective_makes_a_step(name: str) -> None:
     """Traced, not run: the numbers are tested in tests/losses."""
     cfg = changed(generator={"objective": name, "label_smoothing": 0.1, "sft_coef": 1.0})
-    state, users = compiled(changed())[0].generator, jax.tree.map(jnp.asarray, small.user_batch(0))
+    state, users = small_state().generator, jax.tree.map(jnp.asarray, small.user_batch(0))
     contexts = jax.tree.map(lambda x: x[:, None], users.context)
     reference = (
         PairLogps(*(jnp.zeros((8, 1, 2)) for _ in range(2))) if name in WITH_REFERENCE else None
@@ -208,7 +219,7 @@ def test_every_policy_objective_makes_a_step(values: dict[str, Any]) -> None:
     """Traced, not run, as above."""
     cfg = changed(inference=values)
     state, users = (
-        compiled(changed())[0].inference,
+        small_state().inference,
         jax.tree.map(lambda x: jnp.asarray(x)[:2], small.user_batch(0)),
     )
     rng = np.random.default_rng(0)
@@ -345,7 +356,7 @@ def test_what_an_update_does_is_decided_once() -> None:
 def test_joined_adapters_change_the_scores_of_pairs() -> None:
     """Adapters in the whole chain of a role: not only in one layer."""
     _, after, _ = run(ADAPTED, 2)
-    base = compiled(ADAPTED)[1].generator
+    base = compiled(ADAPTED, JOINT)[1].generator
     with jax.set_mesh(small.make_mesh(1, 1, 1)):
         users = jax.tree.map(jnp.asarray, small.user_batch(3))
         context = jax.tree.map(lambda x: x[:, None], users.context)
