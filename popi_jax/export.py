@@ -191,7 +191,7 @@ def read_results(workdir: str, step: int) -> list[dict[str, Any]]:
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON: {e}; evaluate again, or remove the file") from e
     if isinstance(found, dict):
-        found = found["rows"] if found.get("step") == step else []
+        found = found.get("rows", []) if found.get("step") == step else []
     if not all(isinstance(row, dict) for row in found):
         raise UserError(f"{path}: expected a list of objects; evaluate again, or remove the file")
     return found

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -27,6 +27,7 @@ from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.sharding import find_platform, make_mesh
 
+LAYOUT = 2  # of a workdir; raise it when runs of before cannot be continued
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
 
@@ -77,7 +78,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     if stored:  # before any work on the data; what the data are is compared when they are known
         manager.check_same_run(config.workdir, _add_origin(config_json, origin))
     mesh = start_devices(config)
-    on_laptop = distributed.is_alone_on_cpu(os.environ)
+    on_laptop = distributed.is_alone_on_cpu(os.environ) and jax.default_backend() == "cpu"
     dataset = prepare(config.data, allow_sample=on_laptop, trained_on=origin.get("data", ""))
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")
@@ -213,8 +214,10 @@ def list_banned(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
     return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
 
 
-def _add_origin(config_json: str, origin: dict[str, str]) -> str:
-    return json.dumps(json.loads(config_json) | ({"dataset": origin} if origin else {}))
+def _add_origin(config_json: str, origin: dict[str, Any]) -> str:
+    """What is stored with each checkpoint; a workdir of another layout is refused by it."""
+    dataset = {"dataset": origin | {"layout": LAYOUT}} if origin else {}
+    return json.dumps(json.loads(config_json) | dataset)
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:

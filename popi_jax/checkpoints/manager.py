@@ -168,14 +168,24 @@ def restore_params(
             item = {name: ocp.args.StandardRestore(target)}
             return manager.restore(step, args=ocp.args.Composite(**item))[name]
 
-        return _read_first(folder, steps if step is None else [step], read)
+        try:
+            return _read_first(folder, steps if step is None else [step], read)
+        except UserError as e:
+            if step is None:
+                raise
+            there = ", ".join(map(str, sorted(steps)))
+            raise UserError(f"--step={step}: {e}; the steps that are there: {there}") from e
 
 
 def list_steps(workdir: str) -> list[int]:
-    """Returns the steps that were saved, readable or not, the newest first."""
+    """Returns the steps that were saved, readable or not, the newest first.
+
+    In a bucket Orbax writes under the final name and marks what is complete by a file."""
     folder = _find_checkpoints(workdir)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    saved = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if "://" in str(folder):
+        saved = [path for path in saved if (path / "commit_success.txt").exists()]
+    return sorted((int(path.name) for path in saved), reverse=True)
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
@@ -286,8 +296,8 @@ def _read_first(
         if np.all(multihost_utils.process_allgather(np.array(failure is None))):
             return step, value
         reason = _shorten(failure) if failure else "another process could not read it"
-        where = folder / str(step)
-        logging.error("Checkpoint %s cannot be read (%s); trying the one before it.", where, reason)
+        where, rest = folder / str(step), " trying the one before it." if len(steps) > 1 else ""
+        logging.error("Checkpoint %s cannot be read (%s);%s", where, reason, rest)
     raise UserError(
         f'config.workdir: none of the checkpoints {steps} in "{folder}" can be read: {reason}; '
         "give another WORKDIR"

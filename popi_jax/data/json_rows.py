@@ -95,7 +95,7 @@ class Row:
 
     def check_unique(self, name: str, seen: dict[str, str]) -> None:
         """Adds the row to `seen` (id -> where). Raises: UserError when the id was there."""
-        first = seen.setdefault(self.fields[name], self.where)
+        first = seen.setdefault(str(self.fields[name]).strip(), self.where)
         if first != self.where:
             allowed = f"an id that occurs once (first at {first})"
             raise self.make_error(name, self.fields[name], allowed, "Remove one of the rows.")

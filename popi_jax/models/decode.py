@@ -85,7 +85,8 @@ def sample(
     batch, group = keys.shape
     model = dataclasses.replace(model, rules=model.rollout_rules)
     tree = packing.prefix_tree(context, turn)
-    prefix = packing.run_packed_if_it_fits(budget, tree, partial(prefill, weights, tree, model))
+    run = partial(prefill, weights, tree, model)
+    prefix = make_prefix(weights, tree, model, *packing.run_packed_if_it_fits(budget, tree, run))
     shape = (batch, group, sampling.max_len)
     own = (model.num_layers, batch, model.num_kv_heads, group, sampling.max_len, model.head_dim)
     start = Loop(
@@ -107,24 +108,35 @@ def sample(
 
 def prefill(
     weights: Params, tree: packing.Tree, model: TransformerConfig, budget: Budget | None
-) -> Prefix:
-    """Runs the context and the turn of each row once, without padding where there is a budget."""
+) -> tuple[Float[Array, "batch embed"], tuple[Array, Array]]:
+    """Runs the context and the turn of each row once, without padding where there is a budget: the
+    state that predicts the first token, and the keys and values of all layers."""
     rows = packing.pack(tree)
     places = None
     if budget is not None:
         places = packing.assign_places(rows.valid, budget.tokens, budget.shards)
     apply = partial(Transformer(model).apply, variables(weights))
-    hidden, (k, v) = apply(*rows[:3], levels=rows.levels, keep=True, places=places)
+    hidden, kept = apply(*rows[:3], levels=rows.levels, keep=True, places=places)
     last = (tree.context.ids.shape[1] + tree.turns.lengths[:, 0] - 1)[:, None]
     if places is None:
-        states = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
-    else:
-        ends = jnp.take_along_axis(places.place_of.reshape(rows.ids.shape), last, axis=1)
-        ends = ends.reshape(hidden.shape[0], -1)
-        states = packing.take(hidden, ends).reshape(len(last), -1)
-    head = get_head(weights, model)
+        return jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0], kept
+    ends = jnp.take_along_axis(places.place_of.reshape(rows.ids.shape), last, axis=1)
+    ends = ends.reshape(hidden.shape[0], -1)
+    return packing.take(hidden, ends).reshape(len(last), -1), kept
+
+
+def make_prefix(
+    weights: Params,
+    tree: packing.Tree,
+    model: TransformerConfig,
+    states: Float[Array, "batch embed"],
+    kept: tuple[Array, Array],
+) -> Prefix:
+    """What the loop reads of the prefilled rows; apart from `prefill`, whose branches of a
+    conditional would each return a copy of the head."""
+    rows, head = packing.pack(tree), get_head(weights, model)
     logits = token_logits(states, head, softcap=model.final_logit_softcap)
-    k, v = (x.swapaxes(2, 3)[:, :, :, None] for x in (k, v))
+    k, v = (x.swapaxes(2, 3)[:, :, :, None] for x in kept)
     cache = KeysValues(k, v, rows.valid[:, None], rows.positions[:, None])
     return Prefix(cache, logits, tree.context.lengths + tree.turns.lengths[:, 0], head)
 

@@ -157,6 +157,7 @@ class Pairs:
         objective = self.plan.generator.objective
         return pair_margins(logps, lengths, reference, objective=objective)
 
+    @jax.named_scope("rewards")
     def find_baseline(
         self, judge: Params, frozen: Frozen, reference: PairLogps | None, users: UserBatch
     ) -> Float[Array, "users pairs"] | None:

@@ -125,7 +125,7 @@ def train(run: Run) -> Trained:
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + len(plan.kinds)
     base = reference.read_base(cfg, model, mesh)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, run.config_json)
-    batches, stop = open_batches(run), distributed.StopRequest()
+    batches = open_batches(run)
 
     def shape_at(step: int) -> TrainState:
         return warmup_abstract if step <= warmup_steps and warmup_steps else abstract
@@ -136,6 +136,7 @@ def train(run: Run) -> Trained:
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
+    stop = distributed.StopRequest()  # from here on: until then a signal ends the process at once
     with MetricWriter(cfg.workdir, enabled=distributed.is_main_process()) as writer:
         writer.resume(step)
         save = partial(save_step, manager, batches, run.config_json)
