@@ -54,6 +54,13 @@ def test_the_cache_of_compiled_programs_lies_where_the_environment_says(
         assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
 
 
+def test_a_workdir_of_an_older_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = shared_run(1)
+    monkeypatch.setattr(run, "LAYOUT", 3)
+    with on_devices(1), pytest.raises(UserError, match="dataset.layout was 2, is 3"):
+        run.open_run(config_of(tiny.workdir))
+
+
 def test_what_was_measured_is_kept_whole_and_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

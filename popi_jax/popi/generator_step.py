@@ -23,10 +23,10 @@ def generator_step(
     plan: GeneratorPlan,
     scorer: Scorer,
 ) -> tuple[RoleState, Metrics, Float[Array, "users group pairs"]]:
-    """The preference objective on all pairs; also the margins before the step.
+    """A step on the preference objective; also the margins before it.
 
-    contexts: [users group seq]; reference: [users group pairs], or [users 1 pairs] where it does
-    not see the summary; None where the objective has none."""
+    frozen: the base under adapters. contexts: [users group seq]; reference: [users group pairs], or
+    [users 1 pairs] where it does not see the summary; None where the objective has none."""
     o = plan.objective
     shape = (*contexts.lengths.shape, users.pair_mask.shape[1])
     spread = partial(jnp.broadcast_to, shape=shape)

@@ -27,10 +27,10 @@ def inference_step(
     plan: InferencePlan,
     scorer: Scorer,
 ) -> tuple[RoleState, Metrics]:
-    """Policy gradient on sampled summaries: `steps_per_rollout` steps.
+    """Rewards of the sampled summaries, their advantages, then `steps_per_rollout` steps.
 
-    `margins` are the judge's on the users' held-out pairs behind each summary; those without a
-    summary are needed where the reward has a baseline. `frozen` is the reference."""
+    margins: the judge's on the batch's pairs given each summary; without a summary: given an empty
+    one, None unless the reward has a baseline. frozen: the reference, and the base of adapters."""
     reference = scorer.score_summaries(frozen, users, rollouts)
     mask = length_mask(rollouts.summaries)
     counted = grpo.finished_mask(mask, rollouts.finished) if plan.skip_unfinished else mask
@@ -96,6 +96,7 @@ def summary_loss(
     metrics = {
         "loss": Mean(loss, jnp.float32(share)),
         "kl": metric(kl),
+        # unless entropies are computed: -log p of the sampled tokens, an unbiased estimate
         "entropy": metric(-logps if entropies is None else entropies, scores.mask),
     }
     if plan.steps_per_rollout > 1:

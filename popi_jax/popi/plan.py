@@ -1,5 +1,5 @@
-"""All that is decided about an update before it runs, once: training/setup.py decides it from the
-configuration, the steps of this folder only read it."""
+"""What an update trains and by which objectives: `training/setup.py: plan_update` decides it once,
+from the configuration, and the steps of this folder only read it."""
 
 import dataclasses
 import enum
@@ -18,9 +18,9 @@ class Reference(enum.Enum):
     """Where the log-probs come from that the generator's objective compares with."""
 
     NONE = "none"  # the objective has no reference
-    STORED = "stored"  # of all training pairs, computed beforehand behind no summary
-    PROMPT = "prompt"  # the frozen generator behind no summary, in each update
-    SUMMARY = "summary"  # the frozen generator behind the summary
+    STORED = "stored"  # PROMPT of all training pairs, computed before the main stage
+    PROMPT = "prompt"  # the frozen generator given an empty summary, in each update
+    SUMMARY = "summary"  # the frozen generator given the summary
 
 
 class Judge(enum.Enum):
@@ -66,6 +66,8 @@ class RolePlan:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorPlan:
+    """How the generator is trained, and what its reference sees."""
+
     role: RolePlan
     objective: PreferenceObjective
     reference: Reference
@@ -73,6 +75,8 @@ class GeneratorPlan:
 
 @dataclasses.dataclass(frozen=True)
 class InferencePlan:
+    """How the inference model is trained; config.py explains its settings."""
+
     role: RolePlan
     objective: PolicyObjective
     judge: Judge

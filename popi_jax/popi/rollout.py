@@ -44,8 +44,9 @@ class Sampler:
     def sample(
         self, params: Params, users: UserBatch, key: Key[Array, ""], group_size: int
     ) -> Rollouts:
-        """G summaries for each user, behind one copy of the signals; a summary depends on the
-        number of its user and its own in the group alone."""
+        """G summaries for each user, behind one copy of the signals. The key of a summary is folded
+        from `key`, the number of its example and its number in the group: devices and microbatches
+        do not matter."""
         weights = lay_out_for_rollout(params, self.model)  # once for all microbatches
 
         def sample(part: UserBatch) -> Rollouts:

@@ -1,12 +1,12 @@
-"""Log-probs of what a model answers, every shared prefix computed once, and their gradients.
+"""Log-probs of what a model answers, every shared prefix computed once, and gradients of losses.
 
 The tree context -> turns -> answers is packed into one row of tokens per context. A token sees the
 earlier tokens of its own node and all of its ancestors, at the positions that a separate sequence
 would have, so the result equals that of scoring each (context, turn, answer) alone.
 
-`Scorer` alone knows of microbatches and budgets: the steps see log-probs of whole batches, and give
-it losses whose parts add up. Microbatch j of n holds the users j, n + j, 2n + j, ... so that each
-device keeps the users that it has."""
+A `Scorer` splits a batch into microbatches and chooses budgets. A loss sees the log-probs of one
+microbatch; the step gives it what it needs of the whole batch, so that parts add up. Microbatch j
+of n holds the users j, n + j, 2n + j, ... so that each device keeps the users that it has."""
 
 import dataclasses
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def _take_predictors(
 def _find_predictors(
     tree: Tree, num_slots: int, shards: int
 ) -> Int[Array, "batch turns answers seq"]:
-    """The slots of these states, counted through all rows of a shard."""
+    """The slot of the state that predicts each answer token, counted through a shard's rows."""
     context_len, (_, num_turns, turn_len) = tree.context.ids.shape[1], tree.turns.ids.shape
     shape = tree.answers.ids.shape
     row, turn, answer, token = (
@@ -151,7 +151,7 @@ def join_microbatches(parts: PyTree) -> PyTree:
 
 
 def map_microbatches(function: Callable[[Any], PyTree], batch: PyTree, num: int) -> PyTree:
-    """function(batch), which has a row for each user, from one microbatch after the other."""
+    """Applies `function`, which returns a row for each user, to one microbatch after another."""
     if num == 1:
         return function(batch)
     return join_microbatches(jax.lax.map(function, split_microbatches(batch, num)))
@@ -166,10 +166,10 @@ Task = tuple[Tree, Budget | None, Callable[[Params, Budget | None], Any]]
 class Scorer:
     """Scores pairs behind summaries, and summaries behind signals, of whole batches of users.
 
-    A loss that is given to a gradient is loss_fn(scores, *part) -> (loss, (metrics, rows)). `part`
-    holds the rows of one microbatch of all batches that the call names. The loss is a sum over
-    users, divided by a weight of the whole batch, so that losses, gradients and metrics of the
-    microbatches add up: means of means never occur. `rows` have a row for each user."""
+    A loss is loss_fn(scores, *part) -> (loss, (metrics, rows)): `part` is one microbatch of each
+    element of `batch`, `rows` has a row for each user. The loss must be a sum over users divided by
+    a weight of the whole batch, so that losses, gradients and metrics of the microbatches add up:
+    means of means never occur."""
 
     model: TransformerConfig
     summary_turn: tuple[int, ...] = ()  # what asks for a summary, behind the signals

@@ -1,5 +1,5 @@
-"""One update of both roles as one jitted program: which roles it trains is decided inside, by the
-step (POPI, arXiv 2510.17881 v1)."""
+"""One update as one jitted program, of one role or both: the number of the step decides which,
+inside the program (POPI, arXiv 2510.17881 v1)."""
 
 import dataclasses
 from functools import partial
@@ -48,68 +48,73 @@ def popi_update(
     The metrics are those of all kinds of update that the plan has; weight 0 where this one does
     not make them."""
     kinds = sorted(set(plan.kinds))  # what never occurs is not compiled
-    pairs = Pairs(plan, scorer)
+    scoring = PairScoring(plan, scorer)
     # jitted, so that finding the names of the metrics and compiling share one tracing
-    branches = [jax.jit(partial(update_roles, kind, pairs, sampler)) for kind in kinds]
+    branches = [jax.jit(partial(update_roles, kind, scoring, sampler)) for kind in kinds]
     operands = (state, frozen, users, jax.random.fold_in(state.key, state.step))
     made = [jax.eval_shape(branch, *operands)[2] for branch in branches]
     idle = {name: Mean(jnp.zeros(()), jnp.zeros(())) for names in made for name in sorted(names)}
 
-    def run(branch: int) -> Updated:
-        inference, generator, metrics = branches[branch](*operands)
+    def run(number: int) -> Updated:
+        inference, generator, metrics = branches[number](*operands)
         return inference, generator, idle | metrics
 
-    step = jnp.clip(state.step - plan.first_step, 0, len(plan.kinds) - 1)
-    branch = jnp.asarray([kinds.index(kind) for kind in plan.kinds])[step]
+    # beyond the plan the last kind repeats
+    position = jnp.clip(state.step - plan.first_step, 0, len(plan.kinds) - 1)
+    chosen = jnp.asarray([kinds.index(kind) for kind in plan.kinds])[position]
     runs = [partial(run, number) for number in range(len(kinds))]
-    inference, generator, metrics = jax.lax.switch(branch, runs)
+    inference, generator, metrics = jax.lax.switch(chosen, runs)
     return TrainState(inference, generator, state.step + 1, state.key), metrics
 
 
 def update_roles(
     kind: Kind,
-    pairs: "Pairs",
+    scoring: "PairScoring",
     sampler: Sampler,
     state: TrainState,
     frozen: Frozen,
     users: UserBatch,
     key: Key[Array, ""],
 ) -> Updated:
-    """The inference model samples G summaries per user, is rewarded by the judge's margins on K of
-    the user's pairs and takes policy-gradient steps; the generator takes a preference step on the
-    same pairs behind the first summary of each group.
+    """Samples summaries, G per user if the inference model is trained, else one. The generator
+    takes a preference step on the users' K pairs given the first summary. The inference model is
+    rewarded by the judge's margins on the same pairs given each summary and takes policy-gradient steps.
 
-    In a joint update both see the models as they were before it, and the current generator's
-    margins behind that first summary come from its gradient pass."""
-    plan, scorer = pairs.plan, pairs.scorer
-    inference, generator, known = state.inference, state.generator, None
+    In a joint update both use the models from before it; where the current generator judges, its
+    margins given the first summary come from its gradient pass and are not computed again."""
+    plan, scorer = scoring.plan, scoring.scorer
+    inference, generator, first_margins = state.inference, state.generator, None
     writer = plan.inference.role.join_policy(inference.params, frozen.inference)
     group_size = plan.inference.group_size if kind.inference else 1
     rollouts = sampler.sample(writer, users, key, group_size)
     contexts = splice(plan.generator_prefix, rollouts.summaries, rollouts.finished)
-    reference = pairs.score_reference(frozen, contexts, users)
+    reference = scoring.score_reference(frozen, contexts, users)
     metrics = {f"turn/{role}": metric(jnp.float32(on)) for role, on in kind._asdict().items()}
     sampled = jnp.sum(rollouts.summaries.lengths).astype(jnp.float32)
     metrics["sampled_tokens"] = Mean(sampled, jnp.float32(1.0))
     if kind.generator:
-        first, given = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
-        prefer = partial(generator_step, plan=plan.generator, scorer=scorer)
+        first_contexts, first_reference = jax.tree.map(lambda x: x[:, :1], (contexts, reference))
+        inputs = (frozen.generator, first_reference, first_contexts, users)
         with jax.named_scope("generator_step"):
-            generator, made, known = prefer(generator, frozen.generator, given, first, users)
-        metrics |= made
+            generator, new_metrics, first_margins = generator_step(
+                generator, *inputs, plan=plan.generator, scorer=scorer
+            )
+        metrics |= new_metrics
     if kind.inference:
         judge = choose_judge(state, frozen, plan)
-        if known is None or plan.inference.judge is not Judge.CURRENT:
-            margins = pairs.find_margins(judge, contexts, reference, users)
-        else:
+        if first_margins is None or plan.inference.judge is not Judge.CURRENT:
+            margins = scoring.compute_margins(judge, contexts, reference, users)
+        else:  # of the other summaries; a reference that does not see them has one column: it stays
             rest = jax.tree.map(lambda x: x[:, 1:] if x.shape[1] > 1 else x, (contexts, reference))
-            margins = jnp.concatenate([known, pairs.find_margins(judge, *rest, users)], axis=1)
-        without = pairs.find_baseline(judge, frozen, reference, users)
-        learn = partial(inference_step, plan=plan.inference, scorer=scorer)
-        inputs = (frozen.inference, margins, without, rollouts, users)
+            others = scoring.compute_margins(judge, *rest, users)
+            margins = jnp.concatenate([first_margins, others], axis=1)
+        without = scoring.compute_margins_without_summary(judge, frozen, reference, users)
+        given = (frozen.inference, margins, without, rollouts, users)
         with jax.named_scope("inference_step"):
-            inference, made = learn(inference, *inputs)
-        metrics |= made
+            inference, new_metrics = inference_step(
+                inference, *given, plan=plan.inference, scorer=scorer
+            )
+        metrics |= new_metrics
     return inference, generator, metrics
 
 
@@ -123,14 +128,14 @@ def choose_judge(state: TrainState, frozen: Frozen, plan: UpdatePlan) -> Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Scores the pairs of a batch as the plan says: by the reference, and by the judge."""
+class PairScoring:
+    """Log-probs of the reference and margins of the judge on the pairs of a batch."""
 
     plan: UpdatePlan
     scorer: Scorer
 
-    def repeat_nothing(self, users: UserBatch) -> Tokens:
-        """The generator's context without a summary: [users 1 seq]."""
+    def make_empty_contexts(self, users: UserBatch) -> Tokens:
+        """The generator's contexts with an empty summary: [users 1 seq]."""
         return repeat_ids(self.plan.generator_prefix, (users.index.shape[0], 1))
 
     @jax.named_scope("reference")
@@ -144,27 +149,27 @@ class Pairs:
             case Reference.STORED:
                 return jax.tree.map(lambda x: x[users.pair_number][:, None], frozen.stored)
             case Reference.PROMPT:
-                contexts = self.repeat_nothing(users)
+                contexts = self.make_empty_contexts(users)
         return self.scorer.score_pairs(frozen.generator, contexts, users)
 
     @jax.named_scope("rewards")
-    def find_margins(
+    def compute_margins(
         self, judge: Params, contexts: Tokens, reference: PairLogps | None, users: UserBatch
     ) -> Float[Array, "users group pairs"]:
-        """The judge's margins on the pairs of each user behind each of the contexts."""
+        """The judge's margins on the pairs of each user given each of the contexts."""
         logps = self.scorer.score_pairs(judge, contexts, users)
         lengths = PairLengths(users.chosen.lengths[:, None], users.rejected.lengths[:, None])
         objective = self.plan.generator.objective
         return pair_margins(logps, lengths, reference, objective=objective)
 
     @jax.named_scope("rewards")
-    def find_baseline(
+    def compute_margins_without_summary(
         self, judge: Params, frozen: Frozen, reference: PairLogps | None, users: UserBatch
     ) -> Float[Array, "users pairs"] | None:
-        """The same behind no summary, where the reward has a baseline."""
+        """The same given an empty summary; None unless the reward has a baseline."""
         if not self.plan.inference.reward_baseline:
             return None
-        nothing = self.repeat_nothing(users)
+        empty = self.make_empty_contexts(users)
         if self.plan.generator.reference is Reference.SUMMARY:
-            reference = self.score_reference(frozen, nothing, users)
-        return self.find_margins(judge, nothing, reference, users)[:, 0]
+            reference = self.score_reference(frozen, empty, users)
+        return self.compute_margins(judge, empty, reference, users)[:, 0]

@@ -82,7 +82,7 @@ def plan_update(
     objective, reference = make_objective(config), Reference.NONE
     if objective.needs_reference:
         reference = Reference(config.generator.reference)
-        # where it never changes and each pair is drawn at least about once, it is computed once
+        # where it never changes and each training user is drawn about once, it is computed once
         if reference is Reference.PROMPT and config.batch.users * len(kinds) >= num_users:
             reference = Reference.STORED
     plan = UpdatePlan(
