@@ -10,8 +10,8 @@ KINDS = ("log_sigmoid", "accuracy", "margin")
 
 
 def pair_rewards(margins: Float[Array, "*rows"], *, kind: str) -> Float[Array, "*rows"]:
-    """What one pair's margin is worth: "log_sigmoid", log sigmoid(m), nats, <= 0, with plain DPO the
-    negative of the generator's loss, so that both models ascend one objective (POPI, arXiv
+    """What one pair's margin is worth: "log_sigmoid", log sigmoid(m), nats, <= 0, with plain DPO
+    the negative of the generator's loss, so that both models ascend one objective (POPI, arXiv
     2510.17881 v1); "accuracy", 1 where m > 0, a tie one half; "margin", m itself, nats. Raises
     ValueError for another name."""
     match kind:

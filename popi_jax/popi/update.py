@@ -78,7 +78,8 @@ def update_roles(
 ) -> Updated:
     """Samples summaries, G per user if the inference model is trained, else one. The generator
     takes a preference step on the users' K pairs given the first summary. The inference model is
-    rewarded by the judge's margins on the same pairs given each summary and takes policy-gradient steps.
+    rewarded by the judge's margins on the same pairs given each summary and takes policy-gradient
+    steps.
 
     In a joint update both use the models from before it; where the current generator judges, its
     margins given the first summary come from its gradient pass and are not computed again."""
