@@ -3,9 +3,10 @@
 import os
 import pathlib
 
+from tests.cheap_compiles import CHEAP
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# compiling is most of the time of the tests: the lowest level of optimisation takes half of it
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"--xla_force_host_platform_device_count=8 {CHEAP}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["NPROC"] = "32"  # threads of XLA: collectives of simulated devices block some
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

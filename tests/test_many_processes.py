@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from popi_jax.data.sources.made_people import write_sample
+from tests.cheap_compiles import CHEAP
 from tests.tiny_run import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +54,7 @@ def environment(num_devices: int) -> dict[str, str]:
     env = {
         k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "POPI_"))
     }
-    flags = (
-        f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
-    )
+    flags = f"--xla_force_host_platform_device_count={num_devices} {CHEAP}"
     return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 

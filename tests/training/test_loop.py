@@ -25,6 +25,7 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.run import Run
 from popi_jax.training import loop
 from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
+from tests.cheap_compiles import CHEAP
 from tests.oracles.plain import MODEL
 from tests.training import small
 
@@ -202,7 +203,7 @@ def start(workdir: Path, **changed: Any) -> subprocess.Popen:
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": CHEAP}
     with workdir.with_suffix(".err").open(
         "w"
     ) as errors:  # a pipe that nobody reads would fill and hold the run
