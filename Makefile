@@ -91,7 +91,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(RUN) mypy popi_jax configs benchmarks
 
 test: $(STAMP) $(LIBTPU) ## the quick tests
-	$(RUN) pytest -q -n 2 --dist loadfile $(ARGS)
+	$(RUN) pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes or the network
 	$(RUN) pytest -q -m "slow or network" $(ARGS)

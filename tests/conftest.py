@@ -38,3 +38,15 @@ def bucket() -> str:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     return "gs://bucket"
+
+
+# files that take longest come first, so that no process is left alone with one
+SLOW_FILES = (
+    *("test_many_processes.py", "test_meshes.py", "test_loop.py", "test_forms.py"),
+    *("test_update.py", "test_advertised_rows.py", "test_adapter_run.py", "test_sharing.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
