@@ -93,9 +93,9 @@ def test_other_settings_and_other_data_are_refused(tiny):
     stored = tiny.workdir / "checkpoints" / str(STEP) / "config" / "metadata"
     before = stored.read_text()
     try:
-        stored.write_text(
-            json.dumps(json.loads(before) | {"dataset": {"data": "published", "prepared": "other"}})
-        )
+        fields = json.loads(before)
+        fields["dataset"] |= {"data": "published", "prepared": "other"}
+        stored.write_text(json.dumps(fields))
         with pytest.raises(UserError, match=r'dataset.data was "published", is "sample"'):
             open_run(config)
     finally:

@@ -69,7 +69,7 @@ def command(*args: str) -> str:
             ["print-config"],
             "popi_jax.train --config=prism --config.workdir='work/prism'  --print_config",
         ),
-        (["test"], "pytest -q -n 2 "),
+        (["test"], "pytest -q -n 2 --dist loadfile --no-loadscope-reorder "),
         (["bench", "ARGS=--rounds=3"], "benchmarks.bench --rounds=3"),
         (["bench-compare", "BASE=v1"], "benchmarks.compare --base='v1' "),
         (["bench-growth"], "benchmarks.growth "),
