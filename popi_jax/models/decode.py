@@ -30,7 +30,6 @@ class Sampling(NamedTuple):
     top_k: int = 0  # only the k likeliest; 0 = all
     top_p: float = 1.0  # only the likeliest that sum to p at least (nucleus, arXiv 1904.09751)
     min_p: float = 0.0  # only those of this part of the likeliest at least (arXiv 2407.01082)
-    stop: tuple[tuple[int, ...], ...] = ()  # an answer ends where it has one of these: it stays
 
 
 class Prefix(NamedTuple):
@@ -175,7 +174,7 @@ def decode_step(
     )
     logits = token_logits(hidden, prefix.head, softcap=model.final_logit_softcap)
     ended = token == sampling.end_id
-    done = loop.done | ended | find_stops(ids, loop.t, sampling)
+    done = loop.done | ended
     lengths, finished = loop.lengths + live, loop.finished | (live & ended)
     return Loop(loop.t + 1, logits, k, v, ids, logps, lengths, done, finished)
 
@@ -212,18 +211,3 @@ def draw_tokens(
     whole = logits if greedy else logits / sampling.temperature
     logp = jnp.take_along_axis(jax.nn.log_softmax(whole, axis=-1), token[..., None], axis=-1)
     return token.astype(jnp.int32), logp[..., 0]
-
-
-def find_stops(
-    ids: Int[Array, "batch group seq"], t: Int[Array, ""], sampling: Sampling
-) -> Bool[Array, "batch group"]:
-    """Whether the tokens up to index `t` end with a stop sequence."""
-    found = jnp.zeros(ids.shape[:2], bool)
-    for words in sampling.stop:
-        size = len(words)
-        if size <= ids.shape[2]:
-            first = jnp.maximum(t + 1 - size, 0)
-            last = jax.lax.dynamic_slice_in_dim(ids, first, size, axis=2)
-            same = jnp.all(last == jnp.asarray(words, jnp.int32)[None, None, :], axis=-1)
-            found |= same & (t + 1 >= size)
-    return found

@@ -1,24 +1,12 @@
-"""What is drawn under each cut of the distribution, and where an answer stops."""
-
-from functools import partial
+"""What is drawn under each cut of the distribution."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.arrays import Tokens
-from popi_jax.models.decode import (
-    Sampling,
-    cut_logits,
-    draw_tokens,
-    find_stops,
-    sample,
-    sample_keys,
-)
+from popi_jax.models.decode import Sampling, cut_logits, draw_tokens
 from tests.oracles import losses as oracle
-from tests.oracles import plain
-from tests.oracles.plain import MODEL
 
 P = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = jnp.log(jnp.asarray(P, jnp.float32))[None, None, :]
@@ -68,31 +56,3 @@ def test_the_draws_within_a_cut_keep_their_proportions() -> None:
     )
     found = np.bincount(np.asarray(tokens).ravel(), minlength=5) / 4000
     np.testing.assert_allclose(found, np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85, atol=0.03)
-
-
-def test_stops_by_hand() -> None:
-    ids = jnp.array([[[1, 2, 3, 9], [2, 3, 1, 2], [3, 3, 3, 3]]])
-    sampling = Sampling(1.0, 4, 0, stop=((2, 3), (3, 3, 3), (1, 2, 3, 9, 9)))
-    found = [np.asarray(find_stops(ids, jnp.int32(t), sampling))[0].tolist() for t in range(4)]
-    assert found == [[False] * 3, [False, True, False], [True, False, True], [False, False, True]]
-
-
-def test_an_answer_ends_with_its_stop_sequence() -> None:
-    """The same tokens as without it up to there; such an answer is not finished by the end
-    token."""
-    params = plain.random_params(0)
-    context, turn = (Tokens(jnp.array([[7, 8, 9], [3, 2, 1]]), jnp.array([3, 2])) for _ in range(2))
-    keys = sample_keys(jax.random.key(3), jnp.arange(2), 4)
-
-    def run(sampling: Sampling):
-        return jax.jit(partial(sample, model=MODEL, sampling=sampling))(params, context, turn, keys)
-
-    free = run(Sampling(1.4, 6, 63))
-    full = plain.row(free.summaries, 0, 1)
-    assert len(full) == 6
-    stopped = run(Sampling(1.4, 6, 63, stop=(tuple(full[2:4]),)))
-    assert plain.row(stopped.summaries, 0, 1) == full[:4]
-    assert not stopped.finished[0, 1]
-    for u, g in np.ndindex(2, 4):
-        ids = plain.row(stopped.summaries, u, g)
-        assert ids == plain.row(free.summaries, u, g)[: len(ids)]
