@@ -189,10 +189,21 @@ def write_model(
             assert name == expected, (name, expected)
             shard[name] = x.astype(dtype)
             weight_map[name] = file
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(shard, folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / hf_io.INDEX, index)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file whose mode is that of any new file: what the umask says.
+
+    The arrays must be C-contiguous. Its metadata says {"format": "pt"}, without which transformers
+    4 does not read a file."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata={"format": "pt"})  # which leaves a file of mode 0600
+    path.chmod(mode)
 
 
 def list_tensors(params: Params, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:

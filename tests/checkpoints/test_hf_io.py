@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -158,6 +159,18 @@ def test_shards_hold_at_most_the_given_bytes(tmp_path):
         assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
         assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= 2500
     assert_same(hf_io.read_params(tmp_path, CFG), PARAMS[CFG])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
+    assert len(modes) == 3
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 @pytest.mark.parametrize(
