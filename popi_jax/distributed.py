@@ -158,19 +158,19 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
+def wait_for_all(what: str, limit_s: int = BARRIER_S) -> None:
     """Returns when all processes have called this with the same words, each of which may be used
     once.
 
-    Raises: UserError after BARRIER_S seconds."""
+    Raises: UserError after `limit_s` seconds."""
     if jax.process_count() == 1:
         return
     try:
-        global_state.client.wait_at_barrier(f"popi_jax: {what}", BARRIER_S * 1000)
+        global_state.client.wait_at_barrier(f"popi_jax: {what}", limit_s * 1000)
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
-            f"not all processes came within {BARRIER_S} s to: {what}; {_CONTINUE} ({reason})"
+            f"not all processes came within {limit_s} s to: {what}; {_CONTINUE} ({reason})"
         ) from e
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from popi_jax import config_rules, distributed, files
-from popi_jax.checkpoints import hf_config, manager
+from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
 from popi_jax.data import batches, encode, measure, prompts, tokenizer, warmup_batches
 from popi_jax.data.measure import Measured
@@ -43,8 +43,9 @@ class RoleParts(NamedTuple):
 
 
 class Run(NamedTuple):
-    config: Config  # with the padded lengths fitted to the data
-    config_json: str  # as given, and what the data are: stored with each checkpoint
+    # with the padded lengths fitted to the data, and model.checkpoint as a folder of this host
+    config: Config
+    config_json: str  # as given, and what data and base are: stored with each checkpoint
     mesh: Mesh  # set as the current mesh
     dataset: Dataset
     measured: Measured  # of the training users
@@ -74,20 +75,24 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
             "run"
         )
     config_json = to_json(config)
-    origin = (stored or {}).get("dataset", {})
+    origin, base = ((stored or {}).get(name, {}) for name in ("dataset", "base"))
     if stored:  # before any work on the data; what the data are is compared when they are known
-        manager.check_same_run(config.workdir, _add_origin(config_json, origin))
+        manager.check_same_run(config.workdir, _add_origin(config_json, origin, base))
     mesh = start_devices(config)
     on_laptop = distributed.is_alone_on_cpu(os.environ) and jax.default_backend() == "cpu"
     dataset = prepare(config.data, allow_sample=on_laptop, trained_on=origin.get("data", ""))
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")
+    found = hub.open_base(config.model.checkpoint, base.get("commit", ""))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, checkpoint=found.folder)
+    )
     words = load_tokenizer(config, dataset, begun=stored is not None)
     measured = load_measured(config, dataset, words, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
-    config_json = _add_origin(config_json, origin)
+    config_json = _add_origin(config_json, origin, found.to_json())
     manager.check_same_run(config.workdir, config_json)
     model = make_model(config, words.vocab_size)
     summaries = Sampling(
@@ -214,10 +219,10 @@ def list_banned(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
     return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
 
 
-def _add_origin(config_json: str, origin: dict[str, Any]) -> str:
+def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) -> str:
     """What is stored with each checkpoint; a workdir of another layout is refused by it."""
     dataset = {"dataset": origin | {"layout": LAYOUT}} if origin else {}
-    return json.dumps(json.loads(config_json) | dataset)
+    return json.dumps(json.loads(config_json) | dataset | ({"base": base} if base else {}))
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:

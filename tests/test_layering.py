@@ -45,6 +45,7 @@ ALLOWED = {
 }
 # single files that may import more than their folder
 ALSO = {
+    "checkpoints/hub.py": {"distributed"},
     "training/loop.py": {"checkpoints", "distributed", "metric_writer", "progress", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
@@ -172,7 +173,7 @@ def measure_load(start: str) -> Load:
 
 @pytest.mark.parametrize(
     ("start", "most"),
-    [("popi_jax.popi.update", Load(18, 3100, 7)), ("popi_jax.train", Load(53, 9600, 9))],
+    [("popi_jax.popi.update", Load(18, 3100, 7)), ("popi_jax.train", Load(54, 9900, 9))],
 )
 def test_what_one_must_load_stays_small(start: str, most: Load) -> None:
     found = measure_load(start)
