@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from benchmarks import options, tables
 from benchmarks.operations import Operation, read_operations
-from benchmarks.workloads import TINY, WORKLOADS
+from benchmarks.workloads import GEOMETRIES, TINY, WORKLOADS, Geometry
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,7 @@ def render_page(
     )
 
 
-def profile_program(name: str, steps: int, out: Path) -> str:
+def profile_program(name: str, steps: int, out: Path, geometry: Geometry = TINY) -> str:
     """Raises: LookupError for a name that no program has."""
     import jax
 
@@ -95,10 +95,11 @@ def profile_program(name: str, steps: int, out: Path) -> str:
     from benchmarks.programs import make_programs
 
     work = WORKLOADS[name.partition("/")[0]]
-    made = {program.name: program for program in make_programs(work, TINY)}
-    if name not in made:
-        raise LookupError(f'"{name}": must be one of {", ".join(made)}')
-    case = measure.prepare_case(made[name], work)
+    made = make_programs(work, geometry, {name.partition("/")[2]})
+    if not made:
+        known_names = (program.name for program in make_programs(work, TINY))
+        raise LookupError(f'"{name}": must be one of {", ".join(known_names)}')
+    case = measure.prepare_case(made.pop(), work)
     shutil.rmtree(out, ignore_errors=True)
     with jax.profiler.trace(str(out)):
         case.steps += [case.step() for _ in range(steps)]
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="workload/program",
     )
+    flags.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of the model")
     flags.add_argument(
         "--out",
         type=Path,
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = flags.parse_args(argv)
     try:
-        text = profile_program(args.program, args.rounds, args.out)
+        text = profile_program(args.program, args.rounds, args.out, GEOMETRIES[args.geometry])
     except LookupError as e:
         print(f"error: --program = {e.args[0]}", file=sys.stderr)
         return 2

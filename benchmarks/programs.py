@@ -2,7 +2,7 @@
 runs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,10 +47,11 @@ class Setup(NamedTuple):
     state: TrainState
     frozen: Frozen
     users: UserBatch
+    shared: bool = True  # the state by several programs, so that each gets a copy
 
     def make(self, name: str, step: Callable[..., Any], carry: Any, *inputs: Any) -> Program:
-        copied = jax.tree.map(jnp.copy, carry)
-        return Program(f"{self.work.name}/{name}", jax.jit(step, donate_argnums=0), copied, inputs)
+        own = jax.tree.map(jnp.copy, carry) if self.shared else carry
+        return Program(f"{self.work.name}/{name}", jax.jit(step, donate_argnums=0), own, inputs)
 
     def train_generator(self, role: Any, *inputs: Any) -> tuple[Any, Any]:
         plan, scorer = self.update.plan.generator, self.update.scorer
@@ -112,44 +113,77 @@ def make_setup(work: Workload, geometry: Geometry) -> Setup:
     # so many users that no log-probs are stored
     update = setups.plan_update(cfg, model, prompts, sampling, num_users=10**9)
     roles = setups.Roles(update.plan.inference.role, update.plan.generator.role)
-    init = jax.jit(partial(setups.init_state, model=model, roles=roles, config=cfg))
-    state, other = init(jnp.int32(0)), init(jnp.int32(1))
-    frozen = Frozen(other.inference.params, other.generator.params)
+    init = partial(setups.init_state, model=model, roles=roles, config=cfg)
+    both = "inference", "generator"
+    trains = {"dpo": ("generator",), "grpo": ("inference",)}.get(work.kind, both)
+
+    def make_frozen(seed: Any) -> Frozen:
+        state = init(seed)
+        params = {name: getattr(state, name).params for name in trains}
+        return Frozen(params.get("inference", {}), params.get("generator", {}))
+
+    def make_state(seed: Any) -> TrainState:  # of the roles that are trained
+        idle: dict[str, Any] = {n: {} for n in both if n not in trains}
+        return init(seed)._replace(**idle)
+
+    frozen, state = jax.jit(make_frozen)(jnp.int32(1)), jax.jit(make_state)(jnp.int32(0))
     return Setup(work, cfg, update, state, frozen, make_users(work, geometry.vocab_size))
 
 
-def make_programs(work: Workload, geometry: Geometry) -> list[Program]:
-    """The programs of a workload, none compiled yet."""
-    setup = make_setup(work, geometry)
+def make_rollouts(work: Workload, vocab_size: int) -> Rollouts:
+    """Random samples, of which none ends early."""
+    shape = work.users, work.group
+    samples = make_tokens(np.random.default_rng(1), shape, work.summary_len, vocab_size)
+    return Rollouts(samples, jnp.zeros(shape, bool), jnp.zeros((*shape, work.summary_len)))
+
+
+def make_programs(
+    work: Workload, geometry: Geometry, names: Container[str] | None = None
+) -> list[Program]:
+    """The programs of a workload, none compiled yet. names: of all that are to be made, of which at
+    most one trains: it gets the state itself, so that memory holds no second one."""
+    setup = make_setup(work, geometry)._replace(shared=names is None)
+    wanted = lambda name: names is None or name in names  # noqa: E731
     if work.kind == "dpo":
-        return _make_preference_programs(setup)
-    rollouts = jax.jit(setup.draw)(setup.state.inference.params, setup.users, jax.random.key(0))
-    made = _make_sampling_programs(setup, rollouts)
-    return made if work.kind == "grpo" else made[:2] + _make_joint_programs(setup, rollouts)
+        made = _make_preference_programs(setup)
+    else:
+        made = _make_sampling_programs(setup, make_rollouts(work, geometry.vocab_size))
+        if work.kind == "popi":
+            made = {name: made[name] for name in ("rollout", "inference_update")}
+            made |= _make_joint_programs(setup)
+    return [make() for name, make in made.items() if wanted(name)]
 
 
-def _make_preference_programs(setup: Setup) -> list[Program]:
+Makers = dict[str, Callable[[], Program]]  # name -> what makes the program
+
+
+def _make_preference_programs(setup: Setup) -> Makers:
     """A preference step that scores the reference itself, and one for which it is stored."""
     score = setup.update.scorer.score_pairs
     users, frozen = setup.users, setup.frozen.generator
     contexts = jax.tree.map(lambda x: x[:, None], _make_dpo_contexts(setup))
+    role, stored = setup.state.generator, f"generator_step{STORED_REFERENCE}"
 
     def step(role: Any, frozen: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
         return setup.train_generator(role, score(frozen, contexts, users), contexts, users)
 
-    role, reference = setup.state.generator, jax.jit(score)(frozen, contexts, users)
-    stored = f"generator_step{STORED_REFERENCE}"
-    return [
-        setup.make("generator_step", step, role, frozen, contexts, users),
-        setup.make(stored, setup.train_generator, role, reference, contexts, users),
-    ]
+    def make_stored() -> Program:
+        reference = jax.jit(score)(frozen, contexts, users)
+        return setup.make(stored, setup.train_generator, role, reference, contexts, users)
+
+    return {
+        "generator_step": partial(
+            setup.make, "generator_step", step, role, frozen, contexts, users
+        ),
+        stored: make_stored,
+    }
 
 
-def _make_sampling_programs(setup: Setup, rollouts: Rollouts) -> list[Program]:
+def _make_sampling_programs(setup: Setup, rollouts: Rollouts) -> Makers:
     """Samples alone, a policy-gradient step on given ones, and both."""
     users, frozen, role = setup.users, setup.frozen.inference, setup.state.inference
     zeros = jnp.zeros((*rollouts.finished.shape, users.pair_mask.shape[1]))
-    margins = zeros + rollouts.logps[:, :, :1]
+    margins = zeros + jnp.arange(zeros.shape[1], dtype=jnp.float32)[None, :, None]
 
     def sample(key: Any, params: Any, users: UserBatch) -> tuple[Any, Any]:
         return jax.random.fold_in(key, 1), setup.draw(params, users, key)
@@ -160,34 +194,42 @@ def _make_sampling_programs(setup: Setup, rollouts: Rollouts) -> list[Program]:
         role, metrics = setup.train_inference(role, frozen, margins, rollouts, users)
         return (role, jax.random.fold_in(key, 1)), metrics
 
-    key, inputs = jax.random.key(0), (frozen, margins, rollouts, users)
-    return [
-        setup.make("rollout", sample, key, role.params, users),
-        setup.make("inference_update", setup.train_inference, role, *inputs),
-        setup.make("inference_step", step, (role, key), frozen, margins, users),
-    ]
+    key, train = jax.random.key(0), setup.train_inference
+    inputs = frozen, margins, rollouts, users
+    return {
+        "rollout": partial(setup.make, "rollout", sample, key, frozen, users),
+        "inference_update": partial(setup.make, "inference_update", train, role, *inputs),
+        "inference_step": partial(
+            setup.make, "inference_step", step, (role, key), frozen, margins, users
+        ),
+    }
 
 
-def _make_joint_programs(setup: Setup, rollouts: Rollouts) -> list[Program]:
+def _make_joint_programs(setup: Setup) -> Makers:
     """Rewards of summaries, a preference step behind one of them, and the whole update."""
     users, state, frozen = setup.users, setup.state, setup.frozen
+    rollouts = make_rollouts(setup.work, setup.update.scorer.model.vocab_size)
     prefix = setup.update.plan.generator_prefix
     score = setup.update.scorer.score_pairs
 
     def reward(carry: Any, params: Any, contexts: Tokens, users: UserBatch) -> tuple[Any, Any]:
         return carry, score(params, contexts, users)
 
+    def make_step() -> Program:
+        nothing = repeat_ids(prefix, (setup.work.users, 1))
+        reference = jax.jit(score)(frozen.generator, nothing, users)
+        first = jax.tree.map(lambda x: x[:, :1], contexts)
+        role, step = state.generator, setup.train_generator
+        return setup.make("generator_step", step, role, reference, first, users)
+
     contexts = splice(prefix, rollouts.summaries, rollouts.finished)
-    nothing = repeat_ids(prefix, (setup.work.users, 1))
-    reference = jax.jit(score)(frozen.generator, nothing, users)
-    first = jax.tree.map(lambda x: x[:, :1], contexts)
     update = partial(popi_update, **setup.update._asdict())
-    role, step = state.generator, setup.train_generator
-    return [
-        setup.make("reward", reward, jnp.int32(0), role.params, contexts, users),
-        setup.make("generator_step", step, role, reference, first, users),
-        setup.make("fused_update", update, state, frozen, users),
-    ]
+    inputs = frozen.generator, contexts, users
+    return {
+        "reward": partial(setup.make, "reward", reward, jnp.int32(0), *inputs),
+        "generator_step": make_step,
+        "fused_update": partial(setup.make, "fused_update", update, state, frozen, users),
+    }
 
 
 def make_padded_and_dense(
@@ -198,10 +240,10 @@ def make_padded_and_dense(
     setup = make_setup(work, geometry)
     users = jax.tree.map(jnp.asarray, cut(setup.users))
     # as long as the other texts: samples of a model that knows when to stop
-    shape = work.users, work.group
-    drawn = make_tokens(np.random.default_rng(1), shape, work.summary_len, 8)
-    summaries = jax.tree.map(jnp.asarray, cut(users._replace(context=drawn)).context)
-    rollouts = Rollouts(summaries, jnp.ones(shape, bool), jnp.zeros((*shape, work.summary_len)))
+    shape, drawn = (work.users, work.group), make_rollouts(work, 8)
+    cut_users = cut(users._replace(context=drawn.summaries))
+    summaries = jax.tree.map(jnp.asarray, cut_users.context)
+    rollouts = drawn._replace(summaries=summaries, finished=jnp.ones(shape, bool))
     spliced = splice(setup.update.plan.generator_prefix, summaries, rollouts.finished)
     contexts = jax.tree.map(lambda x: x[:, :1], spliced)
     zeros = jnp.zeros((work.users, 1, work.pairs))

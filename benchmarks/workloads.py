@@ -48,6 +48,17 @@ WIDE = Geometry(
     num_layers=2, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=4096
 )
 
+SMOLLM2 = Geometry(  # that of SmolLM2-135M
+    vocab_size=49152,
+    num_layers=30,
+    embed_dim=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+)
+GEOMETRIES = {"tiny": TINY, "wide": WIDE, "smollm2": SMOLLM2}
+
 WORKLOADS = {
     w.name: w
     for w in (
@@ -72,6 +83,19 @@ WORKLOADS = {
             prompt_len=128,
             answer_len=64,
             summary_len=32,
+        ),
+        # the lengths of a run with a small pretrained model
+        Workload("long_grpo", "grpo", users=4, group=8, signals_len=256, summary_len=48),
+        Workload(
+            "long_popi",
+            "popi",
+            users=4,
+            pairs=3,
+            group=4,
+            signals_len=512,
+            prompt_len=128,
+            answer_len=64,
+            summary_len=48,
         ),
     )
 }

@@ -1,5 +1,6 @@
 """The parts of the comparison with other trainers that need none of them."""
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks.peers import comparison, protocol
+from benchmarks.peers import comparison, protocol, run
 from benchmarks.peers.run import NAMES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,6 +124,7 @@ def test_the_report_names_what_was_not_measured() -> None:
         "workloads": {
             "grpo": {
                 "steps": {"trl": steps(1.0, 3.0, rollout=0.5)},
+                "peak_bytes": {"trl": 2_500_000_000},
                 "failures": {"tunix": "ValueError: cannot"},
                 "notes": {"trl": ["a remark"]},
                 "versions": {"trl": {"trl": "1"}},
@@ -133,7 +135,34 @@ def test_the_report_names_what_was_not_measured() -> None:
     assert "| grpo | trl | step | 2.000 | 1.000 to 3.000 |" in text
     assert "| grpo | trl | rollout | 0.500 |" in text
     assert "- grpo, tunix: ValueError: cannot" in text and "- grpo, trl: a remark" in text
-    assert "Ratios" not in text
+    assert "Ratios" not in text and "| grpo | trl | 2.50 |" in text
+
+
+def test_workers_apart_end_before_the_next_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Fake:
+        versions: dict[str, str] = {}
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def run(self, workload: str, steps: int) -> dict:
+            seen.append(f"{self._name} steps")
+            return {"steps": steps_of_one_second, "peak_bytes": 7}
+
+        def close(self) -> None:
+            seen.append(f"{self._name} ends")
+
+    steps_of_one_second = steps(1.0)
+    opened = {"counts": {}, "notes": [], "peak_bytes": 5}
+    monkeypatch.setattr(run, "open_worker", lambda name, *_: (Fake(name), opened))
+    args = argparse.Namespace(workers=["popi_jax", "trl"], rounds=2, apart=True)
+    result = run.time_workload("dpo", args)
+    assert seen == [
+        f"{name} {what}" for name in args.workers for what in ("steps", "steps", "ends")
+    ]
+    assert result["peak_bytes"] == {"popi_jax": 7, "trl": 7} and len(result["steps"]["trl"]) == 2
 
 
 def test_every_workload_has_a_name_for_the_driver() -> None:

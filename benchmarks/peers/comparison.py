@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.tables import compute_spread, render_table
+from benchmarks.workloads import WORKLOADS
 
 OURS = "popi_jax"
 WITHOUT_REWARD = "step without reward"
@@ -40,7 +41,7 @@ def compute_ratios(name: str, result: Result) -> dict[str, dict[str, Any]]:
     if not ours:
         return {}
     compared = {"step": "step", "rollout": "rollout"}
-    if name == "popi":
+    if rewards_matter(name):
         compared[WITHOUT_REWARD] = "step"  # the peer without its reward against all of ours
     found: dict[str, dict[str, Any]] = {}
     for peer, steps in result["steps"].items():
@@ -53,6 +54,11 @@ def compute_ratios(name: str, result: Result) -> dict[str, dict[str, Any]]:
             if all(units.values()):
                 found.setdefault(peer, {})[what] = units
     return found
+
+
+def rewards_matter(name: str) -> bool:
+    """Whether the rewards of a workload are more than a mean."""
+    return name in WORKLOADS and WORKLOADS[name].kind == "popi"
 
 
 def compute_all_ratios(workloads: dict[str, Result]) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def render_medians(workloads: dict[str, Result]) -> str:
                 }
                 if not steps or None in costs["cpu"]:
                     continue
-                if name != "popi" and what in ("reward", WITHOUT_REWARD):
+                if not rewards_matter(name) and what in ("reward", WITHOUT_REWARD):
                     continue  # the reward is nothing but a mean there
                 row = [name, worker, what]
                 for unit in ("cpu", "wall"):
@@ -78,6 +84,16 @@ def render_medians(workloads: dict[str, Result]) -> str:
                     row += [f"{of['median']:.3f}", f"{of['min']:.3f} to {of['max']:.3f}"]
                 rows.append(row)
     return render_table(["workload", "by", "what", "CPU s", "range", "wall s", "range"], rows)
+
+
+def render_memory(workloads: dict[str, Result]) -> str:
+    """What each process had at most, its libraries and what it loads and compiles included."""
+    rows = [
+        [name, worker, f"{peak / 1e9:.2f}"]
+        for name, result in workloads.items()
+        for worker, peak in result.get("peak_bytes", {}).items()
+    ]
+    return render_table(["workload", "by", "peak GB"], rows) if rows else ""
 
 
 def list_ratios(workloads: dict[str, Result]) -> list[list[str]]:
@@ -113,6 +129,9 @@ def render(results: dict[str, Any]) -> str:
         f"Model: {geometry}; float32.",
         "## Median of the steps\n\n" + render_medians(workloads),
     ]
+    memory = render_memory(workloads)
+    if memory:
+        text.append("## Peak memory of each process\n\n" + memory)
     rows = list_ratios(workloads)
     if rows:
         header = [

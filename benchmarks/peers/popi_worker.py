@@ -22,7 +22,7 @@ STEP = {"dpo": "generator_step", "grpo": "inference_step", "popi": "fused_update
 PARTS = {
     "dpo": {},
     "grpo": {"rollout": "rollout"},
-    "popi": {"rollout": "rollout", "reward": "reward", "dpo": "generator_step"},
+    "popi": {"rollout": "rollout", "reward": "reward"},
 }
 
 
@@ -45,10 +45,11 @@ class _Timed:
 def open_workload(name: str, geometry: Geometry) -> Running:
     """A workload with its programs compiled and run once."""
     work, stored = protocol.find_workload(name)
-    step_name = f"{work.name}/{STEP[work.kind]}{STORED_REFERENCE if stored else ''}"
-    made: dict[str, Program] = {p.name: p for p in make_programs(work, geometry)}
-    step = _Timed(made[step_name])
-    parts = {part: _Timed(made[f"{work.name}/{of}"]) for part, of in PARTS[work.kind].items()}
+    step_name = f"{STEP[work.kind]}{STORED_REFERENCE if stored else ''}"
+    names = {step_name, *PARTS[work.kind].values()}
+    made = {p.name.partition("/")[2]: p for p in make_programs(work, geometry, names)}
+    step = _Timed(made.pop(step_name))
+    parts = {part: _Timed(made.pop(of)) for part, of in PARTS[work.kind].items()}
 
     def run_step() -> Cost:
         cost = step.run()
@@ -56,7 +57,9 @@ def open_workload(name: str, geometry: Geometry) -> Running:
 
     counts: dict[str, Any] = {"distinct_tokens": work.tokens}
     return Running(
-        run_step, counts, [f"the step is {step_name}; parts are timed apart and are not in it"]
+        run_step,
+        counts,
+        [f"the step is {work.name}/{step_name}; parts are timed apart and are not in it"],
     )
 
 

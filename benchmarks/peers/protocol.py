@@ -7,20 +7,21 @@ output:
     worker                {"ready": {"name": "trl", "versions": {"trl": "1.16.0", ...}}} driver
     {"workload": "dpo", "steps": 3} worker                {"workload": "dpo", "steps": [{"cpu": 1.9,
     "wall": 1.1, "parts": {}}, ...],
-                           "counts": {...}, "notes": [...]}
+                           "counts": {...}, "notes": [...], "peak_bytes": 123}
     worker, on a failure  {"workload": "dpo", "error": "ValueError: ..."}
 
 The first request for a workload builds it and makes its first step, which is not among the timed
 ones; "steps": 0 does that alone. "cpu" is what all threads of the process used, in seconds. "parts"
 holds shares of the step under "rollout", "reward", "grpo" and "dpo", each with its "cpu" and
 "wall", where the trainer allows to tell them apart. "counts" says what the models were given in the
-first step. What libraries print goes to the standard error. A worker ends when its standard input
-does."""
+first step, "peak_bytes" how much memory the process has had at most. What libraries print goes to
+the standard error. A worker ends when its standard input does."""
 
 import argparse
 import functools
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -28,9 +29,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.workloads import STORED_REFERENCE, TINY, WIDE, WORKLOADS, Geometry, Workload
-
-GEOMETRIES = {"tiny": TINY, "wide": WIDE}
+from benchmarks.workloads import GEOMETRIES, STORED_REFERENCE, WORKLOADS, Geometry, Workload
 
 # of the objectives and the optimizer, the same for all
 LEARNING_RATE = 1e-5
@@ -52,6 +51,12 @@ class Running(NamedTuple):
 
 def read_clock() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
+
+
+def read_peak_memory() -> int:
+    """Bytes of memory that this process had at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure_since(start: tuple[float, float]) -> Cost:
@@ -180,7 +185,8 @@ def serve(
                 opened[workload] = open_workload(workload, geometry)
             running = opened[workload]
             steps = [running.step() for _ in range(request["steps"])]
-            counted = {"counts": running.counts, "notes": running.notes}
+            counted: dict[str, Any] = {"counts": running.counts, "notes": running.notes}
+            counted["peak_bytes"] = read_peak_memory()
             answer({"workload": workload, "steps": steps, **counted})
         except Exception as error:
             traceback.print_exc()

@@ -11,7 +11,7 @@ OUT/results.json and OUT/results.md, what the workers print to OUT/logs.
 All workers run with an allocator that keeps freed memory instead of giving it back to the system:
 this takes about a third off the processor time of large steps of TRL and of Tunix. The three
 workers together need up to 20 GB: Tunix takes 13 for "popi_dpo". With less memory give one peer at
-a time: --workers=popi_jax,tunix."""
+a time, --workers=popi_jax,tunix, or have one worker end before the next starts: --apart."""
 
 import argparse
 import json
@@ -27,8 +27,7 @@ import time
 from typing import Any
 
 from benchmarks.peers import comparison
-from benchmarks.peers.protocol import GEOMETRIES
-from benchmarks.workloads import STORED_REFERENCE, WORKLOADS
+from benchmarks.workloads import GEOMETRIES, STORED_REFERENCE, WORKLOADS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PEERS = pathlib.Path(".venv-peers")
@@ -153,57 +152,74 @@ def open_worker(
         raise
 
 
-def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of each worker, one of each per round, and why a worker has none."""
-    result: dict[str, Any] = {
-        "steps": {},
-        "failures": {},
-        "counts": {},
-        "notes": {},
-        "versions": {},
-        "first_step": {},
-    }
-    workers: dict[str, Worker] = {}
+class Timing:
+    """What is found about one workload: steps of each worker, and why a worker has none."""
 
-    def failed(worker_name: str, failure: Failed) -> None:
-        say(f"{workload}: {worker_name} failed: {failure}")
-        result["failures"][worker_name] = str(failure)
-        result["steps"].pop(worker_name, None)
-        if worker_name in workers:
-            workers.pop(worker_name).close()
+    def __init__(self, workload: str, args: argparse.Namespace) -> None:
+        self.workload, self._args = workload, args
+        self._workers: dict[str, Worker] = {}
+        names = ("steps", "failures", "counts", "notes", "versions", "first_step", "peak_bytes")
+        self.result: dict[str, Any] = {name: {} for name in names}
 
-    try:
-        for worker_name in args.workers:
-            say(f"{workload}: {worker_name} starts")
-            began = time.perf_counter()
+    def _fail(self, worker_name: str, failure: Failed) -> None:
+        say(f"{self.workload}: {worker_name} failed: {failure}")
+        self.result["failures"][worker_name] = str(failure)
+        self.result["steps"].pop(worker_name, None)
+        if worker_name in self._workers:
+            self._workers.pop(worker_name).close()
+
+    def open(self, worker_name: str) -> None:
+        """Starts a worker, which makes its first step."""
+        say(f"{self.workload}: {worker_name} starts")
+        began = time.perf_counter()
+        try:
+            worker, answer = open_worker(worker_name, self.workload, self._args)
+        except Failed as failure:
+            self._fail(worker_name, failure)
+            return
+        self._workers[worker_name] = worker
+        of = {"first_step": time.perf_counter() - began, "versions": worker.versions, "steps": []}
+        of |= {name: answer[name] for name in ("counts", "notes", "peak_bytes")}
+        for name, value in of.items():
+            self.result[name][worker_name] = value
+
+    def step(self, round_number: int) -> None:
+        """One step of each worker that is open."""
+        shown = []
+        for worker_name, worker in list(self._workers.items()):
             try:
-                workers[worker_name], answer = open_worker(worker_name, workload, args)
+                answer = worker.run(self.workload, 1)
             except Failed as failure:
-                failed(worker_name, failure)
+                self._fail(worker_name, failure)
                 continue
-            result["first_step"][worker_name] = time.perf_counter() - began
-            result["versions"][worker_name] = workers[worker_name].versions
-            result["counts"][worker_name], result["notes"][worker_name] = (
-                answer["counts"],
-                answer["notes"],
-            )
-            result["steps"][worker_name] = []
-        for number in range(1, args.rounds + 1):
-            shown = []
-            for worker_name, worker in list(workers.items()):
-                try:
-                    step = worker.run(workload, 1)["steps"][0]
-                except Failed as failure:
-                    failed(worker_name, failure)
-                    continue
-                result["steps"][worker_name].append(step)
-                shown.append(f"{worker_name} {step['cpu']:.2f} s")
-            steps = ", ".join(shown) or "none"
-            say(f"{workload}: round {number} of {args.rounds}, processor time: {steps}")
-    finally:
-        for worker in workers.values():
+            step = answer["steps"][0]
+            self.result["peak_bytes"][worker_name] = answer["peak_bytes"]
+            self.result["steps"][worker_name].append(step)
+            shown.append(f"{worker_name} {step['cpu']:.2f} s")
+        steps = ", ".join(shown) or "none"
+        rounds = f"round {round_number} of {self._args.rounds}"
+        say(f"{self.workload}: {rounds}, processor time: {steps}")
+
+    def close(self) -> None:
+        for worker in self._workers.values():
             worker.close()
-    return result
+        self._workers = {}
+
+
+def time_workload(workload: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of each worker, one of each per round; or with --apart all of one after the other."""
+    timing = Timing(workload, args)
+    groups = [[name] for name in args.workers] if args.apart else [args.workers]
+    try:
+        for group in groups:
+            for worker_name in group:
+                timing.open(worker_name)
+            for number in range(1, args.rounds + 1):
+                timing.step(number)
+            timing.close()
+    finally:
+        timing.close()
+    return timing.result
 
 
 def describe_machine() -> dict[str, Any]:
@@ -270,6 +286,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of {', '.join(WORKERS)} (all)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each worker (5)")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="one worker at a time, where memory does not hold them together",
+    )
     parser.add_argument(
         "--geometry", choices=GEOMETRIES, default="tiny", help="of the model (tiny)"
     )
