@@ -49,7 +49,7 @@ ALSO = {
     "training/loop.py": {"checkpoints", "distributed", "metric_writer", "progress", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
-    "planning/plan.py": {"arrays", "models", "popi", "run", "training"},
+    "planning/plan.py": {"arrays", "checkpoints", "models", "popi", "run", "training"},
 }
 FLAX = {"models/transformer.py"}
 HEAVY = {

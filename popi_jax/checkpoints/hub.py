@@ -112,7 +112,9 @@ def _find_commit(checkpoint: str, commit: str) -> str:
     if path.exists():
         raise _refuse(checkpoint, "is a file, the folder that holds it is needed")
     if not _is_repository(checkpoint):
-        raise _refuse(checkpoint, f"there is no such folder.{_suggest(path)}")
+        fill = f" (`hf download org/name --local-dir {checkpoint}` makes it)"
+        fill = fill if checkpoint.startswith(f"{_OURS}/") else ""
+        raise _refuse(checkpoint, f"there is no such folder{fill}.{_suggest(path)}")
     repository, revision = split(checkpoint)
     try:
         return hf.HfApi().resolve_revision(repository, revision=revision or None).resolved
@@ -178,7 +180,8 @@ def _refuse(checkpoint: str, told: str) -> UserError:
     if not _is_repository(checkpoint):
         told = (
             f"{told.rstrip('.')}; give a folder of config.json, tokenizer and safetensors, its "
-            "gs:// address, or a repository of the Hugging Face hub: org/name or org/name@revision"
+            "gs:// address, or a repository of the Hugging Face hub as org/name or "
+            "org/name@revision"
         )
     return UserError(f'config.model.checkpoint = "{checkpoint}": {told.rstrip()}')
 
@@ -190,7 +193,8 @@ def _suggest(path: Path) -> str:
 
 
 def _shorten(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e.__cause__ or e).split())[:200]}"
+    cause = e.__cause__ or e
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
 def _tell_all(text: str) -> str:

@@ -7,6 +7,7 @@ faster, not larger."""
 
 import dataclasses
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from popi_jax import run
 from popi_jax.arrays import Params, UserBatch
+from popi_jax.checkpoints import hub
 from popi_jax.config import Config, Mode
 from popi_jax.config_rules import check_mesh, resolve_mesh
 from popi_jax.errors import UserError, did_you_mean
@@ -72,19 +74,24 @@ class Plan(NamedTuple):
 
 
 def plan_model(config: Config) -> TransformerConfig:
-    """The shape of both models: of the checkpoint's folder where there is one, else of the released
-    model of its name.
+    """The shape of both models: of the checkpoint's files where they are on this disk, else of the
+    released model of its name; nothing is fetched.
 
     Raises: UserError when neither is known."""
-    m, path = config.model, Path(config.model.checkpoint)
-    if not m.checkpoint or (path / "config.json").exists():
-        return run.make_model(config, m.vocab_size if not m.checkpoint else 0)
-    preset = PRESETS.get(path.name.lower())
+    m = config.model
+    if not m.checkpoint:
+        return run.make_model(config, m.vocab_size)
+    if folder := hub.find_cached(m.checkpoint):
+        found = dataclasses.replace(m, checkpoint=folder)
+        return run.make_model(dataclasses.replace(config, model=found), 0)
+    name = Path(hub.split(m.checkpoint)[0]).name.lower()
+    # a model that was tuned for chats has the shape of the one before
+    preset = PRESETS.get(name) or PRESETS.get(re.sub(r"-(instruct|chat|it)(?=-|$)", "", name))
     if preset is None:
-        hint = did_you_mean(path.name.lower(), PRESETS)
         raise UserError(
-            f'config.model.checkpoint = "{m.checkpoint}": there is no such folder, and '
-            f"{path.name} is no released model that is known here ({', '.join(PRESETS)}).{hint}"
+            f'config.model.checkpoint = "{m.checkpoint}": its files are not on this disk, and '
+            f"{name} is no released model that is known here ({', '.join(PRESETS)})."
+            f"{did_you_mean(name, PRESETS)}"
         )
     rules, rollout_rules = run.parse_mesh_rules(config)
     kernel = choose_kernel(m.attention, find_platform())

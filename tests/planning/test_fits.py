@@ -18,6 +18,7 @@ from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.errors import UserError
 from popi_jax.flops import count_jaxpr_flops
+from popi_jax.models.transformer import TransformerConfig
 from popi_jax.planning import fit_report, fits, plan, roofline, suggest, target
 from popi_jax.run import open_run
 from popi_jax.sharding import place_batch
@@ -183,11 +184,17 @@ def test_the_suggestion_is_the_cheapest_change_that_is_expected_to_fit(toy: targ
 def test_released_models_need_no_folder() -> None:
     config = cli.load_config("prism:model=llama3-8b,scale=v5p:4x4x4")
     assert plan.plan_model(config).num_layers == 32
-    with pytest.raises(
-        UserError, match='no such folder, and lama-3.1-8b is no .*Did you mean "llama-3.1-8b"'
-    ):
-        model = dataclasses.replace(config.model, checkpoint="checkpoints/lama-3.1-8b")
-        plan.plan_model(dataclasses.replace(config, model=model))
+
+    def plan_named(checkpoint: str) -> TransformerConfig:
+        model = dataclasses.replace(config.model, checkpoint=checkpoint)
+        return plan.plan_model(dataclasses.replace(config, model=model))
+
+    assert plan_named("meta-llama/Llama-3.1-8B-Instruct@main") == plan.plan_model(config)
+    assert plan_named("mistralai/Mistral-7B-Instruct-v0.3").vocab_size == 32768
+    assert plan_named("gs://bucket/google/gemma-3-12b-it").num_layers == 48
+    told = 'not on this disk, and lama-3.1-8b is no .*Did you mean "llama-3.1-8b"'
+    with pytest.raises(UserError, match=told):
+        plan_named("checkpoints/lama-3.1-8b")
 
 
 def run_fit(*args: str, timeout: int = 240) -> tuple[subprocess.CompletedProcess[str], float]:
