@@ -20,6 +20,8 @@ from popi_jax.models.transformer import TransformerConfig
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
+COMPARED_BYTES = 2**26  # at most, of an embedding and a head at a time
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VISION = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -51,6 +53,7 @@ def read_params(
     with contextlib.ExitStack() as stack:
         tensors = _open_folder(folder, stack)
         _check_names(folder, tensors, cfg)
+        _check_head(folder, tensors, cfg)
 
         def read(name: str, index: hf_names.Index) -> np.ndarray:
             path, stored = tensors[name]
@@ -132,7 +135,7 @@ def _check_names(folder: Path, tensors: Tensors, cfg: TransformerConfig) -> None
     # a constant that old exports hold
     unused = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if cfg.tied_embeddings:
-        unused.add("lm_head.weight")
+        unused.add(_HEAD)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise UserError(
@@ -156,6 +159,30 @@ def _check_names(folder: Path, tensors: Tensors, cfg: TransformerConfig) -> None
             raise UserError(
                 f"{path}: {name} is {tensor.get_dtype()}, allowed are F32, BF16 and F16"
             )
+
+
+def _check_head(folder: Path, tensors: Tensors, cfg: TransformerConfig) -> None:
+    """That a head which a tied model stores is its embedding. Some rows at a time are in memory."""
+    if not cfg.tied_embeddings or _HEAD not in tensors:
+        return
+    (path, head), (_, table) = tensors[_HEAD], tensors[_TABLE]
+    rows, width = cfg.vocab_size, 4 * cfg.embed_dim
+    step = max(1, COMPARED_BYTES // width)
+    spans = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    same = head.get_shape() == table.get_shape() and all(
+        _equal(head[span], table[span]) for span in spans
+    )
+    if not same:
+        raise UserError(
+            f"{path}: {_HEAD} is not {_TABLE}, but config.json says that they are tied; set "
+            f"tie_word_embeddings to false in {folder / 'config.json'} to use it, or remove it"
+        )
+
+
+def _equal(x: np.ndarray, y: np.ndarray) -> bool:
+    if x.dtype == y.dtype and np.array_equal(x.view(np.uint8), y.view(np.uint8)):
+        return True
+    return np.array_equal(x.astype(np.float32), y.astype(np.float32))
 
 
 def _is_finite(x: np.ndarray) -> bool:

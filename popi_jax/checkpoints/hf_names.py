@@ -59,6 +59,8 @@ def list_weights(cfg: TransformerConfig) -> list[Weight]:
         if cfg.qkv_bias:
             add(f"attention/{x}/bias", f"self_attn.{x}_proj.bias", (heads, h), (0, 1))
     add("attention/o/kernel", "self_attn.o_proj.weight", (n, h, d), (2,), (0, 1))
+    if cfg.out_bias:
+        add("attention/o/bias", "self_attn.o_proj.bias", (d,))
     if cfg.qk_norm:
         add("attention/q_norm/scale", "self_attn.q_norm.weight", (h,))
         add("attention/k_norm/scale", "self_attn.k_norm.weight", (h,))

@@ -57,7 +57,7 @@ def make_config(
         "rms_norm_eps": cfg.norm_eps,
         **_make_rope_fields(cfg, model_type),
         "tie_word_embeddings": cfg.tied_embeddings,
-        "attention_bias": False,
+        "attention_bias": cfg.out_bias,
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -90,32 +90,11 @@ def find_family(cfg: TransformerConfig, model_type: str = "") -> str:
     """`model_type`, or the first family that computes `cfg`. Raises: ValueError if it does not
     compute it."""
     model_type = model_type or next(
-        (name for name in hf_config.FAMILIES if _computes(name, cfg)), ""
+        (name for name in hf_config.FAMILIES if hf_config.computes(name, cfg)), ""
     )
-    if not _computes(model_type, cfg):
+    if not hf_config.computes(model_type, cfg):
         raise ValueError(f'no such family, or it does not compute this model: "{model_type}"')
     return model_type
-
-
-def _computes(model_type: str, cfg: TransformerConfig) -> bool:
-    """Whether the family has the behaviours of `cfg`, and no others."""
-    if model_type not in hf_config.FAMILIES:
-        return False
-    family, gemma = hf_config.FAMILIES[model_type], model_type in ("gemma2", "gemma3_text")
-    names = ("qkv_bias", "qk_norm", *hf_config.GEMMA)
-    layers = set(cfg.local_layers)
-    alternating = gemma or (
-        model_type.startswith("qwen") and list(cfg.local_layers) == sorted(cfg.local_layers)
-    )
-    return (
-        all(getattr(cfg, name) == family.switches.get(name, False) for name in names)
-        and (gemma or cfg.activation == "silu")
-        and (gemma or cfg.score_dim in (None, cfg.head_dim))
-        and (gemma or cfg.attn_logit_softcap is None and cfg.final_logit_softcap is None)
-        and (cfg.local_rope_theta is not None) == (model_type == "gemma3_text")
-        and (alternating or layers <= {False} or (model_type == "mistral" and layers == {True}))
-        and (cfg.rope_scaling is None or cfg.rope_scaling.kind in family.scalings)
-    )
 
 
 def _list_layer_types(cfg: TransformerConfig) -> list[str]:
@@ -134,6 +113,14 @@ def _make_rope_fields(cfg: TransformerConfig, model_type: str) -> dict[str, Any]
                 "low_freq_factor": cfg.rope_scaling.low_freq_factor,
                 "high_freq_factor": cfg.rope_scaling.high_freq_factor,
                 "original_max_position_embeddings": cfg.rope_scaling.original_len,
+            }
+        elif cfg.rope_scaling.kind == "yarn":
+            scaling |= {
+                "original_max_position_embeddings": cfg.rope_scaling.original_len,
+                "beta_fast": cfg.rope_scaling.beta_fast,
+                "beta_slow": cfg.rope_scaling.beta_slow,
+                "attention_factor": cfg.rope_scaling.attention_factor,
+                "truncate": cfg.rope_scaling.truncate,
             }
     parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": cfg.rope_theta}
     # transformers 5 takes rope_scaling, where there is one, for the whole of rope_parameters, so it

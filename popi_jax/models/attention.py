@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.models.layout import UNSPLIT, Rules
 
 Levels = tuple[tuple[int, int], ...]  # (nodes, slots of each) of each level, as packing.Level
+ROPE_KINDS = ("linear", "llama3", "yarn", "dynamic")
 KERNEL_SLOTS = 512  # of a row, from which on a fused kernel pays
 QUERY_CHUNK = 128  # queries of a row, at most, whose scores exist at a time ...
 MOST_CHUNKS = 16  # ... unless that made more chunks of a level than this
@@ -34,39 +35,97 @@ class RopeScaling:
 
     "linear" divides all of them by `factor`. "llama3" divides those of waves longer than
     original_len / low_freq_factor tokens, keeps those shorter than original_len / high_freq_factor,
-    and blends in between (Llama 3.1; the same as `_compute_llama3_parameters` of transformers)."""
+    and blends in between (Llama 3.1). "yarn" keeps planes that turn more than `beta_fast` times
+    within the original length, divides those that turn less than `beta_slow` times, blends in
+    between by the number of the plane (rounded outwards with `truncate`), and multiplies rotated
+    queries and keys by `attention_factor` (YaRN, arXiv:2309.00071). "dynamic" changes nothing
+    within the trained length, and rows beyond it are not computed here. All as
+    `modeling_rope_utils` of transformers 4 and 5."""
 
-    kind: str  # linear | llama3
+    kind: str  # linear | llama3 | yarn | dynamic
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_len: int = 8192  # tokens
+    beta_fast: float = 32.0  # turns
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f'rope scaling "{self.kind}": must be linear or llama3')
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f'rope scaling "{self.kind}": must be one of {", ".join(ROPE_KINDS)}')
+        if self.kind != "yarn" and self.attention_factor != 1.0:
+            raise ValueError(f'rope scaling "{self.kind}": only yarn has an attention_factor')
 
 
 def frequencies(half: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per token of each plane of a head: float32 [half], computed in float64."""
     f = theta ** (-np.arange(half) / half)
-    if scaling is None:
-        return f.astype(np.float32)
-    if scaling.kind == "linear":
-        return (f / scaling.factor).astype(np.float32)
-    waves = scaling.original_len * f / (2 * math.pi)  # periods within the original length
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
-    return (kept * f + (1 - kept) * f / scaling.factor).astype(np.float32)
+    if scaling is None or scaling.kind == "dynamic":
+        kept: Any = 1.0
+    elif scaling.kind == "linear":
+        kept = 0.0
+    elif scaling.kind == "llama3":
+        waves = scaling.original_len * f / (2 * math.pi)  # periods within the original length
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
+    else:
+        kept = 1.0 - _yarn_ramp(half, theta, scaling)
+    divided = f if scaling is None else f / scaling.factor
+    return (kept * f + (1.0 - kept) * divided).astype(np.float32)
+
+
+def _yarn_ramp(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """0 for the planes that are kept, 1 for those that are divided: float64 [half]."""
+
+    def plane(turns: float) -> float:  # which turns so often within the original length
+        return half * math.log(scaling.original_len / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = plane(scaling.beta_fast), plane(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # the upper bound is of coordinates, not of planes: so it is in transformers
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    return np.clip((np.arange(half) - low) / ((high - low) or 0.001), 0.0, 1.0)
+
+
+class Turn(NamedTuple):
+    """How a layer turns queries and keys: radians per token of each plane, and the factor that they
+    are multiplied with (None: 1)."""
+
+    freqs: Float[Array, " half"]
+    scale: Float[Array, ""] | None
+
+
+def make_turns(
+    half: int, thetas: tuple[float, float | None], scaling: RopeScaling | None
+) -> tuple[Turn, Turn]:
+    """Those of global and of local layers; the second theta is of local layers, which are then not
+    scaled (None: they are as the others)."""
+    theta, local = thetas
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    scale = None if factor == 1.0 else jnp.float32(factor)
+    turn = Turn(jnp.asarray(frequencies(half, theta, scaling)), scale)
+    if local is None:
+        return turn, turn
+    plain = jnp.asarray(frequencies(half, local, None))
+    return turn, Turn(plain, None if scale is None else jnp.float32(1.0))
 
 
 def rope(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], freqs: Float[Array, " half"]
+    x: Float[Array, "B T heads H"],
+    positions: Int[Array, "B T"],
+    freqs: Float[Array, " half"],
+    scale: Float[Array, ""] | None = None,
 ) -> Float[Array, "B T heads H"]:
-    """Turns plane i, made of coordinates i and i + half, by positions x freqs[i]."""
+    """Turns plane i, made of coordinates i and i + half, by positions x freqs[i], and multiplies
+    with `scale`."""
     half = x.shape[-1] // 2
     angles = positions[..., None, None].astype(jnp.float32) * freqs[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scale is not None:
+        cos, sin = cos * scale, sin * scale
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 

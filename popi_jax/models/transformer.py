@@ -14,17 +14,22 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.models import attention, packing
-from popi_jax.models.attention import Kernel, KeysValues, Levels, RopeScaling
+from popi_jax.models.attention import Kernel, KeysValues, Levels, RopeScaling, Turn
 from popi_jax.models.layout import UNSPLIT, Rules, constrain, move
 from popi_jax.models.packing import Level, Places
 from popi_jax.models.sharded_vocab import look_up
 
+ATTENDED = "attended"  # the name of what attention gives, which takes products to compute again
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -49,6 +54,7 @@ class TransformerConfig:
     kernel: Kernel | None = None  # a fused kernel for attention; None: in chunks
     activation: str = "silu"  # of the gate, a key of ACTIVATIONS
     qkv_bias: bool = False  # biases on queries, keys and values
+    out_bias: bool = False  # a bias on what attention adds to the stream
     qk_norm: bool = False  # RMS norm of each head of queries and keys before the rotary positions
     norm_plus_one: bool = False  # norms multiply by 1 + scale
     post_norms: bool = False  # RMS norm also of what attention and MLP add to the stream
@@ -80,8 +86,8 @@ class Sight(NamedTuple):
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     past: tuple[tuple[Bool[Array, "B n S"], Int[Array, "B n S"]], ...]  # (valid, positions) of each
-    freqs: Float[Array, " half"]
-    local_freqs: Float[Array, " half"]
+    turn: Turn
+    local_turn: Turn
     places: Places | None  # where the tokens lie outside of attention; None: in their slots
 
 
@@ -164,12 +170,12 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "*rows D"], tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]]:
         """What attention adds, and the keys and values of the new tokens."""
         c, places = self.cfg, sight.places
-        window, freqs = None, sight.freqs
+        window, turn = None, sight.turn
         if any(
             c.local_layers
         ):  # a local layer sees a window of positions, wherever their slots lie
             window = jnp.where(is_local, c.sliding_window, jnp.iinfo(jnp.int32).max)
-            freqs = jnp.where(is_local, sight.local_freqs, sight.freqs)
+            turn = jax.tree.map(partial(jnp.where, is_local), sight.local_turn, turn)
 
         def project(heads: int, axis: str, name: str) -> Float[Array, "B T heads H"]:
             shape, names = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
@@ -180,8 +186,8 @@ class Attention(nn.Module):
                 y = packing.to_slots(y, places).reshape(*sight.valid.shape, *y.shape[2:])
             return constrain(y, ("batch", None, "attention_heads", "head_dim"), c.rules)
 
-        q = attention.rope(project(c.num_heads, "heads", "q"), sight.positions, freqs)
-        k = attention.rope(project(c.num_kv_heads, "kv_heads", "k"), sight.positions, freqs)
+        q = attention.rope(project(c.num_heads, "heads", "q"), sight.positions, *turn)
+        k = attention.rope(project(c.num_kv_heads, "kv_heads", "k"), sight.positions, *turn)
         v = project(c.num_kv_heads, "kv_heads", "v")
         y = attention.attend(
             attention.NewTokens(q, k, v, sight.valid, sight.positions),
@@ -192,8 +198,9 @@ class Attention(nn.Module):
         )
         if places is not None:
             y = packing.to_places(y.reshape(*places.valid.shape, *y.shape[2:]), places)
+        y = checkpoint_name(y, ATTENDED)
         shape, names = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        return Linear(shape, names, 2, c, name="o")(y), (k, v)
+        return Linear(shape, names, 2, c, c.out_bias, name="o")(y), (k, v)
 
 
 class Mlp(nn.Module):
@@ -278,13 +285,10 @@ class Transformer(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, levels, keep, name="layers")
-        half, local = c.head_dim // 2, c.local_rope_theta
-        freqs = jnp.asarray(attention.frequencies(half, c.rope_theta, c.rope_scaling))
-        local_freqs = freqs
-        if local is not None:
-            local_freqs = jnp.asarray(attention.frequencies(half, local, None))
+        thetas = (c.rope_theta, c.local_rope_theta)
+        turns = attention.make_turns(c.head_dim // 2, thetas, c.rope_scaling)
         seen = tuple((kv.valid, kv.positions) for kv in past)
-        sight = Sight(positions, valid, seen, freqs, local_freqs, places)
+        sight = Sight(positions, valid, seen, *turns, places)
         is_local = jnp.asarray(c.local_layers or (False,) * c.num_layers)
         x, new = layers(x, tuple((kv.k, kv.v) for kv in past), is_local, sight)
         x = RMSNorm(c.norm_eps, c.norm_plus_one, name="final_norm")(x)

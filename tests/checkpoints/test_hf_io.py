@@ -212,19 +212,22 @@ def test_fields_that_old_files_leave_out(tmp_path):
             'model_type is "mixtral", supported is "llama", "mistral", "qwen2"',
         ),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
-            "'low_freq_factor' is missing",
+            "'low_freq_factor' is missing in rope_scaling; rope_type \"llama3\" needs it",
         ),
         (
-            {"rope_parameters": "drop", "rope_scaling": {"type": "yarn", "factor": 2.0}},
-            'rope type is "yarn"',
+            {"rope_parameters": "drop", "rope_scaling": {"type": "longrope", "factor": 2.0}},
+            'rope_type is "longrope", supported is "default", "linear", "llama3", "yarn", "dyn',
         ),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"hidden_size": "drop"}, "'hidden_size' is missing"),
-        ({"hidden_size": "many"}, "wrong type"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is .*use the folder of the unquantised model",
+        ),
+        ({"hidden_size": "many"}, 'hidden_size is "many", must be a whole number above 0'),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null, must be a number above 0"),
+        ({"tie_word_embeddings": "no"}, 'tie_word_embeddings is "no", must be true or false'),
     ],
 )
 def test_a_model_that_is_not_supported_is_told(tmp_path, fields, message):
@@ -270,12 +273,42 @@ def test_weights_that_do_not_fit_are_told(tmp_path, change, message):
 def test_what_other_writers_add_is_passed_over(tmp_path):
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-        tensors["lm_head.weight"] = np.ones(
-            (37, 12), np.float32
-        )  # a copy of the embedding in some tied models
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # as some tied models
 
     rewrite(write(tmp_path, TIED), add)
     assert_same(hf_io.read_params(tmp_path, TIED), PARAMS[TIED])
+
+
+@pytest.mark.parametrize("row", [0, 36])
+def test_a_head_that_is_not_the_embedding_of_a_tied_model_is_refused(tmp_path, row, monkeypatch):
+    """Versions of transformers differ in what they do with it."""
+    monkeypatch.setattr(hf_io, "COMPARED_BYTES", 200)  # 4 rows at a time
+
+    def add(tensors):
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[row, 11] += 1e-3
+        tensors["lm_head.weight"] = head
+
+    rewrite(write(tmp_path, TIED), add)
+    message = r"model.safetensors: lm_head.weight is not .*; set tie_word_embeddings to false in .*"
+    with pytest.raises(UserError, match=message) as error:
+        hf_io.read_params(tmp_path, TIED)
+    assert "\n" not in str(error.value)
+    # the way out that it names
+    edit(tmp_path, tie_word_embeddings=False)
+    cfg = hf_config.read_config(tmp_path)
+    head = hf_io.read_params(tmp_path, cfg)["lm_head"]["kernel"].T
+    assert np.argwhere(head != PARAMS[TIED]["embed"]["embedding"]).tolist() == [[row, 11]]
+
+
+def test_the_head_of_a_tied_model_may_be_of_another_type(tmp_path):
+    def add(tensors):
+        table = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+        tensors["lm_head.weight"] = table
+        tensors["model.embed_tokens.weight"] = table.astype(np.float32)
+
+    rewrite(write(tmp_path, TIED), add)
+    hf_io.read_params(tmp_path, TIED)
 
 
 def test_files_that_are_broken_or_absent_are_told(tmp_path):

@@ -4,7 +4,10 @@ against transformers.
 The second needs values that transformers computed, in $POPI_ORACLES or beside the project, and is
 skipped without."""
 
+import dataclasses
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +48,7 @@ EVERYTHING = (
         rope_theta=500.0,
         activation="gelu_tanh",
         qkv_bias=True,
+        out_bias=True,
         qk_norm=True,
         norm_plus_one=True,
         post_norms=True,
@@ -52,7 +56,9 @@ EVERYTHING = (
         score_dim=5,
         attn_logit_softcap=1.5,
         final_logit_softcap=4.0,
-        rope_scaling=RopeScaling("linear", 3.0),
+        rope_scaling=RopeScaling(
+            "yarn", 3.0, original_len=60, beta_fast=4.0, attention_factor=1.3, truncate=False
+        ),
         sliding_window=4,
         local_layers=(True, False, True),
         local_rope_theta=50.0,
@@ -86,6 +92,7 @@ def test_each_behaviour_matters(tensors: dict[str, np.ndarray]) -> None:
         **{
             "activation": "silu",
             "qkv_bias": False,
+            "out_bias": False,
             "qk_norm": False,
             "norm_plus_one": False,
             "embed_scale": False,
@@ -103,7 +110,15 @@ def test_each_behaviour_matters(tensors: dict[str, np.ndarray]) -> None:
             "rope_theta": 400.0,
         },
     }
-    for name, value in off.items():
+    scaling = {"kind": "linear", "attention_factor": 1.0}, {"factor": 2.0}, {"truncate": True}
+    scaling = *scaling, {"original_len": 90}, {"beta_fast": 9.0}, {"beta_slow": 2.0}
+    scaling = *scaling, {"attention_factor": 1.0}
+    cases = list(off.items())
+    cases += [
+        ("rope_scaling", dataclasses.replace(EVERYTHING.rope_scaling, **change))
+        for change in scaling
+    ]
+    for name, value in cases:
         changed = TransformerConfig(**{**vars(EVERYTHING), name: value})
         assert np.abs(decoder.logits(tensors, changed, ids) - expected).max() > 1e-3, name
 
@@ -159,6 +174,22 @@ def test_llama3_frequencies(half: int) -> None:
     assert all(x.any() for x in kinds.values()) and not np.all(
         kinds["kept"] | kinds["divided"]
     )  # some lie between
+
+
+RECORDED = json.loads((Path(__file__).parent / "rope_scalings.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED["cases"])
+def test_scaled_frequencies_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """`inv_freq` and `attention_scaling` of LlamaRotaryEmbedding, recorded for config.json files
+    that leave out this and that."""
+    case = RECORDED["cases"][name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | case["config"]))
+    cfg = hf_config.read_config(tmp_path)
+    found = frequencies(cfg.head_dim // 2, cfg.rope_theta, cfg.rope_scaling)
+    np.testing.assert_allclose(found, case["inv_freq"], rtol=5e-7)
+    np.testing.assert_allclose(cfg.rope_scaling.attention_factor, case["attention_factor"])
+    np.testing.assert_allclose(found, decoder.inverse_frequencies(cfg, False), rtol=1e-6)
 
 
 FAMILIES = ("llama", "llama31_ropescaled", "qwen2", "qwen3", "gemma2", "gemma3_text")

@@ -24,8 +24,12 @@ def inverse_frequencies(cfg, local: bool) -> np.ndarray:
     s = cfg.rope_scaling
     if s is None or own_theta:
         return np.array(plain)
+    if s.kind == "dynamic":
+        return np.array(plain)
     if s.kind == "linear":
         return np.array(plain) / s.factor
+    if s.kind == "yarn":
+        return yarn_frequencies(plain, theta, s)
     out = []
     for f in plain:
         wave = 2 * math.pi / f
@@ -38,6 +42,24 @@ def inverse_frequencies(cfg, local: bool) -> np.ndarray:
                 s.high_freq_factor - s.low_freq_factor
             )
             out.append((1 - smooth) * f / s.factor + smooth * f)
+    return np.array(out)
+
+
+def yarn_frequencies(plain: list[float], theta: float, s) -> np.ndarray:
+    """Plane i turns original_len theta^(-i/half) / (2 pi) times within the original length; the
+    bounds are where that is beta_fast and beta_slow."""
+    half = len(plain)
+    fast, slow = (
+        half * math.log(s.original_len / (2 * math.pi * beta), theta)
+        for beta in (s.beta_fast, s.beta_slow)
+    )
+    if s.truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, 2 * half - 1)
+    out = []
+    for i, f in enumerate(plain):
+        divided = min(max((i - fast) / (slow - fast if slow != fast else 0.001), 0.0), 1.0)
+        out.append(f / s.factor * divided + f * (1 - divided))
     return np.array(out)
 
 
@@ -72,17 +94,21 @@ def logits(tensors: dict[str, np.ndarray], cfg, ids: list[int]) -> np.ndarray:
                 norm(z, w[f"self_attn.{n}_norm.weight"], cfg) if cfg.qk_norm and n != "v" else z
             )
         freqs = inverse_frequencies(cfg, local)
+        own_turn = cfg.rope_scaling is None or (local and cfg.local_rope_theta is not None)
+        grown = 1.0 if own_turn else cfg.rope_scaling.attention_factor**2  # of q and of k
         q = rotated(heads["q"], freqs)
         k, v = (
             np.repeat(z, len(q) // len(z), axis=0) for z in (rotated(heads["k"], freqs), heads["v"])
         )
         scores = capped(
-            q @ k.swapaxes(1, 2) / math.sqrt(cfg.score_dim or cfg.head_dim), cfg.attn_logit_softcap
+            grown * (q @ k.swapaxes(1, 2)) / math.sqrt(cfg.score_dim or cfg.head_dim),
+            cfg.attn_logit_softcap,
         )
         seen = (back >= 0) & (back < cfg.sliding_window) if local else back >= 0
         weights = np.exp(np.where(seen, scores, -np.inf))
         y = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(seq, -1)
         y = y @ w["self_attn.o_proj.weight"].T
+        y = y + (w["self_attn.o_proj.bias"] if cfg.out_bias else 0.0)
         x = x + (norm(y, w["post_attention_layernorm.weight"], cfg) if cfg.post_norms else y)
         y = norm(
             x,
