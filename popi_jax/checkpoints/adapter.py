@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from popi_jax.arrays import Params
 from popi_jax.checkpoints import hf_names, hf_write
@@ -19,13 +18,15 @@ def write_adapter(
     *,
     alpha: float,
     base: str,
+    revision: str | None = None,
     decoder: str = "model",
 ) -> None:
     """Writes into an existing folder, float32. peft multiplies by alpha / rank, so `lora` holds A
     and B without it.
 
-    `base` is the name or folder of the base model; `decoder` is where its class keeps the decoder:
-    "model" in all text models, "model.language_model" in a Gemma 3 with a vision tower."""
+    `base` is what peft loads the base model by: its name on the hub, with the commit as `revision`,
+    or its folder. `decoder` is where its class keeps the decoder: "model" in all text models,
+    "model.language_model" in a Gemma 3 with a vision tower."""
     tensors: dict[str, np.ndarray] = {}
     modules: set[str] = set()
     rank = 0
@@ -52,6 +53,7 @@ def write_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha if alpha != math.floor(alpha) else int(alpha),
         "target_modules": sorted(modules),
@@ -65,4 +67,4 @@ def write_adapter(
         "modules_to_save": None,
     }
     hf_write.write_json(folder / "adapter_config.json", config)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    hf_write.save_tensors(tensors, folder / "adapter_model.safetensors")

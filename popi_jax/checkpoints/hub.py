@@ -22,6 +22,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import disable_progress_bars
 from jax.experimental import multihost_utils
 
 from popi_jax import distributed
@@ -42,7 +43,7 @@ _OURS = "checkpoints"
 _COPIED = ".copied.json"  # what a copy of a bucket's folder holds: name -> [bytes, time of change]
 
 
-class Base(NamedTuple):
+class Origin(NamedTuple):
     """Where the files of a base model lie on this host, and what they are elsewhere."""
 
     folder: str  # "": random weights
@@ -54,7 +55,7 @@ class Base(NamedTuple):
         return {"commit": self.commit} if self.commit else {}
 
 
-def open_base(checkpoint: str, commit: str = "") -> Base:
+def open_base(checkpoint: str, commit: str = "") -> Origin:
     """Returns the base model on this disk, fetched if it was not there. All processes call it at
     the same point of the program.
 
@@ -62,19 +63,19 @@ def open_base(checkpoint: str, commit: str = "") -> Base:
     revision, else of its main branch. Raises: UserError when there is no such model, no access to
     it, no network, or no weights in it."""
     if not checkpoint:
-        return Base("")
+        return Origin("")
     if "://" in checkpoint:
         cache = _bucket_cache()
-        return Base(_fetch_once(partial(_copy_bucket, checkpoint), cache))
+        return Origin(_fetch_once(partial(_copy_bucket, checkpoint), cache))
     commit = _tell_all(_find_commit(checkpoint, commit) if distributed.is_main_process() else "")
     if not commit:
         folder = Path(checkpoint).expanduser()
         if not folder.is_dir():
             raise _refuse(checkpoint, f"process {jax.process_index()} sees no such folder")
-        return Base(str(folder))
+        return Origin(str(folder))
     repository, _ = split(checkpoint)
     fetch = partial(_download, checkpoint, repository, commit)
-    return Base(_fetch_once(fetch, Path(constants.HF_HUB_CACHE)), repository, commit)
+    return Origin(_fetch_once(fetch, Path(constants.HF_HUB_CACHE)), repository, commit)
 
 
 def find_cached(checkpoint: str) -> str:
@@ -124,7 +125,7 @@ def _find_commit(checkpoint: str, commit: str) -> str:
 
 def _download(checkpoint: str, repository: str, commit: str) -> str:
     if not distributed.is_main_process():
-        hf.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         folder = hf.snapshot_download(
             repository,
@@ -138,7 +139,7 @@ def _download(checkpoint: str, repository: str, commit: str) -> str:
     if not any(Path(folder).glob("*.safetensors")):
         told = f"{repository} holds no weights as *.safetensors at commit {commit}"
         raise _refuse(checkpoint, f"{told}; name a repository or a revision that does")
-    logging.info("Base weights: %s at commit %s, in %s", repository, commit, folder)
+    logging.info("Origin weights: %s at commit %s, in %s", repository, commit, folder)
     return folder
 
 

@@ -188,16 +188,17 @@ def list_steps(workdir: str) -> list[int]:
     return sorted((int(path.name) for path in saved), reverse=True)
 
 
-def read_config(workdir: str) -> dict[str, Any] | None:
-    """Returns the configuration that wrote the newest step, or else the reference, of a workdir;
-    None without both."""
+def read_config(workdir: str, step: int | None = None) -> dict[str, Any] | None:
+    """Returns the configuration that wrote a step, else the newest one, or else the reference, of a
+    workdir; None without any."""
     folder = _find_checkpoints(workdir)
-    steps = [folder / str(step) for step in list_steps(workdir)]
+    first = [] if step is None else [step]
+    steps = [folder / str(step) for step in (*first, *list_steps(workdir))]
     for holder in (*steps, folder.parent / "reference"):
         try:
             return json.loads((holder / "config" / "metadata").read_text())
         except (OSError, ValueError):
-            continue  # damaged or absent: an older one tells the same
+            continue  # damaged or absent: another one tells the same, but for what is free
     return None
 
 

@@ -1,8 +1,13 @@
-"""The README.md of an exported model: what it is, what it was trained on, how to use it. Measures
-nothing itself."""
+"""The README.md of an exported model: what it is, what it was trained on, under which licence, how
+to use it. Measures nothing itself."""
 
+import fnmatch
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import metadata_load
 
 from popi_jax.config import Config
 
@@ -60,6 +65,39 @@ print(f"summary: {summary}\\nanswer: {answer}")
 '''
 
 
+# what those must know who pass on weights that derive from a model under such a licence, by the
+# beginning of its name
+_TERMS = {
+    "gemma": "Whoever passes them on must pass on the Gemma Terms of Use and the uses that these "
+    "forbid too, and say that the weights were changed.",
+    "llama": "Whoever passes them on must pass on the Llama Community License too, show the words "
+    '"Built with Llama" and begin the name of the model with "Llama".',
+}
+_NON_COMMERCIAL = "CC-BY-NC-4.0"  # as the licences of data name it
+_LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+class Licence(NamedTuple):
+    """Of a base model, in the words of its README.md: license, license_name, license_link."""
+
+    kind: str = "unknown"  # as the hub lists them
+    name: str = ""
+    link: str = ""
+    files: tuple[str, ...] = ()  # of its folder, which go with all that derives from the model
+
+
+class BaseModel(NamedTuple):
+    """What the weights derive from."""
+
+    place: str  # as model.checkpoint says it; "": nothing
+    repository: str = ""  # org/name on the hub
+    commit: str = ""
+    licence: Licence = Licence()
+
+    def __str__(self) -> str:
+        return f"{self.repository} at commit {self.commit}" if self.repository else self.place
+
+
 class Facts(NamedTuple):
     """What the card says of one export."""
 
@@ -69,14 +107,42 @@ class Facts(NamedTuple):
     architecture: str  # name of the class in transformers
     data: str  # published, sample, own, or "" when unknown
     licence: str  # of the data
+    base: BaseModel
 
 
-def render(config: Config, facts: Facts, results: list[dict[str, Any]]) -> str:
-    """Returns the card of a run's export; `results` are the rows of a table, [] for none."""
+def read_licence(folder: str | Path) -> Licence:
+    """The licence of a model's folder, as far as it says."""
+    root = Path(folder)
+    files = sorted(
+        path.name
+        for path in root.iterdir()
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _LICENCE_FILES)
+    )
+    found: dict[str, Any] = {}
+    if (root / "README.md").is_file():
+        try:
+            found = metadata_load(root / "README.md") or {}
+        except (ValueError, yaml.YAMLError):  # what it says cannot be known
+            found = {}
+    kind, name, link = (
+        value if isinstance(value := found.get(key), str) else ""
+        for key in ("license", "license_name", "license_link")
+    )
+    return Licence(kind or "unknown", name, link, tuple(files))
+
+
+def render(config: Config, facts: Facts, results: list[dict[str, Any]], adapter: str = "") -> str:
+    """Returns the card of a run's export; `results` are the rows of a table, [] for none.
+
+    adapter: of adapters alone, the name of their folder."""
     source, d = config.data.source, config.data
-    base = config.model.checkpoint or "none: trained from random weights on these data alone"
+    base = str(facts.base) or "none: trained from random weights on these data alone"
     tags = ["popi_jax", f"{facts.role}-model", *["sample-data"] * (facts.data == "sample")]
-    header = ["library_name: transformers", "pipeline_tag: text-generation"]
+    library = "peft" if adapter else "transformers"
+    header = [f"library_name: {library}", "pipeline_tag: text-generation"]
+    if facts.base.repository:
+        header.append(f"base_model: {facts.base.repository}")
+    header += [f"{key}: {json.dumps(value)}" for key, value in _find_licence(facts).items()]
     header.append(f"tags: [{', '.join(tags)}]")
     summary = {
         "base weights": base,
@@ -93,6 +159,7 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]]) -> str:
         f"{_ROLES[facts.role]} Both were trained on one preference objective with popi_jax.",
         "\n".join(["| | |", "|---|---|", *lines]),
         "## Use",
+        *([_render_adapter_use(adapter, facts.base)] if adapter else []),
         "The two models work together; this runs both, from the folder above this one:",
         f"```python\n{_render_snippet(config)}```",
         "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`,\n"
@@ -107,7 +174,7 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]]) -> str:
         _render_table(_list_settings(config)),
         "## Licence",
         facts.licence,
-        _state_base_licence(config),
+        _state_base_licence(facts.base),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -141,11 +208,40 @@ def _list_settings(config: Config) -> list[dict[str, Any]]:
     return [{"field": name, "value": value} for name, value in values.items()]
 
 
-def _state_base_licence(config: Config) -> str:
-    if config.model.checkpoint:
-        base = config.model.checkpoint
-        return f"The weights derive from {base} and stay under the licence of that model."
-    return "The weights derive from no other model."
+def _find_licence(facts: Facts) -> dict[str, str]:
+    """The fields of the header that name the licence: of the base, narrowed by that of the data."""
+    base, own = facts.base.licence, ""
+    if _NON_COMMERCIAL in facts.licence:
+        own = _NON_COMMERCIAL.lower()
+    if not facts.base.place:
+        return {"license": own} if own else {}
+    named = base.name or base.kind
+    fields = {"license": base.kind, "license_name": base.name, "license_link": base.link}
+    if own and not named.endswith(own):
+        fields |= {"license": "other", "license_name": f"{named}-and-{own}"}
+    return {key: value for key, value in fields.items() if value}
+
+
+def _render_adapter_use(adapter: str, base: BaseModel) -> str:
+    return (
+        f"This folder holds adapters alone. With their base, {base}:\n\n"
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")\n```\n\n'
+        "The folder beside it holds the same model with the adapters merged into its weights."
+    )
+
+
+def _state_base_licence(base: BaseModel) -> str:
+    if not base.place:
+        return "The weights derive from no other model."
+    kind, name, link, files = base.licence
+    if kind == "unknown":
+        told = "stay under the licence of that model, which its folder does not name."
+    else:
+        told = f"stay under its licence: {name or kind}{f' ({link})' if link else ''}."
+    terms = [text for known, text in _TERMS.items() if (name or kind).lower().startswith(known)]
+    beside = [f"Beside this file: {', '.join(files)}."] if files else []
+    return " ".join([f"The weights derive from {base} and {told}", *terms, *beside])
 
 
 def _render_table(rows: list[dict[str, Any]]) -> str:

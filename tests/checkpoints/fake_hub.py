@@ -99,7 +99,7 @@ def serve(home: Path) -> Iterator[FakeHub]:
     hub.stop = stop
     hub.address = f"http://127.0.0.1:{server.server_port}"
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
             patch.delenv(name, raising=False)
         patch.setattr(constants, "ENDPOINT", hub.address)
         patch.setattr(

@@ -1,5 +1,8 @@
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from popi_jax.errors import UserError
 from tests.checkpoints import fake_hub
 from tests.checkpoints.fake_hub import FakeHub
 
+ROOT = Path(__file__).parents[2]
 MODEL = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
@@ -66,7 +70,7 @@ def test_a_run_keeps_to_its_commit_though_its_branch_moves(served):
     # and whatever lies in the present folder
     Path("org/name@dev").mkdir(parents=True)
     assert hub.open_base("org/name@dev", first.commit) == again
-    assert hub.open_base("org/name@dev") == hub.Base("org/name@dev")
+    assert hub.open_base("org/name@dev") == hub.Origin("org/name@dev")
 
 
 def test_without_a_network_the_cache_serves(served, monkeypatch):
@@ -111,8 +115,8 @@ def test_the_token_of_the_environment_is_sent(served, monkeypatch):
 def test_folders_go_before_repositories_and_typos_are_told(served):
     Path("models/base").mkdir(parents=True)
     served.push("models/base", MODEL)
-    assert hub.open_base("models/base") == hub.Base("models/base")
-    assert hub.open_base("") == hub.Base("")
+    assert hub.open_base("models/base") == hub.Origin("models/base")
+    assert hub.open_base("") == hub.Origin("")
     assert not hub.open_base("models/base").to_json()
     assert not served.requests
     assert 'Did you mean "models/base"?' in refusal("models/bse")
@@ -163,3 +167,43 @@ def test_a_folder_in_a_bucket_is_copied_and_followed(served, bucket):
     assert (folder / "config.json").stat().st_mtime_ns == times["config.json"]
     assert "cannot be read" in refusal(f"{bucket}/models/nothing")
     assert "cannot be read" in refusal("nowhere://bucket/base")
+
+
+_PROCESS = """
+import sys
+from popi_jax import distributed
+distributed.start()
+from popi_jax.checkpoints import hub
+open(sys.argv[1], "w").write("\\n".join(hub.open_base(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("homes", [("one", "one"), ("one", "other")], ids=["one disk", "two disks"])
+def test_processes_agree_on_a_commit_and_share_a_disk(served, tmp_path, homes):
+    commit = served.push("org/name", MODEL)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    own = {"HF_ENDPOINT": served.address, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = []
+    for number, home in enumerate(homes):
+        env = os.environ | own | {"HF_HOME": str(tmp_path / home), "JAX_PROCESS_ID": str(number)}
+        command = [sys.executable, "-c", _PROCESS, str(tmp_path / str(number)), "org/name"]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE))
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told.decode()[-2000:]
+    for number, home in enumerate(homes):
+        folder, repository, found = (tmp_path / str(number)).read_text().split("\n")
+        assert (repository, found) == ("org/name", commit)
+        assert folder.startswith(str(tmp_path / home))
+        assert (Path(folder) / "model.safetensors").read_bytes() == b"weights"
+    assert served.requests.count("GET /api/models/org/name") == 1
+    assert len(served.list_fetched()) == len(MODEL) * len(set(homes))
+    assert not [
+        p
+        for home in homes
+        for p in (tmp_path / home / "hub").iterdir()
+        if p.is_file() and p.name != "CACHEDIR.TAG"
+    ]
