@@ -167,7 +167,7 @@ def write_model(trained: TrainedRole, card: str, target: Path, max_shard_gb: flo
         described |= {hf_write.MARK: mark}
         size = int(max_shard_gb * 1e9)
         hf_write.write_model(folder, trained.params, trained.model, described, max_shard_bytes=size)
-        generation = ids | {"eos_token_id": list_ends(trained)}
+        generation = ids | {"eos_token_id": find_ends(trained)}
         generation = {name: value for name, value in generation.items() if value is not None}
         hf_write.write_json(folder / "generation_config.json", generation)
         finish_folder(trained, card, folder)
@@ -203,9 +203,9 @@ def finish_folder(trained: TrainedRole, card: str, folder: Path) -> None:
         shutil.copyfile(Path(trained.origin.folder) / name, folder / name)
 
 
-def list_ends(trained: TrainedRole) -> list[int]:
+def find_ends(trained: TrainedRole) -> int | list[int]:
     """The tokens at which a server of the model stops: the end of a reply, as the run was trained,
-    then those of its base."""
+    then those of its base, if it has others."""
     from popi_jax.checkpoints.hf_config import read_json
 
     ends = [trained.tokenizer.eos_id]
@@ -214,7 +214,8 @@ def list_ends(trained: TrainedRole) -> list[int]:
         found = read_json(path).get("eos_token_id") if path.is_file() else None
         ends += found if isinstance(found, list) else [found]
     known = [end for end in ends if isinstance(end, int) and 0 <= end < trained.model.vocab_size]
-    return list(dict.fromkeys(known))
+    known = list(dict.fromkeys(known))
+    return known if len(known) > 1 else known[0]
 
 
 class StoredRun(NamedTuple):

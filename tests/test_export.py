@@ -89,6 +89,8 @@ def test_exports_both_roles(run):
             TOKENIZER.bos_id,
             TOKENIZER.eos_id,
         )
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == TOKENIZER.eos_id
         assert tokenizer.load(folder).encode("how do") == TOKENIZER.encode("how do")
 
 

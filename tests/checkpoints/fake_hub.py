@@ -53,6 +53,8 @@ class FakeHub:
         files = self.commits[repository].get(commit)
         if files is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if verb == "resolve" and file not in files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         if verb == "resolve":
             tag = hashlib.sha1(files[file]).hexdigest()
             return 200, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}, files[file]
