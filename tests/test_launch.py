@@ -56,10 +56,12 @@ def test_pod_gets_one_command_for_all_hosts() -> None:
 
 def test_environment_is_passed_on_to_the_pod() -> None:
     env = {"PROJECT": "p", "REPO": "my code", "XLA_FLAGS": "--a --b", "LIBTPU_INIT_ARGS": "$(x)"}
+    env |= {"HF_HOME": "/mnt/hf", "HF_TOKEN": "secret"}
     words = printed("tpu_pod.sh", "s", "z", "true", env=env)
     assert words[-1] == "--project=p"
     remote = shlex.split(words[-2].removeprefix("--command="))
-    assert remote == ["cd", "my code", "&&", "XLA_FLAGS=--a --b", "LIBTPU_INIT_ARGS=$(x)", "true"]
+    given = ["XLA_FLAGS=--a --b", "LIBTPU_INIT_ARGS=$(x)", "HF_HOME=/mnt/hf"]
+    assert remote == ["cd", "my code", "&&", *given, "true"]
 
 
 def test_slurm_starts_one_process_per_node() -> None:
