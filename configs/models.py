@@ -7,7 +7,7 @@ _TINY: dict[str, object] = {
     "model.checkpoint": "",
     "model.dtype": "float32",
     "model.remat": "none",
-    "model.summary_instruction": "summary ?",
+    "model.summary_instruction": " summary ?",
     "model.answer_instruction": "",
     "data.pair_layout": "grouped",
     "data.context_len": 1024,

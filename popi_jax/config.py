@@ -23,6 +23,7 @@ from popi_jax.config_rules import (
     FOLDER,
     FRACTION,
     HAS_END,
+    JSON_OBJECT,
     LOGICAL_AXES,
     MESH_AXES,
     NAME,
@@ -85,7 +86,9 @@ class ModelConfig:
     """Both roles. With a checkpoint the shape is that of its files, whatever is said here."""
 
     checkpoint: str = setting(
-        "checkpoints/base", "Hugging Face folder of weights and tokenizer; '' = random weights"
+        "checkpoints/base",
+        "base weights and tokenizer: a Hugging Face folder, one in a bucket, or a repository of "
+        "the hub, org/name or org/name@revision; '' = random weights",
     )
     vocab_size: int = setting(
         2048,
@@ -105,7 +108,10 @@ class ModelConfig:
         "bfloat16", "of compute; parameters and losses are float32", one_of("float32", "bfloat16")
     )
     remat: str = setting(
-        "full", "what is computed again to save memory", one_of("none", "dots", "full"), free=True
+        "auto",
+        "what is computed again to save memory; auto: the least that fits; dots: no products",
+        one_of("auto", "none", "dots", "full"),
+        free=True,
     )
     attention: str = setting(
         "auto",
@@ -119,6 +125,17 @@ class ModelConfig:
     )
     answer_instruction: str = setting(
         "What is known of the user:", "text before the summary in the generator's context"
+    )
+    summary_place: str = setting(
+        "system",
+        "of the generator's: a system message, where the chat template takes one, or the head of "
+        "the first message of the user",
+        one_of("system", "user"),
+    )
+    template_args: str = setting(
+        "",
+        """arguments of the chat template as JSON, like '{"enable_thinking": false}'""",
+        JSON_OBJECT,
     )
 
 
@@ -262,9 +279,8 @@ class BatchConfig:
     users: int = setting(16, "users per update, over all devices", at_least(1))
     pairs: int = setting(4, "preference pairs per user and update (K)", at_least(1))
     summary_fill: float = setting(
-        0.5,
-        "most of summary_len that summaries fill; for speed alone",
-        ABOVE_ZERO,
+        0.0,
+        "most of summary_len that summaries fill, for speed alone; 0 = as the run's own do",
         FRACTION,
         free=True,
     )

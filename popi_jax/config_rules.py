@@ -4,6 +4,7 @@ Knows no single declaration: those are in config.py. Imports no jax, so that a w
 at once."""
 
 import dataclasses
+import json
 import math
 import operator
 import re
@@ -85,12 +86,22 @@ HAS_END = at_least(2, "the end token is counted")
 AXIS = Allowed(
     "must be at least 1, or -1 for all devices that are left", lambda x: x == -1 or x >= 1
 )
+JSON_OBJECT = Allowed(
+    """must be a JSON object, as '{"enable_thinking": false}', or ''""", lambda x: _is_object(x)
+)
 FOLDER = Allowed("must name a folder", bool)
 PLACE = Allowed("must name the folder or file of the data", bool)
 NAME = Allowed(
     "must consist of letters, digits, '_', '-' and '.'",
     lambda x: re.fullmatch(r"[A-Za-z0-9_.-]+", x) is not None,
 )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 class Setting(NamedTuple):
@@ -181,6 +192,8 @@ def check_together(config: "Config") -> None:
     rule = "must be 0 with model.checkpoint: released weights need no warm-up; "
     rule += "use model=pretrained or set it to 0"
     _require(config, config.warmup.steps == 0 or not m.checkpoint, "warmup.steps", rule)
+    rule = "is of the chat template of a base model (model.checkpoint); set it to ''"
+    _require(config, bool(m.checkpoint) or not m.template_args, "model.template_args", rule)
     _check_roles(config)
     rule = f"must divide batch.users = {b.users}"
     _require(config, b.users % b.microbatches == 0, "batch.microbatches", rule)

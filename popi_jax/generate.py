@@ -48,7 +48,7 @@ _MIN_P = flags.DEFINE_float(
     upper_bound=1.0,
 )
 _STOP = flags.DEFINE_multi_string(
-    "stop", [], "text at which an answer ends, compared token by token; may be repeated"
+    "stop", [], "text with which an answer ends where it first says it; may be repeated"
 )
 _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 0, "most tokens of the answer; 0: data.answer_len", lower_bound=0
@@ -60,6 +60,7 @@ _STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newe
 def main(config: Config) -> None:
     _check_flags()
     from popi_jax import distributed
+    from popi_jax.data.prompts import encode_summary
     from popi_jax.data.sources.jsonl import read_users
     from popi_jax.evals.generators import Generator, summarize_users
     from popi_jax.run import open_run
@@ -82,16 +83,19 @@ def main(config: Config) -> None:
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
         min_p=_MIN_P.value,
-        stop=tuple(tuple(words.encode(text)) for text in _STOP.value if text),
     )
     generator = Generator(run.generator, params, run.mesh)
     answers = generator.reply(
-        summary, _PROMPT.value, sampling=sampling, num=_NUM.value, seed=config.seed
+        encode_summary(words, summary, config),
+        _PROMPT.value,
+        sampling=sampling,
+        num=_NUM.value,
+        seed=config.seed,
     )
     if distributed.is_main_process():
         print(f"summary: {summary or '(none)'}")
         for text in answers:
-            print(f"answer: {text}")
+            print(f"answer: {cut_at_stop(text, _STOP.value)}")
 
 
 def _check_flags() -> None:
@@ -112,6 +116,12 @@ def _check_flags() -> None:
         raise UserError(
             f"--num={_NUM.value}: all answers at temperature 0 are equal; add e.g. --temperature=1"
         )
+
+
+def cut_at_stop(answer: str, stops: "Iterable[str]") -> str:
+    """The answer up to the first of the texts in it, that text included."""
+    ends = [answer.find(stop) + len(stop) for stop in stops if stop and stop in answer]
+    return answer[: min(ends)] if ends else answer
 
 
 def find_user(user_id: str, users: "Iterable[User]") -> "User":

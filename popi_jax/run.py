@@ -175,10 +175,12 @@ def load_tokenizer(config: Config, dataset: Dataset, *, begun: bool) -> Tokenize
     Raises: UserError when it cannot be read, or this process does not see the WORKDIR of process 0.
     """
     folder = epath.Path(config.workdir) / "tokenizer"
+    system_role = config.model.summary_place == "system"
     if begun:  # else the folder may be of an attempt with other settings
-        return tokenizer.load(folder)
+        return tokenizer.load(folder, system_role=system_role)
     if config.model.checkpoint:
-        made = tokenizer.load(config.model.checkpoint)
+        args = json.loads(config.model.template_args or "{}")
+        made = tokenizer.load(config.model.checkpoint, args, system_role=system_role)
     else:
         texts = prompts.list_training_texts(dataset.splits["train"], config)
         made = tokenizer.train(texts, config.model.vocab_size)
@@ -214,9 +216,11 @@ def load_measured(config: Config, dataset: Dataset, words: Tokenizer, *, begun: 
 
 
 def list_banned(words: Tokenizer, model: TransformerConfig) -> tuple[int, ...]:
-    """The tokens that are never drawn: control tokens other than the end of a reply, and the
-    numbers beyond the tokenizer's vocabulary."""
-    return (*sorted(words.control_ids - {words.eos_id}), *range(words.vocab_size, model.vocab_size))
+    """The tokens that are never drawn: control tokens that the template does not write into a
+    reply, and the numbers beyond the tokenizer's vocabulary."""
+    banned = words.control_ids - words.reply_ids
+    banned |= set(range(words.vocab_size, model.vocab_size))
+    return tuple(sorted(i for i in banned if i < model.vocab_size))
 
 
 def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) -> str:

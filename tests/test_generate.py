@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from popi_jax.data.prompts import encode_summary
 from popi_jax.errors import UserError
 from popi_jax.evals.generators import Generator, summarize_users
 from tests.tiny_run import TinyRun, command, config_of, flags_set, on_devices, shared_run
@@ -34,9 +35,10 @@ def test_an_answer_for_a_user_of_the_run(tiny, capsys):
     generator = Generator(run.generator, tiny.now.generator.params, run.mesh)
     sampling = run.generator.sampling._replace(max_len=config.data.answer_len)
     options = {"sampling": sampling, "num": 1, "seed": config.seed}
-    (answer,) = generator.reply(row["summary"], "tell me about tea", **options)
+    text = encode_summary(run.generator.tokenizer, row["summary"], run.config)
+    (answer,) = generator.reply(text, "tell me about tea", **options)
     assert printed == f"summary: {row['summary']}\nanswer: {answer}\n"
-    (other,) = generator.reply("", "tell me about tea", **options)
+    (other,) = generator.reply([], "tell me about tea", **options)
     assert answer != other
 
 
@@ -54,8 +56,8 @@ def test_samples_of_a_user_of_a_file(tiny, tmp_path, capsys):
 
 
 def test_cuts_and_stops_of_an_answer(tiny, capsys):
-    """Of one token only the likeliest is left, which is what temperature 0 takes; then the first
-    word stops it."""
+    """Of one token only the likeliest is left, which is what temperature 0 takes; then a text in
+    the middle of the answer stops it, wherever its tokens begin."""
 
     def answer(*args: str) -> str:
         with flags_set(ASK, "--max_tokens=6", *args):
@@ -66,12 +68,22 @@ def test_cuts_and_stops_of_an_answer(tiny, capsys):
     assert (
         answer("--temperature=1", "--top_k=1") == answer("--temperature=1", "--min_p=1") == greedy
     )
-    tokens = tiny.run.generator.tokenizer.encode(greedy)
-    first = tiny.run.generator.tokenizer.decode(tokens[:1])
-    if (
-        tiny.run.generator.tokenizer.encode(first) == tokens[:1]
-    ):  # a byte of a longer character is no text of its own
-        assert answer(f"--stop={first}") == first.strip()
+    middle = greedy[len(greedy) // 2]
+    assert answer(f"--stop={middle}") == greedy[: greedy.index(middle) + 1].strip()
+
+
+@pytest.mark.parametrize(
+    ("answer", "stops", "cut"),
+    [
+        ("bees make honey here", ["honey"], "bees make honey"),
+        ("short answers , please", [", please"], "short answers , please"),
+        ("bees sing", ["s"], "bees"),
+        ("bees sing", ["sing", "ees s"], "bees s"),
+        ("bees sing", ["honey", ""], "bees sing"),
+    ],
+)
+def test_a_stop_is_a_text(answer: str, stops: list[str], cut: str) -> None:
+    assert generate.cut_at_stop(answer, stops) == cut
 
 
 def test_your_own_summary(tiny, capsys):

@@ -73,11 +73,11 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         turns=[turn for turn, _ in turns],
         chosen=[ids[: d.answer_len] for ids in chosen],
         rejected=[ids[: d.answer_len] for ids in rejected],
-        oracle=tokenizer.encode(user.oracle.strip())[: d.summary_len],
+        oracle=prompts.encode_summary(tokenizer, user.oracle.strip(), cfg)[: d.summary_len],
         oracle_text=user.oracle,
         stated_text=user.stated,
         contrasts=[(r.answer, r.contrast) for r in user.readings],
-        profile=tokenizer.encode(user.profile)[: d.summary_len - 1],
+        profile=prompts.encode_answer(tokenizer, user.profile)[:-1][: d.summary_len - 1],
         readings=[_encode_reading(r.question, r.answer, tokenizer, cfg) for r in readings],
         truncations=Truncations(
             contexts=int(signals.shortened),
@@ -101,7 +101,9 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
 
     def render(some: User) -> tuple[str, Ids]:
         text = prompts.render_signals(some, cfg.data.pair_layout)
-        return text, prompts.render_inference_context(tokenizer, text)
+        return text, prompts.render_inference_context(
+            tokenizer, text, cfg.model.summary_instruction
+        )
 
     text, ids = render(user)
     shortened = len(ids) > limit

@@ -5,23 +5,34 @@ Each conversation is cut where its context ends (docs/design.md): the generator'
 z, that of the inference model after the signals u. Nothing is shortened here: encode.py does that.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from popi_jax.data.records import Messages, User
+from popi_jax.errors import UserError
 
 _CUT = "\ufdd0"  # a Unicode noncharacter: reserved for such a use, and replaced where data hold it
+
+
+_LETTER = "x"  # stands for a summary: texts are encoded as they go on after a letter
+# what signals may end with
+_ENDS = ("x", "x.", "x)", "1", "é", "x\n", "")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What prompts need of data/tokenizer.py: Tokenizer."""
 
-    eos_id: int
+    source: str
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, after: str = "") -> list[int]: ...
+
+    def encode_reply(self, text: str) -> list[int]: ...
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]: ...
+
+    def write(self, messages: Messages) -> str: ...
 
 
 def render_signals(user: User, layout: str = "paired") -> str:
@@ -57,46 +68,87 @@ def list_training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
             yield from (pair.chosen, pair.rejected)
 
 
-def render_inference_context(tokenizer: Tokenizer, signals: str) -> list[int]:
+def render_inference_context(
+    tokenizer: Tokenizer, signals: str, instruction: str = ""
+) -> list[int]:
     """Returns the start of the inference model's conversation: one user message with the signals,
-    still open."""
-    return tokenizer.render([{"role": "user", "content": _clean(signals) + _CUT}], cut=_CUT)[0]
+    still open.
+
+    instruction: model.summary_instruction. Followed by `render_summary_turn` these are the ids of
+    the whole message. Where the tokenizer joins the signals with it in an unusual way, they are
+    encoded apart."""
+    signals, turn = _clean(signals), _render_request(tokenizer, instruction)
+    (whole,) = tokenizer.render([{"role": "user", "content": signals + instruction}], cut=_CUT)
+    if whole[-len(turn) :] == turn:
+        return whole[: -len(turn)]
+    apart = [{"role": "user", "content": signals + _CUT + instruction}]
+    return tokenizer.render(apart, cut=_CUT)[0]
 
 
 def render_summary_turn(tokenizer: Tokenizer, cfg: Any) -> list[int]:
     """Returns what follows the signals: the instruction that asks for a summary, up to the header
-    of the summary."""
+    of the summary. It is what is the same after all signals: a tokenizer may join the line break at
+    the head of the instruction with the end of the signals."""
     return _render_request(tokenizer, cfg.model.summary_instruction)
 
 
 def render_reading_turn(tokenizer: Tokenizer, question: str) -> list[int]:
     """Returns the same with a question about the signals, up to the header of the answer."""
-    return _render_request(tokenizer, _clean(question))
+    return _render_request(tokenizer, f" {_clean(question)}")
 
 
 def _render_request(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.render([{"role": "user", "content": _CUT + text}], cut=_CUT)[1]
+    asked = [[{"role": "user", "content": end + text}] for end in _ENDS]
+    found = [tokenizer.render(messages, cut=_CUT)[0][::-1] for messages in asked]
+    return os.path.commonprefix(found)[::-1]
 
 
 def render_generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:
     """Returns all that stands before the summary z: the header of the system message and the
     instruction."""
-    told = cfg.model.answer_instruction
-    system = {"role": "system", "content": (f"{told}\n" if told else "") + _CUT}
-    return tokenizer.render([system, {"role": "user", "content": ""}], cut=_CUT)[0]
+    return tokenizer.render(_hold_summary(cfg, _CUT), cut=_CUT)[0]
 
 
 def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
     """Returns what follows the summary z, up to the header of the reply; a system message of the
-    prompt continues that of z."""
-    messages = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
-    system = "\n" + messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-    return tokenizer.render([{"role": "system", "content": _CUT + system}, *messages], cut=_CUT)[1]
+    prompt continues that of z.
+
+    Raises: UserError where the template writes the system message, and so z, behind a part of the
+    prompt: z stands before all of it."""
+    first, *rest = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
+    own = "\n" + first["content"] if first["role"] == "system" else ""
+    rest = rest if own else [first, *rest]
+
+    def render(messages: Messages) -> tuple[list[int], ...]:
+        system = {"role": "system", "content": _CUT + _LETTER + _CUT + own}
+        return tokenizer.render([system, *messages], cut=_CUT)
+
+    before, _, turn = render(rest)
+    if len(rest) > 1 and before != render(rest[-1:])[0]:
+        raise UserError(
+            f"{tokenizer.source}: the chat template writes the system message, which holds the "
+            f"summary, behind the first of {len(rest)} messages; set "
+            "--config.model.summary_place=user, so that it stands at the head of the first one"
+        )
+    return turn
+
+
+def encode_summary(tokenizer: Tokenizer, text: str, cfg: Any) -> list[int]:
+    """Returns a text about the user as it stands in the place of the summary z."""
+    before = tokenizer.write(_hold_summary(cfg, _CUT)).split(_CUT)[0]
+    return tokenizer.encode(text, before)
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns a reply, or a summary, with its end token."""
-    return [*tokenizer.encode(text.strip()), tokenizer.eos_id]
+    """Returns a reply, or a summary, as the template writes it behind the header, with its end
+    token."""
+    return tokenizer.encode_reply(_clean(text))
+
+
+def _hold_summary(cfg: Any, summary: str) -> Messages:
+    told = cfg.model.answer_instruction
+    system = {"role": "system", "content": (f"{told}\n" if told else "") + summary}
+    return [system, {"role": "user", "content": _LETTER}]
 
 
 def _clean(text: str) -> str:

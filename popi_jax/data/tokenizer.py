@@ -1,23 +1,21 @@
-"""The tokenizer of both roles and its chat template, read from and written to the files of Hugging
-Face tools.
+"""The tokenizer of both roles: texts and conversations -> the token ids that transformers feeds.
 
-Refuses to let text of the data become a control token. Needs neither jax nor torch."""
+A conversation gets the ids of `tokenizer.apply_chat_template` of transformers 4.57 and 5 on the
+same folder: the template is rendered whole and its text encoded whole. Refuses to let text of the
+data become a control token: such a word is spelled out, as `sanitize_control_tokens=True` of
+transformers 5 does. Needs neither jax nor torch."""
 
-import datetime
-import json
+import functools
 import os
 import re
-from collections.abc import Iterable
-from typing import Any, NoReturn, SupportsIndex
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
-from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from popi_jax import files
+from popi_jax.data import chat_template as chat
+from popi_jax.data import tokenizer_files
 from popi_jax.data.records import Messages
 from popi_jax.errors import UserError
 
@@ -27,162 +25,229 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_TRAINED = "trained tokenizer"  # `source` of a tokenizer made here
-# for templates that write today's date: prompts must be reproducible
-_PINNED_DATE = datetime.datetime(2024, 7, 26)
-# stands for a message's content while the template is rendered
+# Unicode noncharacters, reserved for such a use and replaced where data hold them: they stand
+# around a control word of the data while the template is rendered
+_OPEN, _CLOSE = "\ufdd1", "\ufdd2"
+_REPLACED = str.maketrans({_OPEN: "\ufffd", _CLOSE: "\ufffd"})
+# stands for a message's content when a template is tried
 _SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")
-
-Frame = list[list[int] | int]  # what a template writes: token ids, and numbers of messages
+_PLAIN = re.compile(r"[\w\s'’\-]*")  # an added token of this form is a word like any other
 
 
 class Tokenizer:
     """Text <-> token ids, and conversations -> token ids. Immutable, picklable, usable from many
     threads.
 
-    `bos`, `eos` and `pad` are the names that the chat template gets ("" = none). `eos_id` is the
-    token that ends a reply: the first control token that the template writes after an assistant's
-    content, else `eos`.
+    system_role: whether system messages are given to the template as such, where it takes them.
+    tokenizer_json: of the library `tokenizers`. settings: those of tokenizer_config.json, with the
+    names of the special tokens. `eos_id` is the token that ends a reply: the first added token that
+    the template writes after an assistant's content, else eos_token. `control_ids` are all added
+    tokens but plain words; `reply_ids` those of them that the template writes into a reply, its end
+    among them: all others are never drawn. `vocab_size` is the rows of an embedding that text,
+    template and replies need.
 
     Raises: UserError when the serialised tokenizer, a token name or the chat template is broken."""
 
     def __init__(
-        self, tokenizer_json: str, chat_template: str, bos: str, eos: str, pad: str, source: str
+        self,
+        tokenizer_json: str,
+        settings: Mapping[str, Any],
+        chat_template: str,
+        source: str,
+        system_role: bool = True,
     ) -> None:
-        self.tokenizer_json, self.chat_template = tokenizer_json, chat_template
-        self.bos, self.eos, self.pad, self.source = bos, eos, pad, source
-        # Two copies: whether control tokens are recognised is a mutable switch of the object, and
-        # threads share us.
-        self._control = _open(tokenizer_json, source)
-        self._plain = _open(_mark_control_tokens(tokenizer_json, chat_template), source)
-        self._plain.encode_special_tokens = True
-        self._template = _compile(chat_template, source)
-        self._frames: dict[tuple[str, ...], Frame] = {}  # a memo: templates are slow to render
-        self.vocab_size = max(self._control.get_vocab(with_added_tokens=True).values()) + 1
-        added = self._control.get_added_tokens_decoder().items()
-        self.control_ids = frozenset(i for i, token in added if token.special)
-        self.bos_id = self._find_id(bos, "bos_token") if bos else None
-        self.eos_id = self._find_reply_end()
-        self.pad_id = self._find_id(pad, "pad_token") if pad else self.eos_id
+        self.tokenizer_json, self.settings = tokenizer_json, dict(settings)
+        self.chat_template, self.source = chat_template, source
+        self._control = tokenizer_files.open_backend(tokenizer_json, source)
+        self._template = chat.compile_template(chat_template, source)
+        self._names = tokenizer_files.read_names(settings)
+        added = self._control.get_added_tokens_decoder()
+        named = set(self._names.values())
+        control = {
+            i: token.content
+            for i, token in added.items()
+            if token.special or token.content in named or not _PLAIN.fullmatch(token.content)
+        }
+        self.control_ids = frozenset(control)
+        words = _match_any(control.values())
+        self._words = re.compile(words)
+        self._marked = re.compile(f"{_OPEN}({words}){_CLOSE}|[{_OPEN}{_CLOSE}]")
+        # headers come again and again
+        self._look_back = functools.lru_cache(64)(self._find_last_segment)
+        self.bos_id = self._find_id("bos_token")
+        self.eos_id = self._find_reply_end({token.content: i for i, token in added.items()})
+        pad = self._control.token_to_id(self._names.get("pad_token", ""))
+        self.pad_id = self.eos_id if pad is None else pad
+        self._takes_system = system_role and self._try_system()
+        self._system_role = system_role
+        self._asked = [{"role": "user", "content": "x"}]
+        self._header = self._write(self._asked, add_generation_prompt=True)
+        self._check_header()
+        reply = self.encode_reply("x")
+        self.reply_ids = self.control_ids.intersection(reply)
+        system = {"role": "system", "content": "x"}
+        seen = [*reply, self.pad_id, *self.render([system, *self._asked], cut=_OPEN)[0]]
+        plain = (i for i in self._control.get_vocab().values() if i not in self.control_ids)
+        self.vocab_size = 1 + max(*plain, *seen)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = self.tokenizer_json, self.chat_template, self.bos, self.eos, self.pad, self.source
-        return Tokenizer, parts
+        parts = self.tokenizer_json, self.settings, self.chat_template, self.source
+        return Tokenizer, (*parts, self._system_role)
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of plain text; the name of a control token inside it is spelled
-        out, never the control token."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Token ids of plain text, as it goes on after `after`, text of a template; the name of a
+        control token inside it is spelled out, never the control token."""
+        return self._continue(after, self._mark(text))
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Returns the text of token ids; control tokens are left out."""
-        return self._control.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The text of token ids; control tokens are left out."""
+        shown = [int(i) for i in ids if int(i) not in self.control_ids]
+        return self._control.decode(shown, skip_special_tokens=True)
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
-        """Returns the token ids of a conversation up to the header of the reply, divided at each
-        `cut` inside a message's content.
+        """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a
+        message's content, each part as it goes on after those before it.
 
-        The template's own text is encoded with control tokens, contents (stripped of outer white
-        space) without, and each piece by itself: nothing merges across a border. `cut` must be a
-        string that no content holds by accident. A conversation starts with one begin token where
-        the template writes one, or where the tokenizer puts one before any text; with none where
-        neither does. A template that refuses or drops system messages gets the system message at
-        the head of the first user message, as Gemma 3's own template puts it.
+        Without a cut the ids are those of `apply_chat_template(add_generation_prompt=True)`; where
+        a token would lie across a cut, the parts are encoded apart. `cut` must be a string that no
+        content holds by accident. A template that refuses or drops system messages gets the system
+        message at the head of the first user message, as Gemma 3's own template puts it.
 
-        Raises: UserError when the template refuses the conversation, or drops, repeats or changes a
-        content."""
-        pieces: list[list[int]] = [[]]
-        for part in self._make_frame(tuple(m["role"] for m in messages)):
-            if isinstance(part, list):
-                pieces[-1] += part
-                continue
-            head, *rest = messages[part]["content"].strip().split(cut)
-            pieces[-1] += self.encode(head)
-            pieces += [self.encode(text) for text in rest]
-        return tuple(pieces)
+        Raises: UserError when the template refuses the conversation, or drops or repeats a cut."""
+        first, *rest = parts = self.write(messages).split(cut)
+        expected = sum(m["content"].count(cut) for m in messages)
+        if len(rest) != expected:
+            raise UserError(
+                f"{self.source}: of a conversation with the roles {_list_roles(messages)} the chat "
+                f"template writes {len(rest)} of {expected} places of a text that is put in"
+            )
+        ids = [self._encode_marked(first)]
+        for number, part in enumerate(rest, 1):
+            ids.append(self._continue("".join(parts[:number]), part))
+        return tuple(ids)
+
+    def write(self, messages: Messages) -> str:
+        """The text of the conversation up to the header of the reply, with marks around the control
+        words of contents; `encode` takes it for `after`."""
+        if messages[0]["role"] == "system" and not self._takes_system:
+            messages = _join_system(messages)
+        return self._write(messages, add_generation_prompt=True)
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Token ids of a reply behind its header, as the template writes it, with its end token."""
+        messages = [*self._asked, {"role": "assistant", "content": text}]
+        whole = self._write(messages, add_generation_prompt=False)
+        ids = self._continue(self._header, whole.removeprefix(self._header))
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        return [*ids[:end], self.eos_id]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer files of a Hugging Face folder; `load` and AutoTokenizer read the
         same ids from them."""
-        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
-        names = {key: name for key, name in names.items() if name}
-        config = {
-            **names,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": self.chat_template,
-            "clean_up_tokenization_spaces": False,
-            # transformers 4 overrides tokenizer.json with it
-            **({"add_prefix_space": True} if self.source == _TRAINED else {}),
-            "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
-        }
-        texts = {"tokenizer.json": self.tokenizer_json}
-        for name, content in (("tokenizer_config", config), ("special_tokens_map", names)):
-            texts[f"{name}.json"] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        for name, text in texts.items():
-            files.write_whole(epath.Path(folder) / name, text)
+        tokenizer_files.write(folder, self.tokenizer_json, self.settings, self.chat_template)
 
-    def _find_id(self, token: str, field: str) -> int:
-        found = self._control.token_to_id(token)
-        if found is None:
-            told = f'{field} "{token}" is not in the vocabulary of tokenizer.json'
+    def _find_id(self, name: str) -> int | None:
+        token = self._names.get(name)
+        found = self._control.token_to_id(token) if token else None
+        if token and found is None:
+            told = f'{name} "{token}" is not in the vocabulary of tokenizer.json'
             raise UserError(f"{self.source}: {told}")
         return found
+
+    def _mark(self, text: str) -> str:
+        return self._words.sub(f"{_OPEN}\\g<0>{_CLOSE}", text.translate(_REPLACED))
+
+    def _write(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        """Renders contents with their control words marked. Where the template acts on the words of
+        a message, as one that leaves former thoughts out, and none is left of them, it gets that
+        message bare."""
+
+        def fill(contents: list[str]) -> str:
+            filled = [m | {"content": c} for m, c in zip(messages, contents, strict=True)]
+            return chat.render(
+                self._template,
+                filled,
+                self._names,
+                add_generation_prompt=add_generation_prompt,
+                source=self.source,
+            )
+
+        bare = [m["content"].translate(_REPLACED) for m in messages]
+        plain, contents = fill(bare), list(bare)
+        for number, content in enumerate(bare):
+            marked = self._mark(content)
+            if marked != content:
+                text = fill([*bare[:number], marked, *bare[number + 1 :]])
+                left = any(found.group(1) for found in self._marked.finditer(text))
+                words = self._words.findall(self._marked.sub("", text))
+                if left or words != self._words.findall(plain):
+                    contents[number] = marked
+        return plain if contents == bare else fill(contents)
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Token ids of a template's text; the marked words are spelled out, each by itself."""
+        ids: list[int] = []
+        for number, part in enumerate(self._marked.split(text)):
+            if number == 0:
+                ids = self._encode_control(part)
+            elif part:
+                ids += self._spell(part) if number % 2 else self._continue("\n", part)
+        return ids
 
     def _encode_control(self, text: str) -> list[int]:
         return self._control.encode(text, add_special_tokens=False).ids
 
-    def _make_frame(self, roles: tuple[str, ...]) -> Frame:
-        """Returns what the template writes around messages with these roles, and their numbers in
-        place of their contents."""
-        if roles not in self._frames:
-            try:
-                text = self._fill_template(roles, add_generation_prompt=True)
-            except UserError:
-                if roles[:2] != ("system", "user"):
-                    raise
-                self._frames[roles] = self._join_system(roles)
-                return self._frames[roles]
-            pieces = enumerate(_SENTINEL.split(text))
-            frame = [int(x) if i % 2 else self._encode_control(x) for i, x in pieces]
-            if isinstance(frame[0], list) and self.bos_id is not None:
-                frame[0] = self._with_one_begin(frame[0])
-            self._frames[roles] = frame
-        return self._frames[roles]
+    def _continue(self, before: str, text: str) -> list[int]:
+        """Token ids of `text` where it goes on after `before`. All that matters of that is what
+        follows its last control token: no token lies across one."""
+        if not before:
+            return self._encode_marked(text)
+        near, start = self._look_back(before)
+        whole = self._encode_marked(near + text)
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+        return self._continue("\n" if near != "\n" else "", text)
 
-    def _join_system(self, roles: tuple[str, ...]) -> Frame:
-        """Returns the frame where the system message stands at the head of the first user
-        message."""
-        frame: Frame = []
-        for part in self._make_frame(roles[1:]):
-            if part == 0:
-                frame += [0, self._encode_control("\n\n"), 1]
-            else:
-                frame.append(part if isinstance(part, list) else part + 1)
-        return frame
+    def _find_last_segment(self, before: str) -> tuple[str, list[int]]:
+        """What stands from the last control token on, and its token ids."""
+        *_, last = (0, *(found.start() for found in self._words.finditer(before)))
+        return before[last:], self._encode_marked(before[last:])
 
-    def _with_one_begin(self, ids: list[int]) -> list[int]:
-        count = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
-        expected = bool(count) or self._control.encode("").ids[:1] == [self.bos_id]
-        return [self.bos_id] * expected + ids[count:] if self.bos_id is not None else ids
+    def _spell(self, word: str) -> list[int]:
+        """A control word as plain text, without any added token.
 
-    def _fill_template(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
-        """Renders the template for messages with these roles, with a sentinel in place of each
-        content."""
-        messages = [
-            {"role": role, "content": f"\ue000Content{i}\ue001"} for i, role in enumerate(roles)
-        ]
+        Raises: UserError where the vocabulary makes a control token of single characters."""
+        newline, text = self._tokenize("\n"), self._tokenize("\n" + word)
+        ids = text[len(newline) :] if text[: len(newline)] == newline else self._tokenize(word)
+        unknown = self._control.token_to_id(self._names.get("unk_token", ""))
+        if self.control_ids.isdisjoint(ids) or set(ids) & self.control_ids == {unknown}:
+            return ids
+        if len(word) == 1:
+            raise UserError(f'{self.source}: the control token "{word}" cannot be told from text')
+        return self._spell(word[0]) + self._spell(word[1:])
+
+    def _tokenize(self, text: str) -> list[int]:
+        backend, parts = self._control, [text]
+        if backend.normalizer is not None:
+            parts = [backend.normalizer.normalize_str(text)]
+        if backend.pre_tokenizer is not None:
+            parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(parts[0])]
+        return [token.id for part in parts for token in backend.model.tokenize(part)]
+
+    def _try_system(self) -> bool:
+        """Whether the template writes a system message."""
         try:
-            text = self._template.render(
-                messages=messages,
-                tools=None,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos,
-                eos_token=self.eos,
-                pad_token=self.pad,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:
-            told = f"the chat template refuses the roles {', '.join(roles)}: {e}"
-            raise UserError(f"{self.source}: {told}") from None
+            self._try_roles(("system", "user"), add_generation_prompt=True)
+        except UserError:
+            return False
+        return True
+
+    def _try_roles(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
+        """What the template writes for sentinels as contents. Raises: UserError unless it writes
+        each once and unchanged."""
+        contents = (f"\ue000Content{i}\ue001" for i in range(len(roles)))
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        text = self._write(messages, add_generation_prompt=add_generation_prompt)
         found = [int(number) for number in _SENTINEL.findall(text)]
         if sorted(found) != list(range(len(roles))):
             raise UserError(
@@ -192,15 +257,30 @@ class Tokenizer:
             )
         return text
 
-    def _find_reply_end(self) -> int:
-        text = self._fill_template(("user", "assistant"), add_generation_prompt=False)
+    def _check_header(self) -> None:
+        """Raises: UserError where a reply does not begin with what asks for it."""
+        reply = [*self._asked, {"role": "assistant", "content": "x"}]
+        whole = self._write(reply, add_generation_prompt=False)
+        if not whole.startswith(self._header):
+            same = os.path.commonprefix([whole, self._header])
+            raise UserError(
+                f"{self.source}: the chat template asks for a reply with "
+                f"{self._header.removeprefix(same)!r}, which it leaves out where it writes one: a "
+                "reply would be trained behind another text than it is sampled behind; take that "
+                "out of its add_generation_prompt, or into its replies"
+            )
+
+    def _find_reply_end(self, added: Mapping[str, int]) -> int:
+        text = self._try_roles(("user", "assistant"), add_generation_prompt=False)
+        ids = set(added.values())
         for i in self._encode_control(_SENTINEL.split(text)[-1]):
-            if i in self.control_ids:
+            if i in ids and self._control.id_to_token(i).strip():
                 return i
-        if not self.eos:
+        eos = self._find_id("eos_token")
+        if eos is None:
             told = "eos_token is missing and the chat template ends a reply with no control token"
             raise UserError(f"{self.source}: {told}")
-        return self._find_id(self.eos, "eos_token")
+        return eos
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -226,120 +306,53 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    names = "<|begin|>", "<|end|>", "<|pad|>"
-    return Tokenizer(backend.to_str(), CHAT_TEMPLATE, *names, source=_TRAINED)
+    settings = {
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        # transformers 4 overrides tokenizer.json with it
+        "add_prefix_space": True,
+    }
+    return Tokenizer(backend.to_str(), settings, CHAT_TEMPLATE, "trained tokenizer")
 
 
-def load(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json and the
-    chat template.
+def load(
+    folder: str | os.PathLike[str],
+    template_args: Mapping[str, Any] | None = None,
+    *,
+    system_role: bool = True,
+) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
 
-    Raises: UserError when a file is missing or broken, or no chat template is found."""
-    root = epath.Path(folder)
-    if not root.is_dir():
-        fix = "give a Hugging Face folder with tokenizer.json"
-        raise UserError(f"model.checkpoint: {root} is not a folder; {fix}")
-    if not (root / "tokenizer.json").is_file():
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        told = f"not found (the folder holds {found}); slow tokenizers are not read"
-        raise UserError(f"{root}/tokenizer.json: {told}")
-    config = _read_json(root / "tokenizer_config.json")
-    more = root / "special_tokens_map.json"  # the names, where tokenizer_config.json has none
-    if more.is_file():
-        config = _read_json(more) | config
-    tokenizer_json = _read_text(root / "tokenizer.json")
-    bos, eos, pad = (_read_token(config, f"{name}_token") for name in ("bos", "eos", "pad"))
-    eos = eos or _find_eos(root, _open(tokenizer_json, str(root)))
-    return Tokenizer(tokenizer_json, _find_template(root, config), bos, eos, pad, str(root))
+    template_args: of its chat template, such as enable_thinking; they become defaults of the
+    template that the run and its exports keep. Raises: UserError when a file is missing or broken,
+    no chat template is found, or releases of transformers read different ids from the files."""
+    found = tokenizer_files.read(folder)
+    template = chat.set_arguments(found.chat_template, template_args or {}, str(folder))
+    return Tokenizer(found.tokenizer_json, found.settings, template, str(folder), system_role)
 
 
-def _open(tokenizer_json: str, source: str) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as e:  # the library raises plain Exception for every defect of the file
-        told = f"tokenizer.json is not a tokenizer of Hugging Face tokenizers: {e}"
-        raise UserError(f"{source}: {told}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _match_any(words: Iterable[str]) -> str:
+    """A pattern of the longest of the words that begins somewhere; the look at their first
+    characters is what makes thousands of words fast."""
+    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    if not longest_first:
+        return "(?!)"
+    first = "".join(sorted({re.escape(word[0]) for word in longest_first}))
+    return f"(?=[{first}])(?:{'|'.join(map(re.escape, longest_first))})"
 
 
-def _mark_control_tokens(tokenizer_json: str, chat_template: str) -> str:
-    """Marks as special what the template uses as control tokens though the file calls them text
-    (Qwen 3's <think>)."""
-    try:
-        state = json.loads(tokenizer_json)
-        for token in state["added_tokens"]:
-            token["special"] |= bool(token["content"].strip()) and token["content"] in chat_template
-    except (ValueError, KeyError, TypeError):
-        return tokenizer_json  # broken: told where it is loaded
-    return json.dumps(state, ensure_ascii=False)
+def _join_system(messages: Messages) -> Messages:
+    """The system message at the head of the first user message.
+
+    Raises: UserError when no user message follows it."""
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        told = "the chat template takes no system message, and no user message follows it"
+        raise UserError(f"{told}: {_list_roles(messages)}")
+    joined = "\n\n".join(text for text in (system["content"], rest[0]["content"]) if text)
+    return [rest[0] | {"content": joined}, *rest[1:]]
 
 
-def _compile(chat_template: str, source: str) -> jinja2.Template:
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = _PINNED_DATE.strftime
-    env.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    try:
-        return env.from_string(chat_template)
-    except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"{source}: chat template, line {e.lineno}: {e.message}") from None
-
-
-def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
-    if (root / "chat_template.jinja").is_file():
-        return _read_text(root / "chat_template.jinja")
-    template = config.get("chat_template")
-    of_processor = root / "chat_template.json"  # of models of text and images
-    if template is None and of_processor.is_file():
-        template = _read_json(of_processor).get("chat_template")
-    where = f"{root}/tokenizer_config.json"
-    if isinstance(template, list):
-        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
-        if "default" not in named:
-            raise UserError(f'{where}: chat_template names {sorted(named)}, but not "default"')
-        template = named["default"]
-    if not isinstance(template, str):
-        told = "no chat_template.jinja and no chat_template in tokenizer_config.json"
-        raise UserError(f"{root}: {told}; use a chat model")
-    return template
-
-
-def _read_token(config: dict[str, Any], field: str) -> str:
-    value = config.get(field)
-    return str(value["content"] if isinstance(value, dict) else value or "")
-
-
-def _find_eos(root: epath.Path, backend: tokenizers.Tokenizer) -> str:
-    """Returns the name of the end token that the files of the model tell, "" when they tell
-    none."""
-    for name in ("generation_config.json", "config.json"):
-        ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
-        if ids is not None:
-            return backend.id_to_token(ids[0] if isinstance(ids, list) else ids) or ""
-    return ""
-
-
-def _read_text(path: epath.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable: {e}") from None
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object, found {type(value).__name__}")
-    return value
+def _list_roles(messages: Messages) -> str:
+    return ", ".join(m["role"] for m in messages)

@@ -137,7 +137,7 @@ def _tell(user: EncodedUser, parts: Curriculum, rng: np.random.Generator) -> Ids
     kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_WRONG_SLOTS, w.wrong)]}
     named = [item for item in items if item in kept for _ in range(1 + (rng.random() < w.repeat))]
     text = ITEM_SEPARATOR.join(named) if items else told
-    return parts.tokenizer.encode(text) if text else []
+    return prompts.encode_summary(parts.tokenizer, text, parts.cfg) if text else []
 
 
 def _make_summary_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> Demonstrations:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 
 from popi_jax import distributed
 from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params, UserBatch
+from popi_jax.data import prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
@@ -162,7 +163,8 @@ def _write_text(
     words, reader = run.inference.tokenizer, run.generator.tokenizer
     given = summaries.get((text.condition.summaries_by, text.decoding), [])
     if reader is not words:
-        given = [reader.encode(words.decode(ids).strip()) for ids in given]
+        read = (words.decode(ids).strip() for ids in given)
+        given = [prompts.encode_summary(reader, text, run.config) for text in read]
     texts = text.condition.make_texts(People(users, reader, run.config, given))
     limit = max(_list_lengths(run))
     return [list(ids[:limit]) for ids in texts]

@@ -8,6 +8,7 @@ import numpy as np
 
 from popi_jax.config import Config
 from popi_jax.data.encode import Ids, fit_signals
+from popi_jax.data.prompts import encode_summary
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 
@@ -43,7 +44,8 @@ def tell_nothing(people: People) -> list[Ids]:
 def tell_signals(people: People) -> list[Ids]:
     """The raw signals, shortened as for the inference model."""
     words, config = people.tokenizer, people.config
-    return [words.encode(fit_signals(user, words, config).text) for user in people.users]
+    texts = (fit_signals(user, words, config).text for user in people.users)
+    return [encode_summary(words, text, config) for text in texts]
 
 
 def tell_summary(people: People) -> Sequence[Ids]:
@@ -56,8 +58,9 @@ def tell_summary_of_another(people: People) -> list[Ids]:
 
 def tell_persona(people: People) -> list[Ids]:
     """The true persona."""
-    limit = people.config.data.summary_len
-    return [people.tokenizer.encode(user.oracle.strip())[:limit] for user in people.users]
+    words, config = people.tokenizer, people.config
+    texts = (user.oracle.strip() for user in people.users)
+    return [encode_summary(words, text, config)[: config.data.summary_len] for text in texts]
 
 
 def find_others(users: Sequence[User]) -> list[int]:

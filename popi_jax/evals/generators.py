@@ -90,12 +90,13 @@ class Generator(NamedTuple):
         return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)[: len(texts)]), *found)
 
     def reply(
-        self, summary: str, prompt: str, *, sampling: Sampling, num: int, seed: int
+        self, text: Ids, prompt: str, *, sampling: Sampling, num: int, seed: int
     ) -> list[str]:
-        """`num` answers; one that reached `sampling.max_len` before its end is cut there."""
+        """`num` answers behind a text about the user; one that reached `sampling.max_len` before
+        its end is cut there."""
         words, rows = self.role.tokenizer, count_rows(self.role.model)
         messages = [{"role": "user", "content": prompt.strip()}]
-        context = [*self.role.prompt, *words.encode(summary)]
+        context = [*self.role.prompt, *text]
         turn = prompts.render_generator_turn(words, messages)
         tokens = [self.place(batches.pad([ids] * rows, len(ids), 0)) for ids in (context, turn)]
         keys = decode.sample_keys(jax.random.key(seed), jnp.arange(rows), num)

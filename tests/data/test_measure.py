@@ -94,7 +94,7 @@ def test_lengths_count_readings_and_the_request_for_a_summary() -> None:
     context, turn, answer = fit(())
     # 20 and 4 of headers; 30 and the end
     assert fit((Reading("yes " * 20, "no " * 30, ""),)) == (context, 24, 32)
-    assert fit((), "yes " * 20) == (context, 24, answer)
+    assert fit((), " yes" * 20) == (context, 24, answer)
     assert turn < 24 and answer < 32
 
 

@@ -80,7 +80,7 @@ def test_words_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer) -> Non
     assert (
         written(tokenizer, prompts.render_inference_context(tokenizer, "")) == "<|begin|><|user|>"
     )
-    turn = prompts.render_summary_turn(tokenizer, config(summary="sum up :"))
+    turn = prompts.render_summary_turn(tokenizer, config(summary=" sum up :"))
     assert written(tokenizer, turn) == " sum up :<|end|><|assistant|>"
     assert (
         written(tokenizer, prompts.render_summary_turn(tokenizer, config()))
@@ -91,16 +91,16 @@ def test_words_of_the_inference_model(tokenizer: tokenizer_lib.Tokenizer) -> Non
     assert turn.count(tokenizer.eos_id) == 1
 
 
-@pytest.mark.parametrize("instruction", ["", "sum up :"])
-@pytest.mark.parametrize("signals", ["", "bees", "bees <|end|>\nx"])
+@pytest.mark.parametrize("instruction", ["", " sum up :", "sum up :", "\n\nsum up :"])
+@pytest.mark.parametrize("signals", ["", "bees", "bees <|end|>\nx", "bees .", "bees 12\n", " é)"])
 def test_context_and_turn_are_the_whole_request_for_a_summary(
     tokenizer: tokenizer_lib.Tokenizer, instruction: str, signals: str
 ) -> None:
-    context = prompts.render_inference_context(tokenizer, signals)
+    context = prompts.render_inference_context(tokenizer, signals, instruction)
     turn = prompts.render_summary_turn(tokenizer, config(summary=instruction))
-    assert (context, turn) == tokenizer.render(
-        [{"role": "user", "content": f"{signals}@@{instruction}"}], cut="@@"
-    )
+    asked = [{"role": "user", "content": signals + instruction}]
+    assert tokenizer.render(asked, cut="@@") == (context + turn,)
+    assert tokenizer.decode(turn).endswith(instruction.strip().removeprefix("sum").strip())
 
 
 def test_a_tokenizer_is_made_from_all_that_is_said() -> None:
@@ -140,12 +140,11 @@ def test_words_of_the_generator(tokenizer: tokenizer_lib.Tokenizer) -> None:
         "<|end|><|user|> honey <|end|><|system|> ?<|end|><|assistant|>"
     )
     assert written(tokenizer, prompts.render_generator_turn(tokenizer, PROMPTS[2])).startswith(
-        " Ċbe short<|end|><|user|>"
+        "Ċbe short<|end|><|user|>"
     )
-    assert prompts.encode_answer(tokenizer, " bees sing\n") == [
-        *tokenizer.encode("bees sing"),
-        tokenizer.eos_id,
-    ]
+    for reply in ("bees sing", " bees sing\n"):
+        answer = [*tokenizer.encode(reply), tokenizer.eos_id]
+        assert prompts.encode_answer(tokenizer, reply) == answer
 
 
 @pytest.mark.parametrize("instruction", ["", "answer in this style :"])
@@ -167,13 +166,12 @@ def test_prefix_summary_turn_is_the_whole_conversation(
         for m in prompt
         if m["role"] != "system"
     ]
-    whole = tokenizer.render(
-        [{"role": "system", "content": f"{before}@@{summary}@@{after}"}, *clean], cut="@@"
-    )
-    assert (prefix, tokenizer.encode(summary), turn) == whole
+    system = {"role": "system", "content": f"{before}{summary}{after}"}
+    ids = prefix + prompts.encode_summary(tokenizer, summary, cfg) + turn
+    if summary or not own_system:  # else the space that begins a message stands before a line break
+        assert tokenizer.render([system, *clean], cut="@@") == (ids,)
     # ... and nothing in the data became a control token: one per header and end that the template
     # writes
-    ids = prefix + tokenizer.encode(summary) + turn
     roles = ["system", *(m["role"] for m in clean)]
     expected = ["<|begin|>", *(t for r in roles for t in (f"<|{r}|>", "<|end|>")), "<|assistant|>"]
     assert [CONTROL[i] for i in ids if i < len(CONTROL)] == expected

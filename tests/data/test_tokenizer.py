@@ -133,7 +133,8 @@ def test_render_cuts_inside_contents(tokenizer: tokenizer_lib.Tokenizer) -> None
     messages = [{"role": "system", "content": "bees@and"}, {"role": "user", "content": "honey@"}]
     first, second, third = tokenizer.render(messages, cut="@")
     assert first == [1, 3, *tokenizer.encode("bees")]
-    assert second == [*tokenizer.encode("and"), 2, 4, *tokenizer.encode("honey")]
+    assert tokenizer.decode(second) == "and honey"  # no space begins the middle of a message
+    assert second[-3:] == [2, 4, *tokenizer.encode("honey")]
     assert third == [2, 5]
 
 
@@ -350,15 +351,19 @@ def test_without_a_system_role_it_goes_into_the_first_user_turn(
         "<|start|>user<|stop|>honey ?<|eot|><|start|>assistant<|stop|>"
     )
     assert tokenizer.eos_id == 4
-    with pytest.raises(UserError, match="refuses the roles|once and unchanged"):
+    with pytest.raises(UserError, match="takes no system message, and no user message follows"):
         tokenizer.render([{"role": "system", "content": "alone"}], cut="@")
 
 
 @pytest.mark.parametrize("begins", ["", "{{ bos_token }}", "{{ bos_token }}<|bot|>"])
-def test_one_begin_token(llama_like: pathlib.Path, begins: str) -> None:
+def test_begin_tokens_are_those_that_the_template_writes(
+    llama_like: pathlib.Path, begins: str
+) -> None:
+    """As `apply_chat_template`, which asks the tokenizer for no special tokens of its own."""
     tokenizer = with_template(llama_like, NO_SYSTEM.replace("{{ bos_token }}", begins))
     (ids,) = tokenizer.render([{"role": "user", "content": "bees <|bot|>"}], cut="@")
-    assert ids[0] == tokenizer.bos_id == 0 and ids.count(0) == 1
+    count = begins.count("bo")
+    assert ids[: count + 1] == [*[0] * count, 2] and ids.count(0) == count
 
 
 def test_no_begin_token_where_the_files_name_none(llama_like: pathlib.Path) -> None:
@@ -367,9 +372,7 @@ def test_no_begin_token_where_the_files_name_none(llama_like: pathlib.Path) -> N
     assert tokenizer.bos_id is None and 0 not in ids
 
 
-def test_tokens_that_the_template_uses_are_control_tokens_whatever_the_file_calls_them(
-    llama_like: pathlib.Path,
-) -> None:
+def test_added_tokens_are_control_tokens_but_for_plain_words(llama_like: pathlib.Path) -> None:
     state = json.loads((llama_like / "tokenizer.json").read_text())
     shape = {
         "single_word": False,
@@ -379,23 +382,24 @@ def test_tokens_that_the_template_uses_are_control_tokens_whatever_the_file_call
         "special": False,
     }
     last = max(state["model"]["vocab"].values())
-    names = ("<think>", "<table>", "\n\n")
+    names = ("<think>", "<table>", "\n\n", "bees-wax")
     state["added_tokens"] += [
         {"id": last + i, "content": name, **shape} for i, name in enumerate(names, 1)
     ]
     (llama_like / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer = with_template(
-        llama_like, NO_SYSTEM + "{% if add_generation_prompt %}{{ '<think>\n\n' }}{% endif %}"
+    thinks = NO_SYSTEM.replace("assistant<|stop|>", "assistant<|stop|><think>\n\n").replace(
+        "+ m['content']", "+ ('<think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
     )
-    (ids,) = tokenizer.render([{"role": "user", "content": "a<think>b<table>c\n\nd"}], cut="@")
-    assert ids.count(last + 1) == 1 and ids[-2:] == [
-        last + 1,
-        last + 3,
-    ]  # the template's own, at its end
-    assert (
-        ids.count(last + 2) == 1 and ids.count(last + 3) == 2
-    )  # plain text keeps the tokens of plain text
-    assert tokenizer.vocab_size == last + 4
+    tokenizer = with_template(llama_like, thinks)
+    text = "a<think>b<table>c\n\nd bees-wax"
+    (ids,) = tokenizer.render([{"role": "user", "content": text}], cut="@")
+    # the template's own, at its end
+    assert ids.count(last + 1) == 1 and ids[-2:] == [last + 1, last + 3]
+    # words and space are plain text and keep their tokens; a tag is spelled out
+    assert ids.count(last + 2) == 0 and ids.count(last + 3) == 2 and ids.count(last + 4) == 1
+    assert {last + 1, last + 2} <= tokenizer.control_ids
+    assert {last + 3, last + 4}.isdisjoint(tokenizer.control_ids)
+    assert tokenizer.vocab_size == last + 5
 
 
 def test_spellings_of_transformers_5(llama_like: pathlib.Path) -> None:

@@ -318,4 +318,4 @@ def test_instruction_that_leaves_no_room_is_told(tokenizer: Tokenizer) -> None:
     with pytest.raises(
         UserError, match="data.turn_len: 16 is less than the 22 tokens of model.summary_instruction"
     ):
-        warm(tokenizer, USERS, model__summary_instruction="yes " * 20)
+        warm(tokenizer, USERS, model__summary_instruction=" yes" * 20)

@@ -264,9 +264,10 @@ def test_two_roles_with_different_models_and_tokenizers(tiny, users, evaluated, 
         rows = generators.list_summaries(run, users[:8], evaluation.summaries)
         generator = generators.Generator(run.generator, params, run.mesh)
         del contexts[8 * 2 :]  # greedy and sampled; then those of the reference, which are empty
-        (answer,) = generator.reply(rows[0]["summary"], "tea?", sampling=sampling, num=1, seed=0)
+        text = prompts.encode_summary(words, rows[0]["summary"], run.config)
+        (answer,) = generator.reply(text, "tea?", sampling=sampling, num=1, seed=0)
     assert evaluation.summaries == evaluated.summaries[:8]  # signals are in words of the writer
-    expected = [words.encode(row["summary"]) for row in rows]
+    expected = [prompts.encode_summary(words, row["summary"], run.config) for row in rows]
     assert contexts[:8] == expected != evaluation.summaries
     assert [row["summary"] for row in rows] == [
         written.decode(ids).strip() for ids in evaluation.summaries
