@@ -5,6 +5,7 @@ Each conversation is cut where its context ends (docs/design.md): the generator'
 z, that of the inference model after the signals u. Nothing is shortened here: encode.py does that.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -94,19 +95,21 @@ def render_summary_turn(tokenizer: Tokenizer, cfg: Any) -> list[int]:
 
 def render_reading_turn(tokenizer: Tokenizer, question: str) -> list[int]:
     """Returns the same with a question about the signals, up to the header of the answer."""
-    return _render_request(tokenizer, f" {_clean(question)}")
+    asked = [{"role": "user", "content": f"{_LETTER}{_CUT} {_clean(question)}"}]
+    return tokenizer.render(asked, cut=_CUT)[1]
 
 
+@functools.lru_cache(16)
 def _render_request(tokenizer: Tokenizer, text: str) -> list[int]:
     asked = [[{"role": "user", "content": end + text}] for end in _ENDS]
     found = [tokenizer.render(messages, cut=_CUT)[0][::-1] for messages in asked]
-    return os.path.commonprefix(found)[::-1]
+    return list(os.path.commonprefix(found)[::-1])
 
 
 def render_generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:
     """Returns all that stands before the summary z: the header of the system message and the
     instruction."""
-    return tokenizer.render(_hold_summary(cfg, _CUT), cut=_CUT)[0]
+    return tokenizer.render(_hold_summary(cfg.model.answer_instruction, _CUT), cut=_CUT)[0]
 
 
 def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
@@ -135,8 +138,12 @@ def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
 
 def encode_summary(tokenizer: Tokenizer, text: str, cfg: Any) -> list[int]:
     """Returns a text about the user as it stands in the place of the summary z."""
-    before = tokenizer.write(_hold_summary(cfg, _CUT)).split(_CUT)[0]
-    return tokenizer.encode(text, before)
+    return tokenizer.encode(text, _write_prefix(tokenizer, cfg.model.answer_instruction))
+
+
+@functools.lru_cache(16)
+def _write_prefix(tokenizer: Tokenizer, told: str) -> str:
+    return tokenizer.write(_hold_summary(told, _CUT)).split(_CUT)[0]
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -145,8 +152,7 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_reply(_clean(text))
 
 
-def _hold_summary(cfg: Any, summary: str) -> Messages:
-    told = cfg.model.answer_instruction
+def _hold_summary(told: str, summary: str) -> Messages:
     system = {"role": "system", "content": (f"{told}\n" if told else "") + summary}
     return [system, {"role": "user", "content": _LETTER}]
 
