@@ -107,7 +107,7 @@ def make_users(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
 
 def make_setup(work: Workload, geometry: Geometry) -> Setup:
     cfg = make_config(work, {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind])
-    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat="none")
+    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat="dots")
     prompts = PromptTokens(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
     sampling = Sampling(1.0, max(work.summary_len, 2), END, banned=(END,))
     # so many users that no log-probs are stored

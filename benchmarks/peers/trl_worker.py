@@ -15,7 +15,9 @@ What is set for speed, or against waste:
   static cache costs the same here (15.9 against 15.5 CPU seconds for a step of "popi_grpo");
 - log-probs by TRL's fused head, which never holds the logits of a batch; it scores all positions on
   a processor;
-- one optimizer step per rollout, so no forward for the old policy; all sequences in one batch;
+- one optimizer step per rollout, so no forward for the old policy; all sequences in one batch, or
+  where their activations need more than ACTIVATIONS bytes, in as few parts of a step as do not
+  (gradient accumulation): at once, "long_grpo" needs more than 22 GB at the geometry "smollm2";
 - "+stored_reference": `precompute_ref_log_probs=True`, computed before the first step and not
   timed;
 - the reward of "popi": all pairs of a user at once, without gradient, `logits_to_keep` for the
@@ -47,6 +49,7 @@ from benchmarks.peers.protocol import Cost, Parts, Pause, Paused, Running
 from benchmarks.workloads import Geometry, Workload
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
+ACTIVATIONS = 8e9  # bytes of one part of a step
 BATCHES = 8  # different batches in a data set, which is gone through again and again
 
 
@@ -157,6 +160,15 @@ class Forwards:
         return {"tokens": dict(self.tokens), "padding": self.padding, "forwards": dict(self.shapes)}
 
 
+def count_parts(batch_size: int, row_tokens: int, geometry: Geometry) -> int:
+    """The fewest parts of a batch, which divide it, whose activations fit. About what the numbers
+    below say was seen: 2 MB for each token at the geometry "smollm2"."""
+    numbers = 14 * geometry.embed_dim + 5 * geometry.mlp_dim
+    row = row_tokens * geometry.num_layers * numbers * 4
+    fitting = (n for n in range(1, batch_size) if batch_size % n == 0)
+    return next((n for n in fitting if batch_size // n * row <= ACTIVATIONS), batch_size)
+
+
 class Trainers:
     """Makes the trainers of one workload."""
 
@@ -172,11 +184,13 @@ class Trainers:
             self.folder, dtype=torch.float32, attn_implementation="sdpa"
         )
 
-    def common(self, batch_size: int) -> dict[str, Any]:
+    def common(self, batch_size: int, row_tokens: int) -> dict[str, Any]:
+        """row_tokens: of one element of the batch."""
+        parts = count_parts(batch_size, row_tokens, self.geometry)
         return {
             "output_dir": self.folder,
-            "per_device_train_batch_size": batch_size,
-            "gradient_accumulation_steps": 1,
+            "per_device_train_batch_size": batch_size // parts,
+            "gradient_accumulation_steps": parts,
             "max_steps": 1_000_000,
             "learning_rate": protocol.LEARNING_RATE,
             "lr_scheduler_type": "constant",
@@ -194,6 +208,8 @@ class Trainers:
 
     def dpo(self) -> trl.DPOTrainer:
         work = self.work
+        shared = work.summary_len if work.kind == "popi" else work.signals_len
+        reply_end = shared + work.prompt_len + work.answer_len
         return trl.DPOTrainer(
             model=self.load(),
             args=trl.DPOConfig(
@@ -201,7 +217,7 @@ class Trainers:
                 loss_type="sigmoid",
                 max_length=None,
                 precompute_ref_log_probs=self.stored_reference,
-                **self.common(work.users * work.pairs),
+                **self.common(work.users * work.pairs, 2 * reply_end),
             ),
             train_dataset=preference_rows(work, self.texts),
             processing_class=self.tokenizer,
@@ -224,7 +240,7 @@ class Trainers:
                 temperature=1.0,
                 num_iterations=1,
                 shuffle_dataset=False,
-                **self.common(work.users * work.group),
+                **self.common(work.users * work.group, work.signals_len + work.summary_len),
             ),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=self.tokenizer,
