@@ -94,6 +94,8 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin, found.to_json())
     manager.check_same_run(config.workdir, config_json)
+    if config.model.checkpoint and (told := find_too_long_rows(config)):
+        raise UserError(told)
     model = make_model(config, words.vocab_size)
     summaries = Sampling(
         config.inference.temperature,
@@ -139,17 +141,20 @@ def make_model(config: Config, vocab_size: int, platform: str = "") -> Transform
     """The shape of both models: that of the base checkpoint, else the configuration's.
 
     vocab_size: of the tokenizer. platform: tpu, gpu or cpu; "": that of the mesh that is set.
-    Raises: UserError when the checkpoint has fewer embeddings than its tokenizer has tokens."""
+    Too long rows are told. Raises: UserError when the checkpoint has fewer embeddings than the
+    tokenizer has tokens that can be read or drawn."""
     m = config.model
     if m.checkpoint:
         model = hf_config.read_config(m.checkpoint, dtype=m.dtype, remat=m.remat)
         if model.vocab_size < vocab_size:
             raise UserError(
-                f"{m.checkpoint}: the tokenizer has {vocab_size} tokens, but "
+                f"{m.checkpoint}: the tokenizer writes {vocab_size} tokens, but "
                 f"model.embed_tokens.weight has shape [{model.vocab_size}, {model.embed_dim}], "
                 f"needs at least [{vocab_size}, {model.embed_dim}]; give a folder whose tokenizer "
                 "and weights belong together"
             )
+        if told := find_too_long_rows(config):
+            logging.warning(told)
     else:
         names = {field.name for field in dataclasses.fields(TransformerConfig)}
         shape = {name: value for name, value in vars(m).items() if name in names}
@@ -158,6 +163,26 @@ def make_model(config: Config, vocab_size: int, platform: str = "") -> Transform
     rules, rollout_rules = parse_mesh_rules(config)
     kernel = choose_kernel(m.attention, platform or find_platform())
     return dataclasses.replace(model, rules=rules, rollout_rules=rollout_rules, kernel=kernel)
+
+
+def find_too_long_rows(config: Config) -> str:
+    """What is wrong where rows may be longer than the positions that the checkpoint was trained
+    for; "" where none may."""
+    d, folder = config.data, config.model.checkpoint
+    usable = hf_config.read_base(folder).usable_len
+    for role, names in (
+        ("inference model", ("context_len", "turn_len", "summary_len")),
+        ("generator", ("summary_len", "turn_len", "answer_len")),
+    ):
+        length = sum(getattr(d, name) for name in names)
+        if usable is not None and length > usable:
+            told = " + ".join(f"{name} {getattr(d, name)}" for name in names)
+            return (
+                f"config.data: rows of the {role} may have {length} tokens ({told}), but {folder} "
+                f"has positions for {usable} (max_position_embeddings of its config.json); lower "
+                f"data.{max(names, key=lambda name: getattr(d, name))}"
+            )
+    return ""
 
 
 def parse_mesh_rules(config: Config) -> tuple[Rules, Rules]:

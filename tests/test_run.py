@@ -1,7 +1,9 @@
 """From a configuration to the model: the shape comes from the base folder, which must hold the
 whole tokenizer."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ from popi_jax import run
 from popi_jax.config import from_config_dict
 from popi_jax.data import measure
 from popi_jax.errors import UserError
+from tests.data import chat_folders
 from tests.tiny_run import CACHE, config_of, on_devices, shared_run
 
 
@@ -71,3 +74,34 @@ def test_what_was_measured_is_kept_whole_and_read_again(
     monkeypatch.setattr(measure, "measure_fill", None)  # it is not called again
     with on_devices(1):
         assert run.open_run(config_of(tiny.workdir)).measured == tiny.run.measured
+
+
+def test_rows_beyond_the_positions_of_the_base_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from configs.base import compose
+
+    shape = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "model_type": "llama", "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    c = compose("model=pretrained,scale=laptop")
+    c.name, c.model.checkpoint = "test", str(tmp_path)
+    limits = {"context_len": 40, "turn_len": 16, "answer_len": 30, "summary_len": 8}
+    c.data.update(limits)
+    config = from_config_dict(c)
+    assert run.find_too_long_rows(config) == ""
+    data = dataclasses.replace(config.data, context_len=41)
+    longer = dataclasses.replace(config, data=data)
+    expected = r"65 tokens \(context_len 41 .* positions for 64 .*; lower data.context_len"
+    assert re.search(expected, run.find_too_long_rows(longer))
+    run.make_model(longer, 300)
+    assert re.search(expected, caplog.text)
+    with on_devices(1), pytest.raises(UserError, match="of the inference model may have"):
+        tiny = shared_run(1)  # its folder has no weights: the lengths are compared before
+        folder = chat_folders.make_folder("chatml", tmp_path / "base")
+        (folder / "config.json").write_text(json.dumps(shape))
+        model = dataclasses.replace(config.model, checkpoint=str(folder))
+        data = dataclasses.replace(tiny.run.config.data, context_len=1024)
+        run.open_run(
+            dataclasses.replace(config, model=model, data=data, workdir=str(tmp_path / "work"))
+        )
