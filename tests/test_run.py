@@ -96,12 +96,10 @@ def test_rows_beyond_the_positions_of_the_base_are_told(
     assert re.search(expected, run.find_too_long_rows(longer))
     run.make_model(longer, 300)
     assert re.search(expected, caplog.text)
+    # a run: its folder has no weights, as the lengths are compared before
+    folder = chat_folders.make_folder("chatml", tmp_path / "base")
+    (folder / "config.json").write_text(json.dumps(shape))
+    tiny = config_of(tmp_path / "work")
+    model = dataclasses.replace(tiny.model, checkpoint=str(folder))
     with on_devices(1), pytest.raises(UserError, match="of the inference model may have"):
-        tiny = shared_run(1)  # its folder has no weights: the lengths are compared before
-        folder = chat_folders.make_folder("chatml", tmp_path / "base")
-        (folder / "config.json").write_text(json.dumps(shape))
-        model = dataclasses.replace(config.model, checkpoint=str(folder))
-        data = dataclasses.replace(tiny.run.config.data, context_len=1024)
-        run.open_run(
-            dataclasses.replace(config, model=model, data=data, workdir=str(tmp_path / "work"))
-        )
+        run.open_run(dataclasses.replace(tiny, model=model))
