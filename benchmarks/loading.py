@@ -12,31 +12,39 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import options, tables
+
+if TYPE_CHECKING:
+    from popi_jax.models.transformer import TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 WORKS = ("read", "keep", "load bfloat16", "load float32")
 BLOCK = 2**20  # bytes, of `read`
 
 
-def make_folder(folder: Path, gib: float, shards: int) -> None:
-    """Writes a Llama of about `gib` GiB in bfloat16, in so many files; its numbers are random."""
+def choose_model(gib: float) -> "TransformerConfig":
+    """A Llama of about `gib` GiB in bfloat16."""
+    from popi_jax.models.transformer import TransformerConfig
+
+    sizes: dict[str, Any] = {"embed_dim": 2048, "num_heads": 32, "num_kv_heads": 4, "head_dim": 64}
+    sizes |= {"vocab_size": 32000, "mlp_dim": 5632}
+    outside, layer = 4 * 32000 * 2048, 88088576  # bytes
+    layers = max(1, round((gib * 2**30 - outside) / layer))
+    return TransformerConfig(num_layers=layers, tied_embeddings=False, **sizes)
+
+
+def make_folder(folder: Path, cfg: "TransformerConfig", shards: int) -> None:
+    """Writes random bfloat16 weights in so many files of about one size."""
     import ml_dtypes
     import numpy as np
 
     from popi_jax.checkpoints import hf_io, hf_names, hf_write
-    from popi_jax.models.transformer import TransformerConfig
 
-    sizes = {"embed_dim": 2048, "num_heads": 32, "num_kv_heads": 4, "head_dim": 64}
-    sizes |= {"vocab_size": 32000, "mlp_dim": 5632}
-    outside, layer = 4 * 32000 * 2048, 88088576  # bytes
-    layers = max(1, round((gib * 2**30 - outside) / layer))
-    cfg = TransformerConfig(num_layers=layers, tied_embeddings=False, **sizes)
     config = hf_write.make_config(cfg, dtype="bfloat16", max_len=2048, special_ids={})
     folder.mkdir(parents=True)
     shapes = hf_names.list_stored_shapes(cfg)
@@ -72,10 +80,11 @@ def forget(folder: Path) -> None:
 
 def do(work: str, folder: Path) -> dict[str, float]:
     """One work, in this process: its seconds, those of its threads, bytes at most, and needed."""
+    run: Callable[[], Any]
     if work == "read":
-        needed, run = BLOCK, partial(read_files, folder)
+        needed, run = BLOCK, lambda: read_files(folder)
     elif work == "keep":
-        needed, run = sum(path.stat().st_size for path in list_files(folder)), partial(keep, folder)
+        needed, run = sum(path.stat().st_size for path in list_files(folder)), lambda: keep(folder)
     else:
         needed, run = prepare_load(folder, work.split()[1])
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -142,9 +151,10 @@ def render(found: dict[str, list[dict[str, float]]]) -> str:
         busy = min(x["cpu_seconds"] for x in rounds)
         peak = max(x["peak_bytes"] / x["needed_bytes"] for x in rounds)
         memory = "" if work == "read" else f"{peak:.2f}"
-        to_read, to_keep = least[work] / least["read"], least[work] / least["keep"]
-        rows.append((work, least[work], busy, f"{to_read:.2f}", f"{to_keep:.2f}", memory))
-    head = ("", "seconds", "CPU seconds", "/ read", "/ keep", "peak / needed")
+        ratios = (f"{least[work] / least[base]:.2f}" for base in ("read", "keep") if base in least)
+        rows.append((work, least[work], busy, *ratios, memory))
+    bases = (f"/ {base}" for base in ("read", "keep") if base in least)
+    head = ("", "seconds", "CPU seconds", *bases, "peak / needed")
     return tables.render_table(head, rows)
 
 
@@ -163,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(do(args.only, folder)))
         return 0
     if not folder.exists():
-        make_folder(folder, args.gib, args.shards)
+        make_folder(folder, choose_model(args.gib), args.shards)
     found = measure(folder, args.rounds, args.cold)
     tables.write_json(args.out, found)
     print(render(found))

@@ -6,7 +6,7 @@ alone. No device is used, and a slice of a leaf is made from slices of tensors, 
 more than its own part."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from popi_jax.arrays import Params
 from popi_jax.models.transformer import TransformerConfig
 
 Index = tuple[slice, ...]
+JOB_BYTES = 2**24  # of a leaf, that one thread fills at a time
+ALIGNMENT = 64  # bytes, of an array that XLA takes as it lies in memory
 
 
 class Weight(NamedTuple):
@@ -82,36 +84,68 @@ def list_stored_shapes(cfg: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return {name: w.stored_shape for w in list_weights(cfg) for name in w.names(cfg)}
 
 
+# a file's part -> (first row, rows) of it, one block after the other
+Read = Callable[[str, Index], Iterable[tuple[int, np.ndarray]]]
+
+
 def read_part(
     weight: Weight,
     index: Index,
-    read: Callable[[str, Index], np.ndarray],
+    read: Read,
     cfg: TransformerConfig,
     dtype: Any,
+    run: Callable[..., Iterable[None]] = map,
 ) -> np.ndarray:
-    """The part of a leaf that `index` selects, in `dtype`; `read` returns the part of a stored
-    tensor.
+    """The part of a leaf that `index` selects, in `dtype`.
 
-    index: one slice of step 1 for each axis of the leaf, "layers" included."""
+    index: one slice of step 1 for each axis of the leaf, "layers" included. read: yields the part
+    of a stored tensor in blocks of whole rows, whose memory may be that of the next. run: `map`, or
+    one that does several at once. The array lies so that a CPU device takes it without a copy."""
     names, shape = weight.names(cfg), weight.shape
     if weight.stacked:
         names, index = names[index[0]], index[1:]
     spans = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
-    # of the axes that a stored axis flattens, the first is cut in the file, the others after
-    # reading
-    stored, wide, rest = [], [], []
-    for first, *others in weight.groups:
-        inner = math.prod(shape[axis] for axis in others)
-        start, stop = spans[first]
-        stored.append(slice(start * inner, stop * inner))
-        wide += [stop - start, *(shape[axis] for axis in others)]
-        rest += [slice(None), *(slice(*spans[axis]) for axis in others)]
+    sizes = [stop - start for start, stop in spans]
+    out = _empty((len(names), *sizes), dtype)
+    bits = np.dtype(f"u{out.itemsize}")  # numpy moves these faster than bfloat16
     order = [axis for group in weight.groups for axis in group]
-    out = np.empty((len(names), *(stop - start for start, stop in spans)), dtype)
-    for i, name in enumerate(names):
-        part = read(name, tuple(stored)).reshape(wide)[tuple(rest)]
-        out[i] = part.transpose(np.argsort(order))
+    stored = []
+    for first, *others in weight.groups:
+        # of the axes that a stored axis flattens, the first alone is cut in the file
+        inner = math.prod(shape[axis] for axis in others)
+        stored.append(slice(spans[first][0] * inner, spans[first][1] * inner))
+    plain = all(sizes[axis] == shape[axis] for group in weight.groups for axis in group[1:])
+
+    def fill(job: tuple[int, slice]) -> None:
+        layer, rows = job
+        target = out.view(bits)[layer].transpose(order)
+        if plain:  # a view: axes that are flattened lie side by side in the leaf too
+            flat = target.reshape([math.prod(sizes[axis] for axis in g) for g in weight.groups])
+            for at, block in read(names[layer], (rows, *stored[1:])):
+                at += rows.start - stored[0].start
+                flat[at : at + len(block)] = block.view(bits)
+            return
+        found = np.concatenate([x.copy() for _, x in read(names[layer], tuple(stored))])
+        wide = [sizes[a] if a == g[0] else shape[a] for g in weight.groups for a in g]
+        cut = [slice(None) if a == g[0] else slice(*spans[a]) for g in weight.groups for a in g]
+        target[...] = found.view(bits).reshape(wide)[tuple(cut)]
+
+    row = math.prod(axis.stop - axis.start for axis in stored[1:]) * out.itemsize
+    step = stored[0].stop - stored[0].start
+    if plain:
+        step = min(step, max(1, JOB_BYTES // row))
+    starts = range(stored[0].start, stored[0].stop, step)
+    rows = [slice(start, min(start + step, stored[0].stop)) for start in starts]
+    for _ in run(fill, [(layer, span) for layer in range(len(names)) for span in rows]):
+        pass
     return out if weight.stacked else out[0]
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def build_tree(make_leaf: Callable[[Weight], Any], cfg: TransformerConfig) -> Params:

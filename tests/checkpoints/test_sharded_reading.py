@@ -1,7 +1,9 @@
 """Weights read straight onto 8 devices: each part once, none larger than what a device holds; and
 back to files."""
 
+import contextlib
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -99,18 +101,18 @@ def test_each_part_is_read_once_and_alone(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path, params, cfg, "qwen2")
     sizes: dict[tuple, list[int]] = {}
     from_file: list[int] = []
-    whole = hf_names.read_part
+    whole, read_lines = hf_names.read_part, hf_io._read_lines
 
-    def spy(weight, index, read, *rest):
-        def counted(name, stored):
-            x = read(name, stored)
-            from_file.append(x.nbytes)
-            return x
-
-        part = whole(weight, index, counted, *rest)
+    def spy(weight, *args):
+        part = whole(weight, *args)
         sizes.setdefault(weight.path, []).append(part.size)
         return part
 
+    def count(path, file, lines, at):
+        read_lines(path, file, lines, at)
+        from_file.extend(map(len, lines))
+
+    monkeypatch.setattr(hf_io, "_read_lines", count)
     monkeypatch.setattr(hf_names, "read_part", spy)
     abstract = abstract_of(cfg, "bfloat16")
     found = hf_io.read_params(tmp_path, cfg, abstract)
@@ -143,6 +145,67 @@ def test_folder_with_a_vision_tower_is_read_as_its_text_model(tmp_path: Path) ->
         save_file(renamed, tmp_path / "model.safetensors")
         assert hf_config.read_config(tmp_path) == cfg
         jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(tmp_path, cfg), params)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_type_and_cut_is_read_as_numpy_would(
+    stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks and jobs that end inside of axes, and with heads cut in the middle."""
+    monkeypatch.setattr(hf_io, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(hf_names, "JOB_BYTES", 999)
+    cfg = model("gemma3_text")
+    tensors = dict(hf_write.list_tensors(random_params(cfg, np.float32), cfg))
+    kind = hf_io.DTYPES.get(stored, np.dtype(np.float16))
+    tensors = {name: (x / 8).astype(kind) for name, x in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = hf_io.read_params(tmp_path, cfg, abstract_of(cfg, dtype))
+    for weight in hf_names.list_weights(cfg):
+        x = hf_names.find_leaf(found, weight)
+        order = [axis for group in weight.groups for axis in group]
+        layers = []
+        for name in weight.names(cfg):
+            wide = tensors[name].reshape([weight.shape[axis] for axis in order])
+            layers.append(wide.transpose(np.argsort(order)).astype(hf_io.DTYPES[dtype]))
+        expected = np.stack(layers) if weight.stacked else layers[0]
+        np.testing.assert_array_equal(np.asarray(x), expected)
+
+        def read(name, index):
+            where = hf_io._open_folder(tmp_path, stack)[name]
+            return hf_io._read_blocks(name, where, index, np.dtype(np.float32))
+
+        with contextlib.ExitStack() as stack:  # a cut of every axis, that of head_dim too
+            cut = tuple(slice(n // 3, n - n // 4) for n in expected.shape)
+            part = hf_names.read_part(weight, cut, read, cfg, np.float32)
+        np.testing.assert_array_equal(part.astype(expected.dtype), expected[cut])
+
+
+def test_what_a_cpu_device_holds_is_the_memory_that_was_filled(tmp_path: Path) -> None:
+    """A copy would double the memory of the largest leaf."""
+    cfg = model("llama")
+    part = hf_names.list_weights(cfg)[0]
+    whole = (slice(None),) * len(part.shape)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        zeros = lambda name, index: iter([(0, np.zeros(part.shape, dtype))])  # noqa: B023, E731
+        x = hf_names.read_part(part, whole, zeros, cfg, np.dtype(dtype))
+        placed = jax.device_put(x, jax.devices()[0])
+        assert placed.unsafe_buffer_pointer() == x.ctypes.data
+
+
+def test_a_file_that_is_cut_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may give less than it was asked for, and at the end nothing."""
+    cfg = model("qwen3")
+    params = random_params(cfg, np.float32)
+    write(tmp_path, params, cfg, "qwen3", "float32")
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, lines, at: preadv(file, [lines[0][:5]], at))
+    jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(tmp_path, cfg), params)
+    monkeypatch.setattr(os, "preadv", lambda file, lines, at: 0)
+    with pytest.raises(UserError, match=r"model.safetensors: ends at byte \d+; fetch it again"):
+        hf_io.read_params(tmp_path, cfg)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
