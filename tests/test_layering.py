@@ -47,6 +47,7 @@ ALLOWED = {
 ALSO = {
     "checkpoints/hub.py": {"distributed"},
     "training/loop.py": {"checkpoints", "distributed", "metric_writer", "progress", "run"},
+    "training/choices.py": {"distributed", "files", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
     "planning/plan.py": {"arrays", "checkpoints", "models", "popi", "run", "training"},

@@ -119,6 +119,12 @@ def pack(tree: Tree) -> Rows:
     return Rows(ids, positions, valid, (Level(1, context_len), Level(num_turns, turn_len), last))
 
 
+def spares_padding(budget: Budget | None, tree: Tree) -> bool:
+    """Whether the places of a budget are enough fewer than the slots of the tree."""
+    slots = sum(part.ids.size for part in tree)
+    return budget is not None and budget.tokens * budget.shards <= WORTHWHILE * slots
+
+
 def run_packed_if_it_fits(
     budget: Budget | None, tree: Tree, compute: Callable[[Budget | None], Any]
 ) -> Any:
@@ -127,10 +133,7 @@ def run_packed_if_it_fits(
 
     Not to be differentiated: both branches would keep what the backward pass of either needs.
     Without a budget, or with one that spares next to nothing, there is compute(None) alone."""
-    if budget is None:
-        return compute(None)
-    slots = sum(part.ids.size for part in tree) / budget.shards
-    if budget.tokens > WORTHWHILE * slots:
+    if budget is None or not spares_padding(budget, tree):
         return compute(None)
 
     def count(part: Tokens) -> Int[Array, " shards"]:

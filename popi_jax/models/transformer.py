@@ -25,6 +25,7 @@ from popi_jax.models.sharded_vocab import look_up
 
 ATTENDED = "attended"  # the name of what attention gives, which takes products to compute again
 REMAT_POLICIES = {
+    "auto": jax.checkpoint_policies.nothing_saveable,  # as long as training has not chosen
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -253,11 +253,12 @@ class Scorer:
 
         def run(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
             tree, budget, score = plan(part)
+            spares = packing.spares_padding(budget, tree)  # else there is no other way
 
             def differentiate(budget: Budget | None) -> tuple[Params, tuple[Metrics, PyTree]]:
                 loss = lambda params: loss_fn(score(whole(params), budget), *part)  # noqa: E731
                 grads, (metrics, rows) = jax.grad(loss, has_aux=True)(params)
-                unpadded = Mean(jnp.float32(budget is not None), jnp.float32(1.0))
+                unpadded = Mean(jnp.float32(budget is not None), jnp.float32(spares))
                 return grads, (metrics | {"unpadded": unpadded}, rows)
 
             return packing.run_packed_if_it_fits(budget, tree, differentiate)

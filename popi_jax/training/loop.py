@@ -22,14 +22,14 @@ from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import join_adapters
-from popi_jax.popi.update import popi_update
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
 from popi_jax.run import Run
 from popi_jax.sharding import place_batch
-from popi_jax.training import reference, setup
+from popi_jax.training import choices, reference, setup
+from popi_jax.training.places import Update
+from popi_jax.training.remat import find_memory
 
-Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 SHOWN = {
     "warmup/generator_nll": "generator nll",
     "warmup/summary_nll": "summary nll",
@@ -116,8 +116,8 @@ def train(run: Run) -> Trained:
       NotFinite: when a metric is not finite.
       UserError: as the checkpoint manager does."""
     cfg, model, mesh = run.config, run.inference.model, run.mesh
-    update = plan_run(run)
-    plan = update.plan
+    plan = choices.plan_run(run).plan
+    available = find_memory()
     main_roles = setup.Roles(plan.inference.role, plan.generator.role)
     warmup_roles = setup.plan_warmup_roles(cfg)
     abstract = setup.abstract_state(model, main_roles, mesh, cfg)
@@ -136,6 +136,11 @@ def train(run: Run) -> Trained:
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
+    chosen = choices.read(cfg.workdir, mesh) if step else {}
+    if cfg.model.remat == "auto":
+        shapes = setup.abstract_frozen(plan, abstract, mesh, choices.count_pairs(run))
+        run, chosen = choices.settle_remat(run, chosen, available, (abstract, shapes))
+        model = run.inference.model
     stop = distributed.StopRequest()  # from here on: until then a signal ends the process at once
     with MetricWriter(cfg.workdir, enabled=distributed.is_main_process()) as writer:
         writer.resume(step)
@@ -146,11 +151,10 @@ def train(run: Run) -> Trained:
                 budgets = setup.plan_warmup_budgets(run.measured.fill, model, cfg)
                 role = warmup_roles.inference
                 warm_up = partial(warmup_step, model=model, role=role, budgets=budgets)
-                program = jit_update(warm_up, warmup_abstract)
+                program = choices.jit_update(warm_up, warmup_abstract)
                 step, state = run_stage(host, program, state, step, warmup_steps, "warm-up")
             if step > warmup_steps:
-                num_pairs = len(run.dataset.splits["train"]) * cfg.data.num_pairs
-                shapes = setup.abstract_frozen(plan, abstract, mesh, num_pairs)
+                shapes = setup.abstract_frozen(plan, abstract, mesh, choices.count_pairs(run))
                 frozen = reference.restore_reference(cfg.workdir, shapes, base)
             else:
                 frozen = reference.keep_reference(run, plan, state, base)
@@ -158,8 +162,9 @@ def train(run: Run) -> Trained:
                 layout = setup.get_shardings(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
-                main = jit_update(partial(popi_update, **update._asdict()), abstract)
-                program = lambda state, batch: main(state, frozen, batch)  # noqa: E731
+                program = choices.make_main_update(
+                    run, choices.Start(state, frozen), abstract, step, chosen
+                )
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:
             stop.close()
@@ -168,23 +173,6 @@ def train(run: Run) -> Trained:
         shapes = setup.own_params(plan, abstract)
         frozen = reference.restore_reference(cfg.workdir, shapes, base)
     return Trained(state, frozen)
-
-
-def plan_run(run: Run) -> setup.UpdateSetup:
-    """The updates of a run's main stage."""
-    cfg, model, prompts = run.config, run.inference.model, run.prompt_tokens
-    budgets = setup.plan_budgets(run.measured.fill, prompts, model, cfg)
-    num_users = len(run.dataset.splits["train"])
-    return setup.plan_update(
-        cfg, model, prompts, run.inference.sampling, num_users=num_users, budgets=budgets
-    )
-
-
-def jit_update(update: Callable[..., Any], abstract: TrainState) -> Any:
-    """Donates the state; what an update returns is laid out as what it is given, so that it is
-    compiled once."""
-    layout = setup.get_shardings(abstract)
-    return jax.jit(update, donate_argnums=(0,), out_shardings=(layout, None))
 
 
 def make_first_state(run: Run, roles: setup.Roles) -> TrainState:

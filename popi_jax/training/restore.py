@@ -7,7 +7,7 @@ from popi_jax.checkpoints import manager
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import join_adapters
 from popi_jax.run import Run
-from popi_jax.training import loop, reference, setup
+from popi_jax.training import choices, reference, setup
 
 
 class Restored(NamedTuple):
@@ -36,7 +36,7 @@ def restore_run(run: Run, step: int | None = None) -> Restored:
     workdir = run.config.workdir
     base = reference.read_base(run.config, run.inference.model, run.mesh)
     own = manager.restore_frozen(
-        workdir, setup.own_params(loop.plan_run(run).plan, _get_shapes(run))
+        workdir, setup.own_params(choices.plan_run(run).plan, _get_shapes(run))
     )
     if own is None:
         raise UserError(

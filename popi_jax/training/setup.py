@@ -168,10 +168,17 @@ def plan_warmup_roles(config: Config) -> Roles:
 
 
 def plan_budgets(
-    fill: Fill, prompts: PromptTokens, model: TransformerConfig, config: Config
+    fill: Fill,
+    prompts: PromptTokens,
+    model: TransformerConfig,
+    config: Config,
+    *,
+    summary_fill: float,
 ) -> Budgets:
     """Places of the users that one shard holds of each microbatch of the main stage. A guess from
-    what the users of the run are like: it decides about the speed alone."""
+    what the users of the run are like: it decides about the speed alone.
+
+    summary_fill: the part of their length that the summaries of a shard fill at most."""
     shards, rollout_shards = map(count_shards, (model.rules.batch, model.rollout_rules.batch))
 
     def count_users(shards: int) -> int:
@@ -188,7 +195,7 @@ def plan_budgets(
         rollout_signals=count_signals(rollout_shards),
         signals=count_signals(shards),
         contexts=users * (len(prompts.generator_prefix) + summary_len),
-        summaries=math.ceil(users * summary_len * config.batch.summary_fill),
+        summaries=math.ceil(users * summary_len * summary_fill),
         pairs=fill.pairs.budget(users, shards),
         answers=fill.answers.budget(users, shards),
     )

@@ -12,7 +12,7 @@ from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.models import packing
 from popi_jax.run import open_run
-from popi_jax.training import loop, restore
+from popi_jax.training import choices, loop, restore
 from tests.tiny_run import command, load_tiny, on_devices, shared_run
 
 TINY = {
@@ -42,7 +42,7 @@ def train_twice(config: Config) -> None:
     """To the end, and once more, which finds nothing to do; then what a user of the run reads."""
     with on_devices(1):
         run = open_run(config)
-        steps = len(loop.plan_run(run).plan.kinds) + config.warmup.steps
+        steps = len(choices.plan_run(run).plan.kinds) + config.warmup.steps
         first = loop.train(run)
         assert int(first.state.step) == steps
         again = loop.train(run)

@@ -19,9 +19,8 @@ FILL = Fill(
     answers=Spread(20.0, 0.0),
     warmup={"generator": TaskFill(Spread(40.0, 0.0), Spread(7.0, 0.0))},
 )
-CFG = small.replace(
-    small.make_config(), "batch", summary_fill=0.75
-)  # 8 users; summaries of 4 tokens at most
+CFG = small.make_config()  # 8 users; summaries of 4 tokens at most
+FILLED = 0.75
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def test_of_the_users_that_a_shard_has_of_a_part(
 ) -> None:
     cfg = small.replace(CFG, "batch", microbatches=microbatches)
     with jax.set_mesh(small.make_mesh(shards, 1, 1)):
-        found = plan_budgets(FILL, small.GLUE, SAMPLED_WHOLE, cfg)
+        found = plan_budgets(FILL, small.GLUE, SAMPLED_WHOLE, cfg, summary_fill=FILLED)
     assert found == Budgets(
         shards=shards,
         rollout_shards=1,
@@ -57,7 +56,7 @@ def test_of_the_warmup() -> None:
 def test_more_spread_needs_more_room_and_many_shards_more_still() -> None:
     def plan(fill: Fill, shards: int) -> Budgets:
         with jax.set_mesh(small.make_mesh(shards, 1, 1)):
-            return plan_budgets(fill, small.GLUE, MODEL, CFG)
+            return plan_budgets(fill, small.GLUE, MODEL, CFG, summary_fill=FILLED)
 
     even, uneven = plan(FILL, 1), FILL._replace(pairs=Spread(30.0, 5.0))
     found = plan(uneven, 1)

@@ -193,7 +193,6 @@ SETTINGS = {
     "schedule.save_every": 4,
     "schedule.log_every": 1,
     "evaluation.max_users": 8,
-    "batch.summary_fill": 1.0,  # what is sampled from random weights rarely ends
 }
 LAST = 34
 
