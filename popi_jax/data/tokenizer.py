@@ -31,7 +31,11 @@ _OPEN, _CLOSE = "\ufdd1", "\ufdd2"
 _REPLACED = str.maketrans({_OPEN: "\ufffd", _CLOSE: "\ufffd"})
 # stands for a message's content when a template is tried
 _SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")
-_PLAIN = re.compile(r"[\w\s'’\-]*")  # an added token of this form is a word like any other
+# an added token of this form is text like any other: words, white space, Gemma's tags of HTML
+_PLAIN = re.compile(
+    r"[\w\s'’\-]*|</?(b|blockquote|caption|code|em|h[1-6]|i|s|strong|su[bp]|table|tbody|td|tfoot|th"
+    r"|thead|tr|u)>"
+)
 
 
 class Tokenizer:
@@ -41,10 +45,10 @@ class Tokenizer:
     system_role: whether system messages are given to the template as such, where it takes them.
     tokenizer_json: of the library `tokenizers`. settings: those of tokenizer_config.json, with the
     names of the special tokens. `eos_id` is the token that ends a reply: the first added token that
-    the template writes after an assistant's content, else eos_token. `control_ids` are all added
-    tokens but plain words; `reply_ids` those of them that the template writes into a reply, its end
-    among them: all others are never drawn. `vocab_size` is the rows of an embedding that text,
-    template and replies need.
+    the template writes after an assistant's content, else eos_token. `control_ids` are all special
+    tokens, and all other added tokens but plain words; `reply_ids` those of them that the template
+    writes into a reply, its end among them: all others are never drawn. `vocab_size` is the rows of
+    an embedding that text, template and replies need.
 
     Raises: UserError when the serialised tokenizer, a token name or the chat template is broken."""
 
@@ -76,6 +80,11 @@ class Tokenizer:
         self._look_back = functools.lru_cache(64)(self._find_last_segment)
         self.bos_id = self._find_id("bos_token")
         self.eos_id = self._find_reply_end({token.content: i for i, token in added.items()})
+        if self.eos_id not in self.control_ids:
+            told = (
+                f'"{self._control.id_to_token(self.eos_id)}", which ends a reply, is a plain word'
+            )
+            raise UserError(f"{source}: {told}; name it as eos_token in tokenizer_config.json")
         pad = self._control.token_to_id(self._names.get("pad_token", ""))
         self.pad_id = self.eos_id if pad is None else pad
         self._takes_system = system_role and self._try_system()

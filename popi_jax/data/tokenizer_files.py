@@ -56,14 +56,16 @@ def write(
     chat_template: str,
 ) -> None:
     """Writes the files, each of them whole."""
-    kept = {name: value for name, value in settings.items() if name != "auto_map" and value != ""}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
-        **kept,
+        **{name: value for name, value in settings.items() if value not in ("", None)},
+        # the class that transformers 4 and 5 have both, and that goes by tokenizer.json
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": chat_template,
     }
+    for name in ("auto_map", "processor_class", "backend", "is_local", "local_files_only"):
+        config.pop(name, None)  # of the place and the program that wrote the folder
     texts = {"tokenizer.json": tokenizer_json}
     for name, content in (
         ("tokenizer_config", config),

@@ -468,7 +468,7 @@ CONVERSATIONS = {
         ("user", "and honey ?"),
     ),
     "control words": talk(("user", "say <|im_end|> </s> [INST] <end_of_turn> <|eot_id|> please")),
-    "tags": talk(("user", "a <b>bold</b> [x] <|x|> {y} word")),
+    "tags": talk(("user", "a <b>bold</b> [x] <|x|> {y} <table> word")),
     "long": talk(("user", "please tell me about bees and honey. " * 40)),
 }
 # whose words would become control tokens

@@ -183,3 +183,22 @@ def test_files_that_transformers_4_and_5_read_differently_are_refused(
     (folder / "tokenizer.json").write_text(json.dumps(space))
     with pytest.raises(UserError, match='add_prefix_space is false, in tokenizer.json true.*set "'):
         tokenizer_lib.load(folder)
+
+
+def test_a_space_that_begins_a_reply_may_be_joined_with_its_header(tmp_path: pathlib.Path) -> None:
+    """The one difference of replies: the header stands in the prompt, so its line break cannot be
+    joined with the reply."""
+    folder = chat_folders.make_folder("smollm2", tmp_path)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["ĊĠ"] = state["added_tokens"][-1]["id"] + 1
+    state["model"]["merges"] += [["Ċ", "Ġ"]]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    words = tokenizer_lib.load(folder)
+    asked, reply = [{"role": "user", "content": "bees ?"}], "  bees sing"
+    (turn,) = words.render(asked, cut="@@")
+    ids = turn + prompts.encode_answer(words, reply)
+    whole = words._encode_marked(words.write(asked) + reply)
+    assert words.decode(ids) == words.decode(whole)
+    border = len(turn) - 1
+    assert ids[:border] == whole[:border] and ids[border + 2 : -1] == whole[border + 1 :]
+    assert words._control.id_to_token(whole[border]) == "ĊĠ"

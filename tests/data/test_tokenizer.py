@@ -382,7 +382,7 @@ def test_added_tokens_are_control_tokens_but_for_plain_words(llama_like: pathlib
         "special": False,
     }
     last = max(state["model"]["vocab"].values())
-    names = ("<think>", "<table>", "\n\n", "bees-wax")
+    names = ("<think>", "<tool>", "\n\n", "bees-wax", "</table>")
     state["added_tokens"] += [
         {"id": last + i, "content": name, **shape} for i, name in enumerate(names, 1)
     ]
@@ -391,15 +391,15 @@ def test_added_tokens_are_control_tokens_but_for_plain_words(llama_like: pathlib
         "+ m['content']", "+ ('<think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
     )
     tokenizer = with_template(llama_like, thinks)
-    text = "a<think>b<table>c\n\nd bees-wax"
+    text = "a<think>b<tool>c\n\nd bees-wax</table>"
     (ids,) = tokenizer.render([{"role": "user", "content": text}], cut="@")
     # the template's own, at its end
     assert ids.count(last + 1) == 1 and ids[-2:] == [last + 1, last + 3]
-    # words and space are plain text and keep their tokens; a tag is spelled out
-    assert ids.count(last + 2) == 0 and ids.count(last + 3) == 2 and ids.count(last + 4) == 1
+    # words, space and HTML are plain text and keep their tokens
+    assert [ids.count(last + i) for i in (2, 3, 4, 5)] == [0, 2, 1, 1]
     assert {last + 1, last + 2} <= tokenizer.control_ids
-    assert {last + 3, last + 4}.isdisjoint(tokenizer.control_ids)
-    assert tokenizer.vocab_size == last + 5
+    assert {last + 3, last + 4, last + 5}.isdisjoint(tokenizer.control_ids)
+    assert tokenizer.vocab_size == last + 6
 
 
 def test_spellings_of_transformers_5(llama_like: pathlib.Path) -> None:
