@@ -190,8 +190,9 @@ def test_a_space_that_begins_a_reply_may_be_joined_with_its_header(tmp_path: pat
     joined with the reply."""
     folder = chat_folders.make_folder("smollm2", tmp_path)
     state = json.loads((folder / "tokenizer.json").read_text())
-    state["model"]["vocab"]["ĊĠ"] = state["added_tokens"][-1]["id"] + 1
-    state["model"]["merges"] += [["Ċ", "Ġ"]]
+    model = state["model"]
+    model["vocab"]["ĊĠ"] = model["vocab"].pop("".join(model["merges"].pop()))
+    model["merges"].append(["Ċ", "Ġ"])
     (folder / "tokenizer.json").write_text(json.dumps(state))
     words = tokenizer_lib.load(folder)
     asked, reply = [{"role": "user", "content": "bees ?"}], "  bees sing"
