@@ -206,6 +206,7 @@ def load_tokenizer(config: Config, dataset: Dataset, *, begun: bool) -> Tokenize
     if config.model.checkpoint:
         args = json.loads(config.model.template_args or "{}")
         made = tokenizer.load(config.model.checkpoint, args, system_role=system_role)
+        _warn_about_thoughts(made)
     else:
         texts = prompts.list_training_texts(dataset.splits["train"], config)
         made = tokenizer.train(texts, config.model.vocab_size)
@@ -218,6 +219,17 @@ def load_tokenizer(config: Config, dataset: Dataset, *, begun: bool) -> Tokenize
             "0 wrote; give a WORKDIR that all hosts share"
         )
     return made
+
+
+def _warn_about_thoughts(words: Tokenizer) -> None:
+    thoughts = sorted(words.reply_ids - {words.eos_id})
+    if thoughts:
+        logging.warning(
+            "The chat template lets replies think (%s): summaries may hold thoughts, and fill "
+            "data.summary_len with them. If it has a switch, turn it off, such as by "
+            """--config.model.template_args='{"enable_thinking": false}'.""",
+            " ".join(words.list_names(thoughts)),
+        )
 
 
 def load_measured(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> Measured:

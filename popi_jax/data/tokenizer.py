@@ -113,6 +113,10 @@ class Tokenizer:
         shown = [int(i) for i in ids if int(i) not in self.control_ids]
         return self._control.decode(shown, skip_special_tokens=True)
 
+    def list_names(self, ids: Iterable[int]) -> list[str]:
+        """How the tokens are spelled in the vocabulary."""
+        return [self._control.id_to_token(i) for i in ids]
+
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
         """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a
         message's content, each part as it goes on after those before it.
