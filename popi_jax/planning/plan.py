@@ -100,8 +100,11 @@ def plan_model(config: Config) -> TransformerConfig:
 
 
 def make_plan(config: Config, target: Target) -> Plan:
-    """Sets the mesh. Raises: UserError when something of the configuration does not fit the
-    devices."""
+    """Sets the mesh. Where training chooses what is computed again, it is what needs least memory.
+
+    Raises: UserError when something of the configuration does not fit the devices."""
+    if config.model.remat == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     check_mesh(config, len(target.devices))
     mesh = make_mesh(*resolve_mesh(config.mesh, len(target.devices)), devices=target.devices)
     jax.set_mesh(mesh)

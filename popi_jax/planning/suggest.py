@@ -41,7 +41,7 @@ def list_changes(config: Config, num_devices: int, rules: tuple[str, ...]) -> It
     b, mesh = config.batch, config.mesh
     splits = [n for n in range(b.microbatches + 1, b.users + 1) if b.users % n == 0]
     yield from (Change({"batch.microbatches": n}) for n in splits)
-    if config.model.remat != "full":
+    if config.model.remat not in ("auto", "full"):
         yield Change({"model.remat": "full"})
         yield from (Change({"model.remat": "full", "batch.microbatches": n}) for n in splits)
     data = max(mesh.data, 1)

@@ -54,7 +54,8 @@ def follow(
     parts: int, rows: Sequence[Row], choose: Callable[[Spread], int], batch_users: int
 ) -> int:
     """The parts for the next updates, from the metrics of the last WINDOW. More where too few of
-    them ran without padding, fewer where at least two are spared.
+    them ran without padding, be it for their signals, which share the places; fewer where at least
+    three are spared.
 
     choose: `choose_parts` of the run. The means of batches tell how much those of users differ."""
     lengths = [row["inference/summary_len"] for row in rows if "inference/summary_len" in row]
@@ -63,8 +64,9 @@ def follow(
     newest = lengths[len(lengths) // 2 :]
     wanted = choose(Spread(fmean(newest), pstdev(newest) * math.sqrt(batch_users)))
     fits = [row["inference/unpadded"] for row in rows if "inference/unpadded" in row]
-    grows = wanted > parts and fits and fmean(fits) < ENOUGH
-    return wanted if grows or wanted <= parts - 2 else parts
+    if fits and fmean(fits) < ENOUGH:
+        return min(max(wanted, parts + 1), PARTS)
+    return wanted if wanted <= parts - 3 else parts
 
 
 class Follower:

@@ -46,13 +46,14 @@ def test_longer_summaries_get_more_places_only_where_they_do_not_fit() -> None:
     longer = [40.0] * WINDOW
     assert follow(6, rows(longer, unpadded=0.5)) == 11
     assert follow(6, rows(longer, unpadded=0.95)) == 6
-    assert follow(11, rows(longer, unpadded=0.5)) == 11  # it is not the summaries
+    assert follow(11, rows(longer, unpadded=0.5)) == 12  # it is not the summaries
+    assert follow(16, rows(longer, unpadded=0.5)) == 16
 
 
-def test_shorter_summaries_give_places_back_but_not_a_single_part() -> None:
+def test_shorter_summaries_give_places_back_but_not_few() -> None:
     follow = partial(places.follow, choose=CHOOSE, batch_users=USERS)
     assert follow(16, rows([40.0] * WINDOW)) == 11
-    assert follow(12, rows([40.0] * WINDOW)) == 12
+    assert follow(13, rows([40.0] * WINDOW)) == 13
 
 
 def test_the_newest_updates_count_and_too_few_do_not() -> None:
