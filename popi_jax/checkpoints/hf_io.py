@@ -119,13 +119,15 @@ def _open_folder(folder: Path, stack: contextlib.ExitStack) -> Tensors:
     has alone.
 
     Raises: UserError if a file is absent, cut short or broken, or index and files differ."""
-    if (folder / INDEX).is_file():
+    if (folder / WHOLE).is_file():  # before an index, as transformers does
+        weight_map, files = None, [WHOLE]
+    elif (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise UserError(f'{folder / INDEX}: the object "weight_map" is missing')
+            raise UserError(
+                f'{folder / INDEX}: the object "weight_map" is missing; fetch the file again'
+            )
         files = sorted(set(weight_map.values()))
-    elif (folder / WHOLE).is_file():
-        weight_map, files = None, [WHOLE]
     else:
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(
@@ -136,12 +138,16 @@ def _open_folder(folder: Path, stack: contextlib.ExitStack) -> Tensors:
         tensors |= _open(path, stack)
     for name, file in (weight_map or {}).items():
         if name not in tensors or tensors[name].path != folder / file:
-            raise UserError(f"{folder / file}: {name} is missing, {INDEX} says that it is there")
+            raise UserError(
+                f"{folder / file}: {name} is missing, {INDEX} says that it is there; fetch the "
+                "folder again"
+            )
     unlisted = sorted(tensors.keys() - (weight_map or tensors).keys())
     if unlisted:
         tensor = tensors[unlisted[0]]
         raise UserError(
-            f"{tensor.path}: {unlisted[0]} of shape {list(tensor.shape)} is not listed in {INDEX}"
+            f"{tensor.path}: {unlisted[0]} of shape {list(tensor.shape)} is not listed in {INDEX}; "
+            "fetch the folder again"
         )
     text = {name: where for name, where in tensors.items() if not name.startswith(_VISION)}
     return {_strip_prefix(name): where for name, where in text.items()}

@@ -39,7 +39,14 @@ def read(folder: Path, model_type: str, **fields: Any) -> TransformerConfig:
     return hf_config.read_config(folder)
 
 
-SCALINGS = [YARN, LLAMA3, {"type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}]
+BETAS = {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.7, "truncate": False}
+SCALINGS = [
+    YARN,
+    YARN | BETAS,
+    LLAMA3,
+    {"type": "linear", "factor": 2.0},
+    {"type": "dynamic", "factor": 2.0},
+]
 READABLE: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": True},

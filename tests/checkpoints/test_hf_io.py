@@ -314,6 +314,15 @@ def test_the_head_of_a_tied_model_may_be_of_another_type(tmp_path):
     hf_io.read_params(tmp_path, TIED)
 
 
+def test_a_whole_file_goes_before_an_index(tmp_path):
+    write(tmp_path, max_shard_bytes=2500)
+    (tmp_path / hf_io.INDEX).write_text("{}")
+    with pytest.raises(UserError, match='the object "weight_map" is missing; fetch'):
+        hf_io.read_params(tmp_path, CFG)
+    write(tmp_path)
+    assert_same(hf_io.read_params(tmp_path, CFG), PARAMS[CFG])
+
+
 def test_files_that_are_broken_or_absent_are_told(tmp_path):
     with pytest.raises(UserError, match="No such file.*give the folder of a Hugging Face model"):
         hf_config.read_config(tmp_path)
