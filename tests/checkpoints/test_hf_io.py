@@ -333,6 +333,7 @@ def test_files_that_are_broken_or_absent_are_told(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"is cut short: .* ends at byte"):
         hf_io.read_params(tmp_path, CFG)
+    weights.unlink()
     write(tmp_path, max_shard_bytes=2500)
     next(tmp_path.glob("model-*")).unlink()
     with pytest.raises(UserError, match=r"model-.*cannot be read"):
