@@ -127,7 +127,7 @@ def read_role(workdir: str, role: str, step: int | None) -> TrainedRole:
         whole, adapters = hf_io.read_params(origin.folder, model), params
         params = merge(whole, adapters, scale=lora.alpha / lora.rank)
     base = hf_config.read_base(origin.folder) if origin.folder else hf_config.Base("", None)
-    words = tokenizer.load(folder)
+    words = tokenizer.load(folder, system_role=config.model.summary_place == "system")
     return TrainedRole(role, step, config, data, model, params, adapters, words, base, origin)
 
 
@@ -145,8 +145,16 @@ def render_card(trained: TrainedRole, results: list[dict[str, Any]], adapter: st
         data,
         find_source(config.data.source, data).licence,
         trained.describe_base(),
+        takes_system(trained.tokenizer),
     )
     return model_card.render(config, facts, results, adapter)
+
+
+def takes_system(words: Any) -> bool:
+    """Whether a system message, which holds the summary, is written as one, not at the head of the
+    message of the user."""
+    system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+    return words.write([system, user]) != words.write([user | {"content": "a\n\nb"}])
 
 
 def write_model(trained: TrainedRole, card: str, target: Path, max_shard_gb: float) -> None:

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -179,18 +181,85 @@ def test_importing_the_command_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
-@pytest.mark.parametrize("instruction", ["", "Be brief."])
-def test_the_code_of_the_card_runs_and_asks_what_training_asked(
-    tmp_path, instruction, monkeypatch, capsys
-):
-    transformers = pytest.importorskip("transformers")
-    workdir = tmp_path / "run"
-    config = make_config(
-        workdir,
-        f"--config.model.summary_instruction={instruction}",
-        f"--config.model.answer_instruction={instruction}",
+def read_code(card: Path) -> Any:
+    code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
+    return compile(code, os.fspath(card), "exec")
+
+
+def list_expected(config: Config, signals: str, summary: str) -> list[list[int]]:
+    """What training showed to both models."""
+    words = tokenizer.load(
+        Path(config.workdir) / "tokenizer", system_role=config.model.summary_place == "system"
     )
+    context = prompts.render_inference_context(words, signals, config.model.summary_instruction)
+    prompt = [{"role": "user", "content": "how do magnets work"}]
+    return [
+        context + prompts.render_summary_turn(words, config),
+        [
+            *prompts.render_generator_prefix(words, config),
+            *prompts.encode_summary(words, summary, config),
+            *prompts.render_generator_turn(words, prompt),
+        ],
+    ]
+
+
+ASKED = pytest.mark.parametrize(
+    ("instruction", "place"), [("", "system"), ("Be brief.", "system"), ("Be brief.", "user")]
+)
+
+
+def make_asked_run(workdir: Path, instruction: str, place: str) -> Config:
+    own = {
+        "summary_instruction": instruction,
+        "answer_instruction": instruction,
+        "summary_place": place,
+    }
+    config = make_config(workdir, *(f"--config.model.{k}={v}" for k, v in own.items()))
     make_run(workdir, config, None)
+    return config
+
+
+@ASKED
+def test_the_code_of_the_card_asks_what_training_asked(tmp_path, instruction, place, monkeypatch):
+    """With a stand-in for transformers, whose model says the same to all."""
+    config = make_asked_run(tmp_path, instruction, place)
+    export.main(config)
+    asked = []
+
+    class Words:
+        @classmethod
+        def from_pretrained(cls, folder: str) -> "Words":
+            return cls(tokenizer.load(folder))
+
+        def __init__(self, words: tokenizer.Tokenizer) -> None:
+            self.words = words
+
+        def apply_chat_template(self, messages: list, **options: object) -> dict:
+            asked.append(self.words.render(messages, cut="never")[0])
+            return {"input_ids": np.zeros((1, 3), np.int32)}
+
+        def decode(self, ids: np.ndarray, **options: object) -> str:
+            return " short answers "
+
+    class Model(Words):
+        def generate(self, ids: np.ndarray, **options: object) -> np.ndarray:
+            return ids
+
+    stand_in = types.ModuleType("transformers")
+    stand_in.AutoTokenizer, stand_in.AutoModelForCausalLM = Words, Model
+    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+    monkeypatch.chdir(tmp_path / "export")
+    values: dict = {}
+    exec(read_code(Path("generator/README.md")), values)
+    assert asked == list_expected(config, values["signals"], "short answers")
+    prompt = Path("generator/README.md").read_text()
+    assert ('"role": "system"' in prompt) == (place == "system")
+
+
+@ASKED
+def test_transformers_runs_the_code_of_the_card(tmp_path, instruction, place, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = make_asked_run(tmp_path, instruction, place)
     export.main(config)
     asked = []
     generate = transformers.LlamaForCausalLM.generate
@@ -200,25 +269,8 @@ def test_the_code_of_the_card_runs_and_asks_what_training_asked(
         return generate(self, ids, **options)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", spy)
-    monkeypatch.chdir(workdir / "export")
-    code = re.search(r"```python\n(.*?)```", Path("generator/README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path / "export")
     values: dict = {}
-    exec(compile(code, os.fspath("card"), "exec"), values)
+    exec(read_code(Path("generator/README.md")), values)
     assert f"summary: {values['summary']}\nanswer: {values['answer']}\n" in capsys.readouterr().out
-    context = prompts.render_inference_context(TOKENIZER, values["signals"])
-    expected = context + prompts.render_summary_turn(TOKENIZER, config)
-    if not instruction:
-        assert asked[0] == expected
-    assert TOKENIZER.decode(asked[0]).split() == TOKENIZER.decode(expected).split()
-    prompt = [{"role": "user", "content": "how do magnets work"}]
-    summary = TOKENIZER.encode(values["summary"])
-    expected = (
-        prompts.render_generator_prefix(TOKENIZER, config)
-        + summary
-        + prompts.render_generator_turn(TOKENIZER, prompt)
-    )
-    if (
-        not instruction
-    ):  # behind an instruction, the spaces at the seam may be cut into other tokens
-        assert asked[1] == expected
-    assert TOKENIZER.decode(asked[1]).split() == TOKENIZER.decode(expected).split()
+    assert asked == list_expected(config, values["signals"], values["summary"])

@@ -55,10 +55,7 @@ summary = reply(
 )
 answer = reply(
     "generator",
-    [
-        {"role": "system", "content": @ANSWER_INSTRUCTION@ + summary},
-        {"role": "user", "content": "how do magnets work"},
-    ],
+    @MESSAGES@,
     @ANSWER_LEN@,
 )
 print(f"summary: {summary}\\nanswer: {answer}")
@@ -108,6 +105,7 @@ class Facts(NamedTuple):
     data: str  # published, sample, own, or "" when unknown
     licence: str  # of the data
     base: BaseModel
+    takes_system: bool = True  # whether the chat template has a place for system messages
 
 
 def read_licence(folder: str | Path) -> Licence:
@@ -161,7 +159,7 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]], adapter:
         "## Use",
         *([_render_adapter_use(adapter, facts.base)] if adapter else []),
         "The two models work together; this runs both, from the folder above this one:",
-        f"```python\n{_render_snippet(config)}```",
+        f"```python\n{_render_snippet(config, facts.takes_system)}```",
         "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`,\n"
         f"`liked:` and `disliked:` lines in this order, several past pairs {d.pair_layout}\n"
         "(grouped: `disliked:` lines last); what is missing is left out. Training showed at most\n"
@@ -179,14 +177,23 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]], adapter:
     return "\n\n".join(parts) + "\n"
 
 
-def _render_snippet(config: Config) -> str:
+def _render_snippet(config: Config, takes_system: bool) -> str:
+    def quote(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
     model, data = config.model, config.data
-    before_summary = f"{model.answer_instruction}\n" if model.answer_instruction else ""
+    told = quote(f"{model.answer_instruction}\n" if model.answer_instruction else "")
+    asked = "how do magnets work"
+    messages = f"""[
+        {{"role": "system", "content": {told} + summary}},
+        {{"role": "user", "content": {quote(asked)}}},
+    ]"""
+    if not takes_system:  # as data/tokenizer.py joins the two
+        rest = quote("\n\n" + asked)
+        messages = f'[{{"role": "user", "content": {told} + summary + {rest}}}]'
     return (
-        _SNIPPET.replace(
-            "@SUMMARY_INSTRUCTION@", json.dumps(model.summary_instruction, ensure_ascii=False)
-        )
-        .replace("@ANSWER_INSTRUCTION@", json.dumps(before_summary, ensure_ascii=False))
+        _SNIPPET.replace("@SUMMARY_INSTRUCTION@", quote(model.summary_instruction))
+        .replace("@MESSAGES@", messages)
         .replace("@SUMMARY_LEN@", str(data.summary_len))
         .replace("@ANSWER_LEN@", str(data.answer_len))
     )
