@@ -87,7 +87,9 @@ def render_page(
     )
 
 
-def profile_program(name: str, steps: int, out: Path, geometry: Geometry = TINY) -> str:
+def profile_program(
+    name: str, steps: int, out: Path, geometry: Geometry = TINY, remat: str = "dots"
+) -> str:
     """Raises: LookupError for a name that no program has."""
     import jax
 
@@ -95,7 +97,7 @@ def profile_program(name: str, steps: int, out: Path, geometry: Geometry = TINY)
     from benchmarks.programs import make_programs
 
     work = WORKLOADS[name.partition("/")[0]]
-    made = make_programs(work, geometry, {name.partition("/")[2]})
+    made = make_programs(work, geometry, {name.partition("/")[2]}, remat=remat)
     if not made:
         known_names = (program.name for program in make_programs(work, TINY))
         raise LookupError(f'"{name}": must be one of {", ".join(known_names)}')
@@ -151,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="workload/program",
     )
     flags.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="of the model")
+    flags.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     flags.add_argument(
         "--out",
         type=Path,
@@ -160,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = flags.parse_args(argv)
     try:
-        text = profile_program(args.program, args.rounds, args.out, GEOMETRIES[args.geometry])
+        text = profile_program(
+            args.program, args.rounds, args.out, GEOMETRIES[args.geometry], args.remat
+        )
     except LookupError as e:
         print(f"error: --program = {e.args[0]}", file=sys.stderr)
         return 2

@@ -105,9 +105,9 @@ def make_users(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
     )
 
 
-def make_setup(work: Workload, geometry: Geometry) -> Setup:
+def make_setup(work: Workload, geometry: Geometry, remat: str = "dots") -> Setup:
     cfg = make_config(work, {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind])
-    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat="dots")
+    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat=remat)
     prompts = PromptTokens(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
     sampling = Sampling(1.0, max(work.summary_len, 2), END, banned=(END,))
     # so many users that no log-probs are stored
@@ -138,11 +138,11 @@ def make_rollouts(work: Workload, vocab_size: int) -> Rollouts:
 
 
 def make_programs(
-    work: Workload, geometry: Geometry, names: Container[str] | None = None
+    work: Workload, geometry: Geometry, names: Container[str] | None = None, *, remat: str = "dots"
 ) -> list[Program]:
     """The programs of a workload, none compiled yet. names: of all that are to be made, of which at
     most one trains: it gets the state itself, so that memory holds no second one."""
-    setup = make_setup(work, geometry)._replace(shared=names is None)
+    setup = make_setup(work, geometry, remat)._replace(shared=names is None)
     wanted = lambda name: names is None or name in names  # noqa: E731
     if work.kind == "dpo":
         made = _make_preference_programs(setup)

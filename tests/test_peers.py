@@ -26,7 +26,8 @@ def open_workload(name, geometry):
     def step():
         print("and this")
         return {"cpu": 1.0, "wall": 2.0, "parts": {}}
-    return protocol.Running(step, {"pairs": work.users * work.pairs}, ["stored"] if stored else [])
+    notes = ["stored"] if stored else []
+    return protocol.Running(step, {"pairs": work.users * work.pairs}, notes, {"cpu": 3.0})
 
 protocol.serve("fake", open_workload, {"fake": "1"})
 """
@@ -54,6 +55,7 @@ def test_worker_answers_line_by_line_and_goes_on_after_a_failure() -> None:
     }
     assert grpo == {"workload": "grpo", "error": "ValueError: cannot"}
     assert stored["steps"] == [] and stored["notes"] == ["stored"]
+    assert stored["first"] == {"cpu": 3.0} and stored["peak_bytes"] > 1e6
 
 
 def test_a_paused_loop_makes_one_step_at_a_time_and_times_it_alone() -> None:
@@ -155,14 +157,16 @@ def test_workers_apart_end_before_the_next_starts(monkeypatch: pytest.MonkeyPatc
             seen.append(f"{self._name} ends")
 
     steps_of_one_second = steps(1.0)
-    opened = {"counts": {}, "notes": [], "peak_bytes": 5}
+    opened = {"counts": {}, "notes": [], "peak_bytes": 5, "first": steps(9.0)[0]}
     monkeypatch.setattr(run, "open_worker", lambda name, *_: (Fake(name), opened))
-    args = argparse.Namespace(workers=["popi_jax", "trl"], rounds=2, apart=True)
+    args = argparse.Namespace(workers=["popi_jax", "trl"], rounds=2, apart=True, first=False)
     result = run.time_workload("dpo", args)
     assert seen == [
         f"{name} {what}" for name in args.workers for what in ("steps", "steps", "ends")
     ]
     assert result["peak_bytes"] == {"popi_jax": 7, "trl": 7} and len(result["steps"]["trl"]) == 2
+    args.rounds, args.first = 0, True
+    assert run.time_workload("dpo", args)["steps"]["popi_jax"] == steps(9.0)
 
 
 def test_every_workload_has_a_name_for_the_driver() -> None:

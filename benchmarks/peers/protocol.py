@@ -7,15 +7,17 @@ output:
     worker                {"ready": {"name": "trl", "versions": {"trl": "1.16.0", ...}}} driver
     {"workload": "dpo", "steps": 3} worker                {"workload": "dpo", "steps": [{"cpu": 1.9,
     "wall": 1.1, "parts": {}}, ...],
-                           "counts": {...}, "notes": [...], "peak_bytes": 123}
+                           "counts": {...}, "notes": [...], "peak_bytes": 123,
+                           "first": {"cpu": 2.5, ...}}
     worker, on a failure  {"workload": "dpo", "error": "ValueError: ..."}
 
 The first request for a workload builds it and makes its first step, which is not among the timed
 ones; "steps": 0 does that alone. "cpu" is what all threads of the process used, in seconds. "parts"
 holds shares of the step under "rollout", "reward", "grpo" and "dpo", each with its "cpu" and
 "wall", where the trainer allows to tell them apart. "counts" says what the models were given in the
-first step, "peak_bytes" how much memory the process has had at most. What libraries print goes to
-the standard error. A worker ends when its standard input does."""
+first step, "peak_bytes" how much memory the process has had at most, "first" what the first step
+cost, which with Tunix includes what is compiled in it. What libraries print goes to the standard
+error. A worker ends when its standard input does."""
 
 import argparse
 import functools
@@ -47,6 +49,7 @@ class Running(NamedTuple):
     step: Callable[[], Cost]
     counts: dict[str, Any]
     notes: list[str]
+    first: Cost  # of the first step
 
 
 def read_clock() -> tuple[float, float]:
@@ -142,13 +145,14 @@ def step_loops(loops: dict[str, Paused]) -> Cost:
 
 def make_first_step(
     step: Callable[[], Cost], trained: dict[str, Any], checksum: Callable[[Any], float]
-) -> None:
+) -> Cost:
     """Raises: ValueError if the step leaves the parameters of one of the models as they were."""
     before = {kind: checksum(model) for kind, model in trained.items()}
-    step()
+    cost = step()
     unchanged = [kind for kind, model in trained.items() if checksum(model) == before[kind]]
     if unchanged:
         raise ValueError(f"a step changed no parameter of {unchanged}")
+    return cost
 
 
 def find_workload(name: str) -> tuple[Workload, bool]:
@@ -186,7 +190,7 @@ def serve(
             running = opened[workload]
             steps = [running.step() for _ in range(request["steps"])]
             counted: dict[str, Any] = {"counts": running.counts, "notes": running.notes}
-            counted["peak_bytes"] = read_peak_memory()
+            counted |= {"peak_bytes": read_peak_memory(), "first": running.first}
             answer({"workload": workload, "steps": steps, **counted})
         except Exception as error:
             traceback.print_exc()

@@ -178,7 +178,8 @@ class Timing:
             self._fail(worker_name, failure)
             return
         self._workers[worker_name] = worker
-        of = {"first_step": time.perf_counter() - began, "versions": worker.versions, "steps": []}
+        of = {"first_step": time.perf_counter() - began, "versions": worker.versions}
+        of["steps"] = [answer["first"]] if self._args.first else []
         of |= {name: answer[name] for name in ("counts", "notes", "peak_bytes")}
         for name, value in of.items():
             self.result[name][worker_name] = value
@@ -287,6 +288,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each worker (5)")
     parser.add_argument(
+        "--first",
+        action="store_true",
+        help="count the first step too (popi_jax has compiled before it, TRL compiles nothing, "
+        "Tunix compiles in it); --rounds may then be 0",
+    )
+    parser.add_argument(
         "--apart",
         action="store_true",
         help="one worker at a time, where memory does not hold them together",
@@ -304,8 +311,8 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=pathlib.Path, default=pathlib.Path("work/peers"), help="folder (work/peers)"
     )
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds: must be at least 1")
+    if args.rounds < 1 - args.first:
+        parser.error("--rounds: must be at least 1, or 0 with --first")
     missing = [name for name in args.workers if not pathlib.Path(find_interpreter(name)).exists()]
     if missing:
         names = " and ".join(missing)

@@ -338,9 +338,9 @@ def open_workload(name: str, geometry: Geometry) -> Running:
         return protocol.step_loops(loops)
 
     forwards = Forwards(**watched)
-    protocol.make_first_step(step, trained, compute_checksum)
+    first = protocol.make_first_step(step, trained, compute_checksum)
     counts = forwards.take()
-    return Running(step, counts, [])
+    return Running(step, counts, [], first)
 
 
 if __name__ == "__main__":

@@ -300,12 +300,12 @@ def open_workload(name: str, geometry: Geometry) -> Running:
         return protocol.step_loops(loops)
 
     forwards = Forwards()
-    protocol.make_first_step(step, trained, compute_checksum)
+    first = protocol.make_first_step(step, trained, compute_checksum)
     counts = forwards.take()
     notes = (
         ["no reference model at all: Tunix cannot store its log-probs"] if stored_reference else []
     )
-    return Running(step, counts, notes)
+    return Running(step, counts, notes, first)
 
 
 if __name__ == "__main__":
