@@ -55,7 +55,7 @@ ALSO = {
 FLAX = {"models/transformer.py"}
 HEAVY = {
     *("jax", "numpy", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "tokenizers"),
-    "safetensors",
+    *("safetensors", "huggingface_hub"),
 }
 
 
