@@ -64,9 +64,7 @@ class DataConfig:
     )
     score_margin: int = setting(1, "least gap of scores of 100 (prism)", at_least(1), data=True)
     pair_layout: str = setting(
-        "paired",
-        "of past pairs in the signals; grouped: rejected replies last, learned sooner",
-        one_of("paired", "grouped"),
+        "paired", "of past pairs; grouped: rejected replies last", one_of("paired", "grouped")
     )
     turns: str = setting("first", "of a conversation (prism)", one_of("first", "all"), data=True)
     use_system_string: bool = setting(
@@ -87,13 +85,12 @@ class ModelConfig:
 
     checkpoint: str = setting(
         "checkpoints/base",
-        "base weights and tokenizer: a Hugging Face folder, one in a bucket, or a repository of "
-        "the hub, org/name or org/name@revision; '' = random weights",
+        "base model: a folder, here or in a bucket, or org/name[@revision] of the hub; '' = none",
     )
     vocab_size: int = setting(
         2048,
-        "most tokens of the tokenizer that is trained when there is no checkpoint",
-        at_least(300, "the tokenizer starts from 256 bytes and its control tokens"),
+        "most tokens of the tokenizer that is trained where there is no checkpoint",
+        at_least(300, "256 bytes and control tokens"),
     )
     num_layers: int = setting(3, "of the shape that random weights get", at_least(1))
     embed_dim: int = setting(64, "width between the layers", at_least(1))
@@ -127,15 +124,10 @@ class ModelConfig:
         "What is known of the user:", "text before the summary in the generator's context"
     )
     summary_place: str = setting(
-        "system",
-        "of the generator's: a system message, where the chat template takes one, or the head of "
-        "the first message of the user",
-        one_of("system", "user"),
+        "system", "the message that holds it; user: the first of them", one_of("system", "user")
     )
     template_args: str = setting(
-        "",
-        """arguments of the chat template as JSON, like '{"enable_thinking": false}'""",
-        JSON_OBJECT,
+        "", """of the chat template, like '{"enable_thinking": false}'""", JSON_OBJECT
     )
 
 
@@ -204,9 +196,7 @@ class GeneratorConfig:
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
     group_size: int = setting(
-        8,
-        "summaries sampled per user (G)",
-        at_least(2, "a reward is compared with those of the user's other summaries"),
+        8, "summaries sampled per user (G)", at_least(2, "their rewards are compared")
     )
     temperature: float = setting(1.0, "of sampling and of the trained log-probs", ABOVE_ZERO)
     reward: str = setting("log_sigmoid", "of a margin", one_of("log_sigmoid", "accuracy", "margin"))
@@ -279,10 +269,7 @@ class BatchConfig:
     users: int = setting(16, "users per update, over all devices", at_least(1))
     pairs: int = setting(4, "preference pairs per user and update (K)", at_least(1))
     summary_fill: float = setting(
-        0.0,
-        "most of summary_len that summaries fill, for speed alone; 0 = as the run's own do",
-        FRACTION,
-        free=True,
+        0.0, "of summary_len that summaries fill, for speed; 0 = measured", FRACTION, free=True
     )
     microbatches: int = setting(1, "parts of an update in turn, to save memory", at_least(1))
 

@@ -7,7 +7,7 @@ z, that of the inference model after the signals u. Nothing is shortened here: e
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from popi_jax.data.records import Messages, User
@@ -22,7 +22,7 @@ _ENDS = ("x", "x.", "x)", "1", "é", "x\n", "")
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
+class Tokenizer(Hashable, Protocol):
     """What prompts need of data/tokenizer.py: Tokenizer."""
 
     source: str

@@ -115,7 +115,7 @@ class Tokenizer:
 
     def list_names(self, ids: Iterable[int]) -> list[str]:
         """How the tokens are spelled in the vocabulary."""
-        return [self._control.id_to_token(i) for i in ids]
+        return [self._control.id_to_token(i) or "" for i in ids]
 
     def render(self, messages: Messages, *, cut: str) -> tuple[list[int], ...]:
         """Token ids of a conversation up to the header of the reply, divided at each `cut` inside a
@@ -287,7 +287,7 @@ class Tokenizer:
         text = self._try_roles(("user", "assistant"), add_generation_prompt=False)
         ids = set(added.values())
         for i in self._encode_control(_SENTINEL.split(text)[-1]):
-            if i in ids and self._control.id_to_token(i).strip():
+            if i in ids and self.list_names([i])[0].strip():
                 return i
         eos = self._find_id("eos_token")
         if eos is None:
