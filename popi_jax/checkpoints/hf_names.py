@@ -15,7 +15,7 @@ from popi_jax.arrays import Params
 from popi_jax.models.transformer import TransformerConfig
 
 Index = tuple[slice, ...]
-JOB_BYTES = 2**24  # of a leaf, that one thread fills at a time
+JOB_BYTES = 2**26  # of a leaf, that one thread fills at a time
 ALIGNMENT = 64  # bytes, of an array that XLA takes as it lies in memory
 
 

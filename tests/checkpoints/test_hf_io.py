@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -158,18 +157,6 @@ def test_shards_hold_at_most_the_given_bytes(tmp_path):
         assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
         assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= 2500
     assert_same(hf_io.read_params(tmp_path, CFG), PARAMS[CFG])
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        write(tmp_path / "model")
-    finally:
-        os.umask(before)
-    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
-    assert len(modes) == 3
-    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 @pytest.mark.parametrize(
@@ -341,59 +328,6 @@ def test_files_that_are_broken_or_absent_are_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type":\n "llama"')
     with pytest.raises(UserError, match="not valid JSON.*line 2"):
         hf_config.read_config(tmp_path)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_an_export_replaces_an_earlier_one(tmp_path):
-    for step in (1, 2):
-        with hf_write.open_export(tmp_path / "out") as folder:
-            write(folder)
-            (folder / f"{step}.txt").write_text("")
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == [
-        "2.txt",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
-
-
-def test_an_export_that_fails_changes_nothing(tmp_path):
-    with hf_write.open_export(tmp_path / "out") as folder:
-        write(folder)
-    with pytest.raises(ZeroDivisionError), hf_write.open_export(tmp_path / "out") as folder:
-        (folder / "half.txt").write_text("")
-        raise ZeroDivisionError
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors"]
-
-
-def test_other_peoples_folders_are_left_alone(tmp_path):
-    write(tmp_path / "llama")
-    edit(tmp_path / "llama", popi_jax="drop")
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/a.txt").write_text("x")
-    before = sorted(tmp_path.rglob("*"))
-    for name in ("llama", "file", "notes"):
-        with (
-            pytest.raises(UserError, match="something other than an earlier export"),
-            hf_write.open_export(tmp_path / name),
-        ):
-            pass
-    with (
-        pytest.raises(UserError, match="cannot write in"),
-        hf_write.open_export(tmp_path / "file/x/out"),
-    ):
-        pass
-    assert sorted(tmp_path.rglob("*")) == before
-    (tmp_path / "empty").mkdir()
-    with hf_write.open_export(tmp_path / "empty") as folder:
-        write(folder)
-    assert "config.json" in names(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED])
