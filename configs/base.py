@@ -1,8 +1,8 @@
 """What every file of configs/ begins with: the defaults of popi_jax/config.py, overwritten by rows.
 
 Order: the defaults, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the lines of the file
-itself, and last the flags `--config.a.b=value`. A layer may only overwrite fields that are
-declared: another name or type raises."""
+itself, and last the flags `--config.a.b=value`. A released model on a laptop has smaller batches.
+A layer may only overwrite fields that are declared: another name or type raises."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs.models import MODELS
-from configs.scales import SCALES, detect, find_row
+from configs.scales import RELEASED_ON_LAPTOP, SCALES, detect, find_row
 from configs.schedules import SCHEDULES
 from popi_jax.config import Config
 from popi_jax.errors import UserError, did_you_mean
@@ -54,7 +54,10 @@ def compose(arg: str) -> ConfigDict:
     chosen = parse_arg(arg)
     c = ConfigDict(dataclasses.asdict(Config())).lock()
     c.update_from_flattened_dict(MODELS[chosen.model])
-    c.update_from_flattened_dict(find_row(detect() if chosen.scale == "auto" else chosen.scale))
+    scale = detect() if chosen.scale == "auto" else chosen.scale
+    c.update_from_flattened_dict(find_row(scale))
+    if scale == "laptop" and c.model.checkpoint:
+        c.update_from_flattened_dict(RELEASED_ON_LAPTOP)
     c.update_from_flattened_dict(SCHEDULES[chosen.schedule])
     if c.model.checkpoint:
         c.warmup.steps = 0

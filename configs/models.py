@@ -16,6 +16,7 @@ _TINY: dict[str, object] = {
     "data.summary_len": 18,
     "batch.pairs": 8,
     "warmup.steps": 300,
+    "inference.temperature": 1.0,
     "generator.learning_rate": 1e-4,
     "generator.lr_warmup_steps": 5,
     "inference.learning_rate": 5e-4,

@@ -88,6 +88,16 @@ SCALES: dict[str, dict[str, object]] = {
 }
 
 
+# over the row "laptop" where a released model is trained on it: updates of a minute or two
+RELEASED_ON_LAPTOP: dict[str, object] = {
+    "model.dtype": "float32",  # CPUs compute bfloat16 slower
+    "batch.users": 4,
+    "inference.group_size": 4,
+    "evaluation.batch_users": 8,
+    "evaluation.max_users": 32,
+}
+
+
 def find_row(name: str) -> dict[str, object] | None:
     """Returns the row of SCALES, or of a topology like "v5p:4x4x4" or "2xv5p:4x4x4"; None for any
     other name."""

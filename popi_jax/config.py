@@ -198,7 +198,7 @@ class InferenceConfig:
     group_size: int = setting(
         8, "summaries sampled per user (G)", at_least(2, "their rewards are compared")
     )
-    temperature: float = setting(1.0, "of sampling and of the trained log-probs", ABOVE_ZERO)
+    temperature: float = setting(0.6, "of sampling and of the trained log-probs", ABOVE_ZERO)
     reward: str = setting("log_sigmoid", "of a margin", one_of("log_sigmoid", "accuracy", "margin"))
     reward_generator: str = setting(
         "current",
