@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from popi_jax.data import prompts
+from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import Messages, User
-from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
 _MEASURED_USERS = 4096

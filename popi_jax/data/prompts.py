@@ -8,7 +8,7 @@ z, that of the inference model after the signals u. Nothing is shortened here: e
 import functools
 import os
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from popi_jax.data.records import Messages, User
 from popi_jax.errors import UserError
@@ -23,11 +23,13 @@ _ENDS = ("x", "x.", "x)", "1", "é", "x\n", "")
 
 @runtime_checkable
 class Tokenizer(Hashable, Protocol):
-    """What prompts need of data/tokenizer.py: Tokenizer."""
+    """What is needed of data/tokenizer.py: Tokenizer."""
 
     source: str
 
     def encode(self, text: str, after: str = "") -> list[int]: ...
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str: ...
 
     def encode_reply(self, text: str) -> list[int]: ...
 
