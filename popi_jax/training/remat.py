@@ -62,7 +62,8 @@ def estimate_need(
     kept = {policy: slots * count_kept_bytes(model, policy) for policy in POLICIES}
     trained = max(_count_bytes(role.params) for role in (state.inference, state.generator))
     head = model.vocab_size * (3 * 4 * CHUNK + 2 * 4 * model.embed_dim)
-    return Need(available, _count_bytes(given) + trained + head, kept)
+    layer = slots * count_kept_bytes(model, "none") / model.num_layers  # while it is computed again
+    return Need(available, _count_bytes(given) + trained + head + layer, kept)
 
 
 def count_slots(config: Config, prompts: PromptTokens) -> int:

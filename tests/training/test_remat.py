@@ -60,7 +60,7 @@ def test_an_estimate_is_near_what_the_compiler_needs() -> None:
     lengths = {"context_len": 256, "summary_len": 4, "turn_len": 5, "answer_len": 4}
     cfg = small.replace(small.make_config(), "data", **lengths)
     with jax.set_mesh(small.make_mesh(1, 1, 1)):
-        for policy in ("none", "dots"):
+        for policy in POLICIES:
             chosen = dataclasses.replace(model, remat=policy)
             made = small.make_update(cfg, model=chosen, phases=("inference 1",))
             roles = small.roles_of(made)
@@ -71,7 +71,7 @@ def test_an_estimate_is_near_what_the_compiler_needs() -> None:
             update = jax.jit(partial(popi_update, **made._asdict()))
             compiled = update.lower(state, frozen, users).compile()
             temporaries = compiled.memory_analysis().temp_size_in_bytes
-            assert 0.6 * need.kept[policy] < temporaries
+            assert need.kept[policy] < temporaries
             assert temporaries < remat.SLACK * need.kept[policy] + need.fixed
 
 
