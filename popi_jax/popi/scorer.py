@@ -253,12 +253,12 @@ class Scorer:
 
         def run(params: Params, part: Any) -> tuple[Params, tuple[Metrics, PyTree]]:
             tree, budget, score = plan(part)
-            spares = packing.spares_padding(budget, tree)  # else there is no other way
+            full = budget is not None and not packing.spares_padding(budget, tree)
 
             def differentiate(budget: Budget | None) -> tuple[Params, tuple[Metrics, PyTree]]:
                 loss = lambda params: loss_fn(score(whole(params), budget), *part)  # noqa: E731
                 grads, (metrics, rows) = jax.grad(loss, has_aux=True)(params)
-                unpadded = Mean(jnp.float32(budget is not None), jnp.float32(spares))
+                unpadded = Mean(jnp.float32(budget is not None or full), jnp.float32(1.0))
                 return grads, (metrics | {"unpadded": unpadded}, rows)
 
             return packing.run_packed_if_it_fits(budget, tree, differentiate)
