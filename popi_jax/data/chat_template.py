@@ -20,6 +20,11 @@ from popi_jax.data.records import Messages
 from popi_jax.errors import UserError, did_you_mean
 
 _PINNED_DATE = datetime.datetime(2024, 7, 26)
+# what running a template may raise
+_FAULTS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(TypeError, ValueError),
+)
 # what transformers passes by itself; the rest of a template's variables are arguments
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -87,7 +92,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **names,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
+    except _FAULTS as e:
         roles = ", ".join(m["role"] for m in messages)
         told = f"the chat template refuses the roles {roles}: {e}"
         raise UserError(f"{source}: {told}") from None

@@ -6,6 +6,7 @@ data become a control token: such a word is spelled out, as `sanitize_control_to
 transformers 5 does. Needs neither jax nor torch."""
 
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,13 +30,17 @@ CHAT_TEMPLATE = (
 # around a control word of the data while the template is rendered
 _OPEN, _CLOSE = "\ufdd1", "\ufdd2"
 _REPLACED = str.maketrans({_OPEN: "\ufffd", _CLOSE: "\ufffd"})
-# stands for a message's content when a template is tried
-_SENTINEL = re.compile("\ue000Content([0-9]+)\ue001")
-# an added token of this form is text like any other: words, white space, Gemma's tags of HTML
-_PLAIN = re.compile(
-    r"[\w\s'’\-]*|</?(b|blockquote|caption|code|em|h[1-6]|i|s|strong|su[bp]|table|tbody|td|tfoot|th"
-    r"|thead|tr|u)>"
+# stands for a message's content when a template is tried: what one that changes contents changes
+_TRIED = ' "a" <b>&\n\n  ' + "content " * 30 + "x"
+# an added token of this form is text like any other: a word, white space, one character, or one of
+# Gemma's tags of HTML
+_TAGS = (
+    "a b blockquote body caption code div em footer h1 h2 h3 h4 h5 h6 html i iframe img li s span"
 )
+_TAGS += " strong sub sup table tbody td tfoot th thead tr u ul ol p br hr bbox"
+_PLAIN = re.compile(rf"[\w\s▁'’\-]*|.|</?({_TAGS.replace(' ', '|')})>", re.DOTALL)
+# normalizers that make no control word of other words
+_FAITHFUL = {"Replace", "Prepend", "NFC", "NFD", "Sequence"}
 
 
 class Tokenizer:
@@ -66,7 +71,7 @@ class Tokenizer:
         self._template = chat.compile_template(chat_template, source)
         self._names = tokenizer_files.read_names(settings)
         added = self._control.get_added_tokens_decoder()
-        named = set(self._names.values())
+        named = {*self._names.values(), settings.get("reply_end")}
         control = {
             i: token.content
             for i, token in added.items()
@@ -74,17 +79,14 @@ class Tokenizer:
         }
         self.control_ids = frozenset(control)
         words = _match_any(control.values())
+        kinds = set(re.findall(r'"type": ?"(\w+)"', json.dumps(_get_normalizer(tokenizer_json))))
+        self._folds = not kinds <= _FAITHFUL
         self._words = re.compile(words)
         self._marked = re.compile(f"{_OPEN}({words}){_CLOSE}|[{_OPEN}{_CLOSE}]")
         # headers come again and again
         self._look_back = functools.lru_cache(64)(self._find_last_segment)
         self.bos_id = self._find_id("bos_token")
-        self.eos_id = self._find_reply_end({token.content: i for i, token in added.items()})
-        if self.eos_id not in self.control_ids:
-            told = (
-                f'"{self._control.id_to_token(self.eos_id)}", which ends a reply, is a plain word'
-            )
-            raise UserError(f"{source}: {told}; name it as eos_token in tokenizer_config.json")
+        self.eos_id = self._find_reply_end()
         pad = self._control.token_to_id(self._names.get("pad_token", ""))
         self.pad_id = self.eos_id if pad is None else pad
         self._takes_system = system_role and self._try_system()
@@ -95,7 +97,9 @@ class Tokenizer:
         reply = self.encode_reply("x")
         self.reply_ids = self.control_ids.intersection(reply)
         system = {"role": "system", "content": "x"}
-        seen = [*reply, self.pad_id, *self.render([system, *self._asked], cut=_OPEN)[0]]
+        told = [system, *self._asked, {"role": "assistant", "content": "x"}, *self._asked]
+        seen = [*reply, self.pad_id, *self.render(told, cut=_OPEN)[0]]
+        seen += [i for i, word in control.items() if word and word in chat_template]
         plain = (i for i in self._control.get_vocab().values() if i not in self.control_ids)
         self.vocab_size = 1 + max(*plain, *seen)
 
@@ -150,6 +154,14 @@ class Tokenizer:
         """Token ids of a reply behind its header, as the template writes it, with its end token."""
         messages = [*self._asked, {"role": "assistant", "content": text}]
         whole = self._write(messages, add_generation_prompt=False)
+        if not whole.startswith(self._header):  # the template acts on a control word of the reply
+            marked = [*self._asked, {"role": "assistant", "content": self._mark(text)}]
+            whole = self._fill(marked, add_generation_prompt=False)
+        if not whole.startswith(self._header):
+            raise UserError(
+                f"{self.source}: the chat template writes the reply {text[:60]!r} behind another "
+                "header than it asks for one with"
+            )
         ids = self._continue(self._header, whole.removeprefix(self._header))
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return [*ids[:end], self.eos_id]
@@ -168,7 +180,12 @@ class Tokenizer:
         return found
 
     def _mark(self, text: str) -> str:
-        return self._words.sub(f"{_OPEN}\\g<0>{_CLOSE}", text.translate(_REPLACED))
+        text = text.translate(_REPLACED)
+        if self._folds and self._control.normalizer is not None:
+            folded = self._control.normalizer.normalize_str(text)
+            if len(self._words.findall(folded)) > len(self._words.findall(text)):
+                text = folded  # which becomes a control token only now
+        return self._words.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)
 
     def _write(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         """Renders contents with their control words marked. Where the template acts on the words of
@@ -177,13 +194,7 @@ class Tokenizer:
 
         def fill(contents: list[str]) -> str:
             filled = [m | {"content": c} for m, c in zip(messages, contents, strict=True)]
-            return chat.render(
-                self._template,
-                filled,
-                self._names,
-                add_generation_prompt=add_generation_prompt,
-                source=self.source,
-            )
+            return self._fill(filled, add_generation_prompt=add_generation_prompt)
 
         bare = [m["content"].translate(_REPLACED) for m in messages]
         plain, contents = fill(bare), list(bare)
@@ -192,10 +203,16 @@ class Tokenizer:
             if marked != content:
                 text = fill([*bare[:number], marked, *bare[number + 1 :]])
                 left = any(found.group(1) for found in self._marked.finditer(text))
-                words = self._words.findall(self._marked.sub("", text))
+                words = self._words.findall(self._marked.sub("\0", text))
                 if left or words != self._words.findall(plain):
                     contents[number] = marked
         return plain if contents == bare else fill(contents)
+
+    def _fill(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        template, asks = self._template, add_generation_prompt
+        return chat.render(
+            template, messages, self._names, add_generation_prompt=asks, source=self.source
+        )
 
     def _encode_marked(self, text: str) -> list[int]:
         """Token ids of a template's text; the marked words are spelled out, each by itself."""
@@ -258,10 +275,10 @@ class Tokenizer:
     def _try_roles(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> str:
         """What the template writes for sentinels as contents. Raises: UserError unless it writes
         each once and unchanged."""
-        contents = (f"\ue000Content{i}\ue001" for i in range(len(roles)))
+        contents = [f"\ue000{i}{_TRIED}\ue001" for i in range(len(roles))]
         messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
         text = self._write(messages, add_generation_prompt=add_generation_prompt)
-        found = [int(number) for number in _SENTINEL.findall(text)]
+        found = [int(number) for number in re.findall(f"\ue000([0-9]+){_TRIED}\ue001", text)]
         if sorted(found) != list(range(len(roles))):
             raise UserError(
                 f"{self.source}: the chat template must write the content of each message once and "
@@ -283,13 +300,13 @@ class Tokenizer:
                 "out of its add_generation_prompt, or into its replies"
             )
 
-    def _find_reply_end(self, added: Mapping[str, int]) -> int:
+    def _find_reply_end(self) -> int:
         text = self._try_roles(("user", "assistant"), add_generation_prompt=False)
-        ids = set(added.values())
-        for i in self._encode_control(_SENTINEL.split(text)[-1]):
-            if i in ids and self.list_names([i])[0].strip():
+        for i in self._encode_control(text.rpartition("\ue001")[2]):
+            if i in self.control_ids:
                 return i
-        eos = self._find_id("eos_token")
+        token = self._names.get("eos_token") or self.settings.get("reply_end", "")
+        eos = self._control.token_to_id(token) if token else None
         if eos is None:
             told = "eos_token is missing and the chat template ends a reply with no control token"
             raise UserError(f"{self.source}: {told}")
@@ -343,6 +360,10 @@ def load(
     found = tokenizer_files.read(folder)
     template = chat.set_arguments(found.chat_template, template_args or {}, str(folder))
     return Tokenizer(found.tokenizer_json, found.settings, template, str(folder), system_role)
+
+
+def _get_normalizer(tokenizer_json: str) -> Any:
+    return json.loads(tokenizer_json).get("normalizer")
 
 
 def _match_any(words: Iterable[str]) -> str:

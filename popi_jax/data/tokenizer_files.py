@@ -10,9 +10,12 @@ import tokenizers
 from etils import epath
 
 from popi_jax import files
+from popi_jax.data.tokenizer_classes import check_same_tokens, find_class
 from popi_jax.errors import UserError
 
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# of the place and the program that wrote a folder
+_OF_THE_WRITER = ("auto_map", "processor_class", "backend", "is_local", "local_files_only")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -35,17 +38,19 @@ def read(folder: str | os.PathLike[str]) -> Files:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         told = f"not found (the folder holds {found}); slow tokenizers are not read"
         raise UserError(f"{root}/tokenizer.json: {told}")
-    settings = _read_json(root / "tokenizer_config.json")
-    more = root / "special_tokens_map.json"  # the names, where tokenizer_config.json has none
-    if more.is_file():
-        settings = _read_json(more) | settings
     state = _read_json(root / "tokenizer.json")
-    if "eos_token" not in read_names(settings):
-        settings["eos_token"] = _find_eos(root, state)
-    _check_prefix_space(root, state, settings)
-    _check_llama_class(root, state, settings)
-    _add_tokens(state, settings.get("added_tokens_decoder"))
-    text = json.dumps(state, ensure_ascii=False)
+    try:
+        settings = _read_settings(root, state)
+        _add_tokens(root, state, settings)
+        text = json.dumps(state, ensure_ascii=False)
+        opened = open_backend(text, str(root))
+        if "eos_token" not in read_names(settings):
+            settings["reply_end"] = _find_eos(root, opened)
+        if built := find_class(settings, _read_model_type(root)):
+            check_same_tokens(root, state, *built, opened)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        told = f"the files of the tokenizer hold what they should not: {type(e).__name__} {e}"
+        raise UserError(f"{root}: {told}") from e
     return Files(text, settings, _find_template(root, settings))
 
 
@@ -60,12 +65,13 @@ def write(
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # what Hugging Face writes for "no limit"
         **{name: value for name, value in settings.items() if value not in ("", None)},
+        **_name_extra(settings),
         # the class that transformers 4 and 5 have both, and that goes by tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": chat_template,
     }
-    for name in ("auto_map", "processor_class", "backend", "is_local", "local_files_only"):
-        config.pop(name, None)  # of the place and the program that wrote the folder
+    for name in (*_OF_THE_WRITER, "extra_special_tokens"):
+        config.pop(name, None)
     texts = {"tokenizer.json": tokenizer_json}
     for name, content in (
         ("tokenizer_config", config),
@@ -95,50 +101,80 @@ def read_names(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: token for name, token in names.items() if token}
 
 
-def _add_tokens(state: dict[str, Any], declared: Any) -> None:
-    """The tokens that tokenizer_config.json declares beside those of tokenizer.json, and their
-    flags, which transformers takes from there."""
-    tokens = {int(token["id"]): token for token in state.get("added_tokens") or []}
-    for number, token in (declared if isinstance(declared, dict) else {}).items():
-        if isinstance(token, dict) and isinstance(token.get("content"), str):
-            flags = {name: bool(token.get(name, False)) for name in _FLAGS}
-            tokens[int(number)] = {"id": int(number), "content": token["content"], **flags}
-    state["added_tokens"] = [tokens[number] for number in sorted(tokens)]
+def _read_settings(root: epath.Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of tokenizer_config.json, with the names of special tokens of the other files."""
+    path = root / "tokenizer_config.json"
+    settings = _read_json(path) if path.is_file() else {}
+    more = root / "special_tokens_map.json"  # as transformers: an older way to name them
+    if more.is_file() and "added_tokens_decoder" not in settings:
+        settings |= _read_json(more)
+    if settings.get("split_special_tokens"):
+        raise UserError(f"{path}: split_special_tokens is true, supported is false")
+    if found := find_class(settings, _read_model_type(root)):
+        vocab = state.get("model", {}).get("vocab", {})
+        known = {*(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))}
+        known |= {token["content"] for token in state.get("added_tokens") or []}
+        names = {name: token for name, token in found[1].names.items() if token in known}
+        settings = names | settings
+    inside = (state.get("pre_tokenizer") or {}).get("add_prefix_space")
+    if (state.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 has none
+            settings["add_prefix_space"] = inside
+        _check_prefix_space(path, bool(inside), bool(settings.get("add_prefix_space", False)))
+    return settings
 
 
-def _check_prefix_space(
-    root: epath.Path, state: dict[str, Any], settings: Mapping[str, Any]
-) -> None:
+def _read_model_type(root: epath.Path) -> str:
+    path = root / "config.json"
+    return str(_read_json(path).get("model_type", "")) if path.is_file() else ""
+
+
+def _check_prefix_space(path: epath.Path, inside: bool, outside: bool) -> None:
     """Raises: UserError where transformers 4 overrides what tokenizer.json says, and 5 does not."""
-    name = "add_prefix_space"
-    inside = (state.get("pre_tokenizer") or {}).get(name)
-    outside = bool(settings.get(name, False))
-    if inside is not None and bool(inside) != outside:
+    if inside != outside:
+        name, told = "add_prefix_space", json.dumps(inside)
         raise UserError(
-            f"{root}/tokenizer_config.json: {name} is {json.dumps(outside)}, in tokenizer.json "
-            f"{json.dumps(bool(inside))}: transformers 4 and 5 read other tokens from them; set "
-            f'"{name}": {json.dumps(bool(inside))} in tokenizer_config.json'
+            f"{path}: {name} is {json.dumps(outside)}, in tokenizer.json {told}: transformers 4 "
+            f'and 5 read other tokens from them; set "{name}": {told} in tokenizer_config.json'
         )
 
 
-def _check_llama_class(
-    root: epath.Path, state: dict[str, Any], settings: Mapping[str, Any]
-) -> None:
-    """Raises: UserError where transformers 5 builds another tokenizer than tokenizer.json tells:
-    its class of SentencePiece tokenizers goes by "legacy" alone."""
-    name = str(settings.get("tokenizer_class", ""))
-    pieces, text = state.get("pre_tokenizer") or {}, json.dumps(state.get("normalizer"))
-    every = "Prepend" in text or pieces.get("prepend_scheme") == "always"
-    if name not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return
-    if every != bool(settings.get("legacy")) and (every or pieces.get("type") == "Metaspace"):
-        before = "every part of a text" if every else "the first part of a text alone"
-        raise UserError(
-            f'{root}/tokenizer_config.json: with tokenizer_class "{name}" transformers 4 and 5 '
-            f"read different tokens: tokenizer.json puts a space before {before}, and legacy is "
-            f"{json.dumps(settings.get('legacy'))}; set tokenizer_class to "
-            '"PreTrainedTokenizerFast", which goes by tokenizer.json'
-        )
+def _add_tokens(root: epath.Path, state: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Adds the tokens that other files declare beside those of tokenizer.json, behind them, and
+    takes the flags of tokenizer_config.json, as transformers does."""
+    tokens = {token["content"]: dict(token) for token in state.get("added_tokens") or []}
+    vocab = state.get("model", {}).get("vocab", {})
+    pieces = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+
+    def add(content: str, flags: Mapping[str, Any]) -> None:
+        last = max([len(pieces) - 1, *(token["id"] for token in tokens.values())])
+        number = tokens.get(content, {}).get("id", pieces.get(content, last + 1))
+        kept = {name: bool(flags.get(name, False)) for name in _FLAGS}
+        tokens[content] = {"id": number, "content": content, **kept}
+
+    declared = settings.get("added_tokens_decoder") or {}
+    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
+        add(token["content"], token)
+    names = [name for name in read_names(settings).values() if name in pieces]
+    for name in (*names, *_name_extra(settings).get("additional_special_tokens", [])):
+        if name not in tokens:
+            add(name, {"special": True})
+    older = root / "added_tokens.json"
+    for name in _read_json(older) if older.is_file() else {}:
+        if name not in tokens:
+            add(name, {})
+    state["added_tokens"] = list(tokens.values())
+
+
+def _name_extra(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The special tokens without a role of their own, under the name that transformers 4 and 5
+    both read."""
+    found: list[str] = []
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(field) or []
+        for token in value.values() if isinstance(value, dict) else value:
+            found.append(str(token["content"] if isinstance(token, dict) else token))
+    return {"additional_special_tokens": list(dict.fromkeys(found))} if found else {}
 
 
 def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
@@ -149,8 +185,10 @@ def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
     if template is None and of_processor.is_file():
         template = _read_json(of_processor).get("chat_template")
     where = f"{root}/tokenizer_config.json"
-    if isinstance(template, list):
-        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+    if isinstance(template, list | dict):
+        listed = template if isinstance(template, list) else []
+        named = {str(t.get("name")): t.get("template") for t in listed if isinstance(t, dict)}
+        named = template if isinstance(template, dict) else named
         if "default" not in named:
             raise UserError(f'{where}: chat_template names {sorted(named)}, but not "default"')
         template = named["default"]
@@ -160,13 +198,12 @@ def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
     return template
 
 
-def _find_eos(root: epath.Path, state: dict[str, Any]) -> str:
+def _find_eos(root: epath.Path, opened: tokenizers.Tokenizer) -> str:
     """The name of the end token that the files of the model tell, "" when they tell none."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
-        if ids is not None:
-            found = ids[0] if isinstance(ids, list) else ids
-            return open_backend(json.dumps(state), str(root)).id_to_token(found) or ""
+        if ids not in (None, []):
+            return opened.id_to_token(ids[0] if isinstance(ids, list) else ids) or ""
     return ""
 
 

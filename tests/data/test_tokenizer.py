@@ -270,7 +270,7 @@ def test_broken_templates_are_told(llama_like: pathlib.Path, template: str, mess
     [
         ("tokenizer.json", None, "tokenizer.json: not found"),
         ("tokenizer.json", "{}", "not a tokenizer"),
-        ("tokenizer_config.json", None, "tokenizer_config.json: not readable"),
+        ("tokenizer_config.json", None, "no chat_template.jinja and no chat_template in"),
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "[]", "must be a JSON object, found list"),
         ("tokenizer_config.json", '{"eos_token": "<|eos|>"}', "no chat_template"),
