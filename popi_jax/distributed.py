@@ -158,11 +158,12 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str, limit_s: int = BARRIER_S) -> None:
+def wait_for_all(what: str, limit_s: int = 0) -> None:
     """Returns when all processes have called this with the same words, each of which may be used
     once.
 
-    Raises: UserError after `limit_s` seconds."""
+    Raises: UserError after `limit_s` seconds; 0: BARRIER_S."""
+    limit_s = limit_s or BARRIER_S
     if jax.process_count() == 1:
         return
     try:

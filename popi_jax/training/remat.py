@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from popi_jax.arrays import Frozen, TrainState
@@ -107,7 +108,7 @@ def find_memory() -> float:
     if device.platform == "cpu":
         found = read_free_memory() / jax.local_device_count()
     if jax.process_count() > 1:
-        found = float(multihost_utils.process_allgather(jnp.float32(found)).min())
+        found = float(multihost_utils.process_allgather(np.float32(found)).min())
     return found
 
 
