@@ -155,8 +155,9 @@ class Tokenizer:
         messages = [*self._asked, {"role": "assistant", "content": text}]
         whole = self._write(messages, add_generation_prompt=False)
         if not whole.startswith(self._header):  # the template acts on a control word of the reply
-            marked = [*self._asked, {"role": "assistant", "content": self._mark(text)}]
-            whole = self._fill(marked, add_generation_prompt=False)
+            hidden = self._words.sub(lambda word: f"{word[0][0]}{_OPEN}{word[0][1:]}", text)
+            reply = {"role": "assistant", "content": hidden}
+            whole = self._fill([*self._asked, reply], add_generation_prompt=False)
         if not whole.startswith(self._header):
             raise UserError(
                 f"{self.source}: the chat template writes the reply {text[:60]!r} behind another "
