@@ -117,7 +117,7 @@ class ModelConfig:
         free=True,
     )
     summary_instruction: str = setting(
-        "\n\nSummarise in a few short phrases what this user prefers in replies.",
+        "\n\nIn one short sentence, what does this user prefer in replies?",
         "text after the signals that asks the inference model for a summary",
     )
     answer_instruction: str = setting(

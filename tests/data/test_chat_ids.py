@@ -60,7 +60,7 @@ def test_replies(tokenizers: dict[str, Tokenizer], name: str, reply: str) -> Non
 
 
 def make_config(instruction: str) -> SimpleNamespace:
-    told = "\n\nSummarise in a few short phrases what this user prefers in replies."
+    told = "\n\nIn one short sentence, what does this user prefer in replies?"
     model = SimpleNamespace(answer_instruction=instruction, summary_instruction=told)
     return SimpleNamespace(model=model)
 
