@@ -37,6 +37,10 @@ from popi_jax.sharding import check_heads, match_shardings, param_shardings, rep
 from popi_jax.training import optim
 
 
+# how often the main stage draws each training user where log-probs of the reference are stored
+STORE_AT = 4
+
+
 class UpdateSetup(NamedTuple):
     """The static half of `popi_update`, bound once."""
 
@@ -82,8 +86,9 @@ def plan_update(
     objective, reference = make_objective(config), Reference.NONE
     if objective.needs_reference:
         reference = Reference(config.generator.reference)
-        # where it never changes and each training user is drawn about once, it is computed once
-        if reference is Reference.PROMPT and config.batch.users * len(kinds) >= num_users:
+        # it never changes: where that pays for the pass before the first update, it is stored
+        often = config.batch.users * len(kinds) >= STORE_AT * num_users
+        if reference is Reference.PROMPT and often:
             reference = Reference.STORED
     plan = UpdatePlan(
         kinds,

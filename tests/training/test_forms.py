@@ -334,7 +334,7 @@ def test_what_an_update_does_is_decided_once() -> None:
         plan = setup.plan_update(cfg, MODEL, small.GLUE, sampling, num_users=num_users).plan
         return plan.generator.reference, plan.inference.judge, setup.reads_frozen_generator(plan)
 
-    drawn = 8 * 12  # users of all updates
+    drawn = 8 * 12 // setup.STORE_AT  # so many users are drawn often enough by all updates
     assert decide() == (Reference.PROMPT, Judge.CURRENT, True)
     assert decide(drawn) == (Reference.STORED, Judge.CURRENT, False)
     assert decide(drawn + 1) == (Reference.PROMPT, Judge.CURRENT, True)
