@@ -24,7 +24,7 @@ from popi_jax.sharding import replicated
 PARTS = 16  # of the longest summaries: how finely places are chosen, so that runs share programs
 WINDOW = 16  # updates after which it is looked whether the places still are the right ones
 ENOUGH = 0.9  # of updates must run without padding
-BATCHES = 2  # whose summaries are drawn at the start
+BATCHES = 1  # whose summaries are drawn at the start
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Row = Mapping[str, float]  # metrics of an update, without those that do not apply
