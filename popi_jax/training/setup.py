@@ -36,7 +36,6 @@ from popi_jax.popi.scorer import Scorer
 from popi_jax.sharding import check_heads, match_shardings, param_shardings, replicated
 from popi_jax.training import optim
 
-
 # how often the main stage draws each training user where log-probs of the reference are stored
 STORE_AT = 4
 
