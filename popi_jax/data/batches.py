@@ -11,8 +11,8 @@ import numpy as np
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data.encode import EncodedUser, Ids, encode_user
+from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import User
-from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
 _MAX_CACHED_USERS = 20_000  # about 5 kB each; others are encoded anew each time

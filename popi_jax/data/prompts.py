@@ -26,6 +26,8 @@ class Tokenizer(Hashable, Protocol):
     """What is needed of data/tokenizer.py: Tokenizer."""
 
     source: str
+    eos_id: int
+    pad_id: int
 
     def encode(self, text: str, after: str = "") -> list[int]: ...
 

@@ -11,8 +11,8 @@ from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, round_up
 from popi_jax.data.prepared import Dataset
+from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import ITEM_SEPARATOR, User
-from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 
 _WRONG_SLOTS = 8  # most wrong items that are added to a summary for the generator
