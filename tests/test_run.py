@@ -11,7 +11,7 @@ import pytest
 
 from popi_jax import run
 from popi_jax.config import from_config_dict
-from popi_jax.data import measure
+from popi_jax.data import measure, tokenizer
 from popi_jax.errors import UserError
 from tests.data import chat_folders
 from tests.tiny_run import CACHE, config_of, on_devices, shared_run
@@ -103,3 +103,25 @@ def test_rows_beyond_the_positions_of_the_base_are_told(
     model = dataclasses.replace(tiny.model, checkpoint=str(folder))
     with on_devices(1), pytest.raises(UserError, match="of the inference model may have"):
         run.open_run(dataclasses.replace(tiny, model=model))
+
+
+def test_a_control_token_beyond_the_rows_is_accepted_and_never_drawn(tmp_path: Path) -> None:
+    """As the image token that the tokenizer of Gemma 3 has and its text models have not."""
+    from configs.base import compose
+
+    folder = chat_folders.make_folder("chatml", tmp_path)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    rows = max(token["id"] for token in state["added_tokens"]) + 1
+    image = {**state["added_tokens"][0], "id": rows, "content": "<image_soft_token>"}
+    state["added_tokens"].append(image)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    shape = {"vocab_size": rows, "hidden_size": 8, "num_hidden_layers": 1, "model_type": "llama"}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 16}
+    (folder / "config.json").write_text(json.dumps(shape))
+    words = tokenizer.load(folder)
+    c = compose("model=pretrained,scale=laptop")
+    c.name, c.model.checkpoint = "test", str(folder)
+    model = run.make_model(from_config_dict(c), words.vocab_size)
+    assert model.vocab_size == words.vocab_size == rows
+    assert max(run.list_banned(words, model)) < rows
+    assert max(words.encode("see <image_soft_token>")) < rows

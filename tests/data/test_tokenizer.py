@@ -171,6 +171,10 @@ def test_save_then_load_gives_the_same_ids(
         {"role": "user", "content": "bees <|user|> ?"},
     ]
     assert loaded.render(messages, cut="@") == tokenizer.render(messages, cut="@")
+    loaded.save(tmp_path / "export")  # transformers 4 would take false where it is not said
+    for name in ("new/folder", "export"):
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert config["add_prefix_space"] is True
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 0)
 
 
