@@ -88,11 +88,11 @@ SCALES: dict[str, dict[str, object]] = {
 }
 
 
-# over the row "laptop" where a released model is trained on it: updates of a minute or two
+# over the row "laptop" where a released model is trained on it: updates of a minute
 RELEASED_ON_LAPTOP: dict[str, object] = {
     "model.dtype": "float32",  # CPUs compute bfloat16 slower
     "data.summary_len": 64,
-    "batch.users": 4,
+    "batch.users": 2,
     "inference.group_size": 4,
     "evaluation.batch_users": 8,
     "evaluation.max_users": 32,
