@@ -6,7 +6,6 @@ data become a control token: such a word is spelled out, as `sanitize_control_to
 transformers 5 does. Needs neither jax nor torch."""
 
 import functools
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -79,8 +78,9 @@ class Tokenizer:
         }
         self.control_ids = frozenset(control)
         words = _match_any(control.values())
-        kinds = set(re.findall(r'"type": ?"(\w+)"', json.dumps(_get_normalizer(tokenizer_json))))
-        self._folds = not kinds <= _FAITHFUL
+        folder = self._control.normalizer
+        kinds = re.findall(r'"type": ?"(\w+)"', folder.__getstate__().decode() if folder else "")
+        self._folds = not {*kinds} <= _FAITHFUL
         self._words = re.compile(words)
         self._marked = re.compile(f"{_OPEN}({words}){_CLOSE}|[{_OPEN}{_CLOSE}]")
         # headers come again and again
@@ -361,10 +361,6 @@ def load(
     found = tokenizer_files.read(folder)
     template = chat.set_arguments(found.chat_template, template_args or {}, str(folder))
     return Tokenizer(found.tokenizer_json, found.settings, template, str(folder), system_role)
-
-
-def _get_normalizer(tokenizer_json: str) -> Any:
-    return json.loads(tokenizer_json).get("normalizer")
 
 
 def _match_any(words: Iterable[str]) -> str:

@@ -76,25 +76,21 @@ def find_class(settings: Mapping[str, Any], model_type: str) -> tuple[str, Class
     return (name, classes[name]) if name in classes else None
 
 
-def check_same_tokens(
-    root: epath.Path, state: Mapping[str, Any], name: str, built: Class, opened: Any
-) -> None:
+def check_same_tokens(root: epath.Path, state: Mapping[str, Any], name: str, built: Class) -> None:
     """Compares what transformers 5 builds with what tokenizer.json describes.
 
-    state: of tokenizer.json. opened: the tokenizer of `state`. Raises: UserError where they give
-    other tokens."""
+    state: of tokenizer.json. Raises: UserError where they give other tokens."""
     parts = {"normalizer": built.normalizer, "pre_tokenizer": built.pre_tokenizer}
     if name == "LlamaTokenizer" and "ByteLevel" in json.dumps(state.get("pre_tokenizer")):
         return  # transformers 5 sees that the class is not the right one
     if all(state.get(part) == value for part, value in parts.items()):
         return
     changed = {**state, **parts, "model": {**state["model"], **built.model}, "post_processor": None}
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    backends = [tokenizers.Tokenizer.from_str(json.dumps(x)) for x in (dict(state), changed)]
     special = [t["content"] for t in state.get("added_tokens") or [] if t.get("special")]
     for probe in _PROBES:
         text = probe.format(*(2 * special[:2] + ["", ""])[:2])
-        found = (backend.encode(text, add_special_tokens=False).ids for backend in (opened, theirs))
-        ours, other = found
+        ours, other = (b.encode(text, add_special_tokens=False).ids for b in backends)
         if ours != other:
             raise UserError(
                 f"{root}: transformers 4 reads the tokens that tokenizer.json describes, 5 takes "

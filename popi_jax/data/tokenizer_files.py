@@ -43,11 +43,10 @@ def read(folder: str | os.PathLike[str]) -> Files:
         settings = _read_settings(root, state)
         _add_tokens(root, state, settings)
         text = json.dumps(state, ensure_ascii=False)
-        opened = open_backend(text, str(root))
         if "eos_token" not in read_names(settings):
-            settings["reply_end"] = _find_eos(root, opened)
+            settings["reply_end"] = _find_eos(root, text)
         if built := find_class(settings, _read_model_type(root)):
-            check_same_tokens(root, state, *built, opened)
+            check_same_tokens(root, state, *built)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         told = f"the files of the tokenizer hold what they should not: {type(e).__name__} {e}"
         raise UserError(f"{root}: {told}") from e
@@ -198,11 +197,12 @@ def _find_template(root: epath.Path, config: dict[str, Any]) -> str:
     return template
 
 
-def _find_eos(root: epath.Path, opened: tokenizers.Tokenizer) -> str:
+def _find_eos(root: epath.Path, tokenizer_json: str) -> str:
     """The name of the end token that the files of the model tell, "" when they tell none."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(root / name).get("eos_token_id") if (root / name).is_file() else None
         if ids not in (None, []):
+            opened = open_backend(tokenizer_json, str(root))
             return opened.id_to_token(ids[0] if isinstance(ids, list) else ids) or ""
     return ""
 
