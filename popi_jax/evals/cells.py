@@ -4,27 +4,26 @@ a generator."""
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from popi_jax import distributed
-from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params, UserBatch
+from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params
 from popi_jax.data import prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals import conditions, metrics, render
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED, Condition, People
+from popi_jax.evals.dealt import deal_pairs, deal_signals
 from popi_jax.evals.generators import Generator, Summarizer, encode_users, list_summaries
 from popi_jax.losses.preference import PreferenceObjective, pair_margins
 from popi_jax.progress import Progress
 from popi_jax.run import Run
-from popi_jax.sharding import place_whole
 from popi_jax.training.setup import make_objective
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # how the summaries of a condition are decoded
@@ -87,9 +86,10 @@ def evaluate(
     generator before RL, without any text unless `generator.reference` says otherwise. Where that is
     the generator that is scored too, no_signals has margins of 0. A condition under which no pair
     counts is left out."""
-    encoded = encode_users(run, users, run.config)
-    placed = [place_whole(batch, run.mesh, run.inference.model.rules) for batch in encoded]
-    real = _join_pairs(encoded, len(users))
+    real, _ = encode_users(run, users, run.config)
+    size, writer = run.config.evaluation.batch_users, run.inference
+    signals = deal_signals(real, writer.model, writer.prompt, run.mesh, size)
+    pairs = deal_pairs(real, run.generator.model, run.mesh, size)
     counted = {c: real.pair_mask & _count_users(c, users)[:, None] for c in told}
     cells = _list_cells([c for c in told if counted[c].any()])
     objective = make_objective(run.config)
@@ -97,23 +97,30 @@ def evaluate(
     # all that is drawn and scored, each once
     scored = dict.fromkeys([*cells, *(cell for cell in references.values() if cell)])
     texts = dict.fromkeys(cell.text for cell in scored)
-    drawn = {(TRAINED, "greedy"): None}
-    drawn |= {(t.condition.summaries_by, t.decoding): None for t in texts if t.decoding != "none"}
-    shown, done = distributed.is_main_process(), itertools.count(1)
-    total = (len(drawn) + len(scored)) * len(placed)
+    drawn: dict[str, dict[str, None]] = {TRAINED: {"greedy": None}}  # how, by each model
+    for text in texts:
+        if text.decoding != "none":
+            drawn.setdefault(text.condition.summaries_by, {})[text.decoding] = None
+    shown, done = distributed.is_main_process(), itertools.count()
+    total = 100 * (len(drawn) + len(scored))
     with Progress(total, label="evaluation", enabled=shown) as progress:
-        advance = lambda: progress.update(next(done))  # noqa: E731
+
+        def follow() -> Callable[[float], None]:
+            start = 100 * next(done)
+            return lambda part: progress.update(start + round(100 * part))
+
         summaries: dict[tuple[str, str], list[Ids]] = {}
-        for name, decoding in drawn:
-            summarizer = Summarizer(run.inference, models[name].inference, run.config.seed)
-            found = summarizer.write(placed, TEMPERATURES[decoding], advance)
-            summaries[name, decoding] = found[: len(users)]
+        for name, decodings in drawn.items():
+            summarizer = Summarizer(writer, models[name].inference, run.config.seed)
+            heats = [TEMPERATURES[decoding] for decoding in decodings]
+            found = summarizer.write(signals, heats, follow())
+            summaries |= {(name, d): ids for d, ids in zip(decodings, found, strict=True)}
         written = {text: _write_text(run, users, text, summaries) for text in texts}
         logps: dict[Cell, PairLogps] = {}
         for cell in scored:
             generator = Generator(run.generator, models[cell.generator].generator, run.mesh)
             ids = written[cell.text]
-            logps[cell] = generator.score(ids, placed, _pick_length(run, ids), advance)
+            logps[cell] = generator.score(ids, pairs, _pick_length(run, ids), follow())
     lengths = PairLengths(jnp.asarray(real.chosen.lengths), jnp.asarray(real.rejected.lengths))
     rows, before = [], {}
     for cell in cells:
@@ -149,11 +156,6 @@ def _find_reference(run: Run, cell: Cell, objective: PreferenceObjective) -> Cel
 def _count_users(condition: Condition, users: Sequence[User]) -> Bool[np.ndarray, " users"]:
     counts = condition.count_users
     return np.ones(len(users), bool) if counts is None else np.array(counts(users), bool)
-
-
-def _join_pairs(encoded: Sequence[UserBatch], num_users: int) -> UserBatch:
-    """All users in one batch, without those that fill the last."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_users], *encoded)
 
 
 def _write_text(
