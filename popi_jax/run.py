@@ -42,6 +42,15 @@ class RoleParts(NamedTuple):
     sampling: Sampling  # of summaries, and of answers
 
 
+class Roles(NamedTuple):
+    """Both roles of a run, without its data. A `Run` has these fields too."""
+
+    config: Config
+    mesh: Mesh
+    inference: RoleParts
+    generator: RoleParts
+
+
 class Run(NamedTuple):
     # with the padded lengths fitted to the data, and model.checkpoint as a folder of this host
     config: Config
@@ -96,6 +105,14 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     manager.check_same_run(config.workdir, config_json)
     if config.model.checkpoint and (told := find_too_long_rows(config)):
         raise UserError(told)
+    inference, generator = make_roles(config, words)
+    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+
+
+def make_roles(config: Config, words: Tokenizer) -> tuple[RoleParts, RoleParts]:
+    """All of (the inference model, the generator) but their weights.
+
+    Raises: UserError as `make_model`."""
     model = make_model(config, words.vocab_size)
     summaries = Sampling(
         config.inference.temperature,
@@ -107,8 +124,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     asking = tuple(prompts.render_summary_turn(words, config))
     prefix = tuple(prompts.render_generator_prefix(words, config))
     inference = RoleParts(model, words, asking, summaries)
-    generator = RoleParts(model, words, prefix, answers)
-    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+    return inference, RoleParts(model, words, prefix, answers)
 
 
 def start_devices(config: Config) -> Mesh:

@@ -15,7 +15,7 @@ def main(config: Config) -> None:
     from absl import logging
 
     from popi_jax import distributed
-    from popi_jax.evals.cells import evaluate_run
+    from popi_jax.evals.results import evaluate_run
     from popi_jax.run import open_run
     from popi_jax.training import loop
 

@@ -1,0 +1,14 @@
+"""One run under every condition: does it personalise, for whom, and at what cost?
+
+Command: python -m popi_jax.sweep --sweep=configs/sweeps/default.py:work/prism
+"""
+
+
+def get_sweep(arg: str = "") -> dict[str, object]:
+    return {
+        "models": (arg or "work/prism").split(","),
+        "data": ["own"],
+        "decodings": ["greedy", "sampled"],
+        "baseline": "no_signals",
+        "grids": [{}, {"conditions": ["oracle"], "generators": ["before_rl"]}],
+    }
