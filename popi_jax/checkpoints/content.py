@@ -28,7 +28,7 @@ class Hashes:
 
     def hash_saved(self, folder: epath.Path) -> str:
         """Of all files of a folder, such as one item of a checkpoint."""
-        return self._find(folder, sorted(p for p in folder.rglob("*") if p.is_file()))
+        return self._find(folder, _list_files(folder))
 
     def hash_model(self, folder: str) -> str:
         """Of the weights and the shape of a Hugging Face folder."""
@@ -53,3 +53,11 @@ class Hashes:
         self._known[str(folder.resolve())] = {"files": seen, "sha256": found}
         self._write(self._path, json.dumps(self._known, indent=1) + "\n")
         return found
+
+
+def _list_files(folder: epath.Path) -> list[epath.Path]:
+    """All files below a folder, which may lie in a bucket, in order."""
+    if not folder.is_dir():
+        return []
+    parts = sorted(folder.iterdir())
+    return [file for p in parts for file in (_list_files(p) if p.is_dir() else [p])]

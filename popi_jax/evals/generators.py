@@ -32,7 +32,7 @@ from popi_jax.models.transformer import TransformerConfig, lay_out_for_rollout
 from popi_jax.popi.rollout import Sampler, splice
 from popi_jax.popi.scorer import Scorer
 from popi_jax.progress import Progress
-from popi_jax.run import RoleParts, Run
+from popi_jax.run import RoleParts, Roles, Run
 from popi_jax.sharding import place_whole
 
 SUMMARY_KEY = 3  # folded into the key of the seed; training uses 0 to 2
@@ -108,7 +108,7 @@ class Generator(NamedTuple):
         return place_whole(tokens, self.mesh, self.role.model.rules)
 
 
-def encode_users(run: Run, users: Sequence[User], config: Config) -> list[UserBatch]:
+def encode_users(run: Run | Roles, users: Sequence[User], config: Config) -> list[UserBatch]:
     """The users in batches of `evaluation.batch_users`, as numpy arrays: signals in tokens of the
     inference model, prompts and replies in those of the generator.
 

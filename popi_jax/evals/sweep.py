@@ -93,9 +93,7 @@ def compute_cells(
             print("".join(f"{f.status:<7} {_tell(f.cell)}\n" for f in found), end="")
         return [Outcome(f.cell, f.key, _name_status(f), f.reason) for f in found]
     outcomes = {}
-    for each in found:
-        if each.status == FAILED and each.cell in own:
-            _record_failure(out, each.cell, each.reason)
+    _record_failures(out, [f for f in found if f.status == FAILED and f.cell in own])
     with Progress(len(todo), label="evaluation", enabled=shown and bool(todo)) as progress:
         for number, each in enumerate(todo):
             unit = units[each.cell]
@@ -226,7 +224,7 @@ def _compute(each: Found, unit: Unit, out: str, advance: Callable[[float], None]
         if not isinstance(e, UserError):
             logging.exception("%s", _tell(each.cell))
             reason = f"{type(e).__name__}: {reason[:500]}"
-        _record_failure(out, each.cell, reason)
+        _record_failures(out, [each._replace(reason=reason)])
         return Outcome(each.cell, each.key, FAILED, reason)
     if distributed.is_main_process():
         header = {"kind": "cell", "key": each.key, "status": DONE, "labels": each.cell.labels()}
@@ -239,10 +237,17 @@ def _compute(each: Found, unit: Unit, out: str, advance: Callable[[float], None]
     return Outcome(each.cell, each.key, DONE)
 
 
-def _record_failure(out: str, cell: Cell, reason: str) -> None:
-    if distributed.is_main_process():
-        logging.error("failed: %s: %s", _tell(cell), reason)
-        records.write_failure(out, cell.labels(), reason)
+def _record_failures(out: str, failed: Sequence[Found]) -> None:
+    """Writes the reason of each, and tells each reason once."""
+    if not distributed.is_main_process():
+        return
+    reasons: dict[str, list[Cell]] = {}
+    for each in failed:
+        records.write_failure(out, each.cell.labels(), each.reason)
+        reasons.setdefault(each.reason, []).append(each.cell)
+    for reason, cells in reasons.items():
+        more = f" (and {len(cells) - 1} cells like it)" if len(cells) > 1 else ""
+        logging.error("failed: %s%s: %s", _tell(cells[0]), more, reason)
 
 
 def _name_status(found: Found) -> str:
