@@ -7,7 +7,7 @@ import pytest
 
 from popi_jax.data.sources.made_people import compute_bayes_optimum
 from popi_jax.errors import UserError
-from popi_jax.evals.cells import evaluate_run
+from popi_jax.evals.results import evaluate_run
 from popi_jax.run import open_run
 from popi_jax.training import restore
 from tests.tiny_run import (

@@ -46,10 +46,11 @@ def evaluate_run(
     fails."""
     config = run.config
     out = str(epath.Path(config.workdir) / "results")
+    users = make_split(run.dataset, split, config.data, config.evaluation.max_users)
     subject = open_subject(f"{config.workdir}@{step}", config, run.mesh)
     models = {TRAINED: (inference, generator), BEFORE_RL: (frozen.inference, frozen.generator)}
     subject = _put_weights(subject, models)
-    users = make_split(run.dataset, split, subject.roles.config.data, config.evaluation.max_users)
+    users = users._replace(data=subject.roles.config.data)
     hashes = Hashes(epath.Path(out) / "hashes.json", files.write_whole)
     unit = Unit(subject, users, subject.readers, out, hashes)
     cells = _list_cells(config.workdir, split, users.users)
