@@ -1,6 +1,7 @@
 """Scores runs and base models under many conditions, on many data: a sweep. Each cell of it is one
 file in the folder --out; a cell that is there is never computed again, so the same command goes on
-after a stop, adds what is new, and costs nothing when all is there.
+after a stop, adds what is new, and costs nothing when all is there. Without --models it is the run
+in WORKDIR.
 
 A sweep file defines get_sweep(argument), which returns a dict of lists: models (WORKDIR,
 WORKDIR@STEP, or hf:BASE of a base model), data (own, or a configuration like prefeval; with @SPLIT
@@ -10,6 +11,7 @@ baseline, max_users. The flags of the same names replace lists of the file."""
 
 import dataclasses
 import os
+from pathlib import Path
 
 from absl import flags
 
@@ -28,15 +30,17 @@ _MAX_USERS = flags.DEFINE_integer("max_users", None, "of each split; 0: all", lo
 
 
 def main(config: Config) -> None:
-    from popi_jax.evals.sweep_plan import name_file, read_sweep
+    from popi_jax.evals.sweep_plan import read_sweep
 
     changed = {name: flag.value for name, flag in _LISTS.items() if flag.value}
-    sweep = read_sweep(_SWEEP.value, changed, _MAX_USERS.value)
-    out = _OUT.value or os.path.join("work", "sweeps", name_file(_SWEEP.value).partition(".")[0])
+    sweep = read_sweep(_SWEEP.value, changed, _MAX_USERS.value, workdir=config.workdir)
+    name = Path(_SWEEP.value.partition(":")[0]).stem
+    out = _OUT.value or os.path.join("work", "sweeps", name)
 
     import sys
 
     import jax
+    from etils import epath
 
     from popi_jax import distributed
     from popi_jax.evals import report
@@ -56,7 +60,8 @@ def main(config: Config) -> None:
     outcomes = run_sweep(sweep, place, share=_SHARE.value, dry_run=_DRY_RUN.value)
     failed = sum(outcome.status == FAILED for outcome in outcomes)
     if distributed.is_main_process() and not _DRY_RUN.value:
-        print(report.write(out, read_records(outcomes, out), baseline=sweep.baseline), end="")
+        report.write_report(read_records(outcomes, out), out, baseline=sweep.baseline)
+        print((epath.Path(out) / "table.md").read_text(), end="")
     if failed:
         print(f"{failed} of {len(outcomes)} cells failed; the same command tries them again")
         sys.exit(1)

@@ -51,6 +51,7 @@ class Found(NamedTuple):
 
 class Outcome(NamedTuple):
     cell: Cell
+    labels: dict[str, Any]
     key: str
     status: str  # done; failed; missing: not computed, such as one of another share
     reason: str = ""
@@ -91,7 +92,7 @@ def compute_cells(
     if dry_run:
         if shown:
             print("".join(f"{f.status:<7} {_tell(f.cell)}\n" for f in found), end="")
-        return [Outcome(f.cell, f.key, _name_status(f), f.reason) for f in found]
+        return [_conclude(f, units[f.cell]) for f in found]
     outcomes = {}
     _record_failures(out, [f for f in found if f.status == FAILED and f.cell in own])
     with Progress(len(todo), label="evaluation", enabled=shown and bool(todo)) as progress:
@@ -104,7 +105,7 @@ def compute_cells(
             following = todo[number + 1].cell if number + 1 < len(todo) else None
             if following is None or units[following] is not unit:
                 unit.forget()
-    return [outcomes.get(f.cell, Outcome(f.cell, f.key, _name_status(f), f.reason)) for f in found]
+    return [outcomes.get(f.cell, _conclude(f, units[f.cell])) for f in found]
 
 
 def read_records(outcomes: Sequence[Outcome], out: str) -> list[records.CellRecord]:
@@ -114,14 +115,12 @@ def read_records(outcomes: Sequence[Outcome], out: str) -> list[records.CellReco
         record = None
         if each.status == DONE:
             record = records.read_done(records.find_file(out, records.CELLS, each.key))
-        header = {"kind": "cell", "key": each.key, "labels": each.cell.labels()}
+        header = {"kind": "cell", "key": each.key, "labels": each.labels}
         reason = each.reason or "not computed yet"
-        found.append(
-            record
-            or records.CellRecord(
-                header | {"status": each.status, "reason": reason, "coverage": {}}, []
-            )
-        )
+        if record is None:
+            header |= {"status": each.status, "reason": reason, "coverage": {}}
+            record = records.CellRecord({}, [])
+        found.append(record._replace(header=record.header | header))
     return found
 
 
@@ -225,16 +224,17 @@ def _compute(each: Found, unit: Unit, out: str, advance: Callable[[float], None]
             logging.exception("%s", _tell(each.cell))
             reason = f"{type(e).__name__}: {reason[:500]}"
         _record_failures(out, [each._replace(reason=reason)])
-        return Outcome(each.cell, each.key, FAILED, reason)
+        return _conclude(each._replace(status=FAILED, reason=reason), unit)
     if distributed.is_main_process():
-        header = {"kind": "cell", "key": each.key, "status": DONE, "labels": each.cell.labels()}
+        labels = each.cell.labels(unit.subject.step)
+        header = {"kind": "cell", "key": each.key, "status": DONE, "labels": labels}
         made = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "jax": jax.__version__}
         made["devices"] = f"{jax.device_count()} {jax.devices()[0].device_kind}"
         identity = {"identity": unit.identify(each.cell), "made": made}
         path = records.find_file(out, records.CELLS, each.key)
         records.write(path, header | scored.header | identity, scored.items)
         records.find_failure(out, each.cell.labels()).unlink(missing_ok=True)
-    return Outcome(each.cell, each.key, DONE)
+    return _conclude(each._replace(status=DONE), unit)
 
 
 def _record_failures(out: str, failed: Sequence[Found]) -> None:
@@ -250,8 +250,10 @@ def _record_failures(out: str, failed: Sequence[Found]) -> None:
         logging.error("failed: %s%s: %s", _tell(cells[0]), more, reason)
 
 
-def _name_status(found: Found) -> str:
-    return "missing" if found.status == TODO else found.status
+def _conclude(found: Found, unit: Unit | UserError) -> Outcome:
+    step = unit.subject.step if isinstance(unit, Unit) else None
+    status = "missing" if found.status == TODO else found.status
+    return Outcome(found.cell, found.cell.labels(step), found.key, status, found.reason)
 
 
 def _tell(cell: Cell) -> str:

@@ -1,7 +1,6 @@
 """A sweep file -> the cells of a sweep, in order. Knows names alone: what they stand for is opened
 by subjects.py. Imports no jax."""
 
-import hashlib
 import itertools
 import re
 import runpy
@@ -50,9 +49,13 @@ class Cell(NamedTuple):
     def split(self) -> str:
         return split_name(self.data)[1]
 
-    def labels(self) -> dict[str, str]:
-        """How tables and files name the cell."""
-        return self._asdict() | {"data": split_name(self.data)[0], "split": self.split}
+    def labels(self, step: int | None = None) -> dict[str, Any]:
+        """How tables and files name the cell. step: that the newest one is, where it is known."""
+        model, asked = parse_model(self.model)
+        data, split = split_name(self.data)
+        step = asked if step is None else step
+        first = {"model": model, "step": "" if step is None else step, "data": data, "split": split}
+        return first | {name: getattr(self, name) for name in self._fields[2:]}
 
 
 class Reads(NamedTuple):
@@ -87,11 +90,18 @@ def parse_model(model: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (model, None)
 
 
-def read_sweep(spec: str, changed: Mapping[str, Sequence[str]], max_users: int | None) -> Sweep:
+def read_sweep(
+    spec: str,
+    changed: Mapping[str, Sequence[str]],
+    max_users: int | None = None,
+    *,
+    workdir: str = "",
+) -> Sweep:
     """Returns the sweep of FILE or FILE:ARGUMENT, whose `get_sweep(argument)` returns a dict.
 
-    changed: fields of all its grids that are given on the command line. Raises: UserError of one
-    line that names file, field, what was found and what is allowed."""
+    workdir: of the run that is meant where the file names no models. changed: fields of all its
+    grids that are given on the command line. Raises: UserError of one line that names file, field,
+    what was found and what is allowed."""
     name, _, arg = spec.partition(":")
     path = Path(name)
     if not path.is_file():
@@ -112,7 +122,7 @@ def read_sweep(spec: str, changed: Mapping[str, Sequence[str]], max_users: int |
     for number, own in enumerate(found.get("grids", [{}])):
         where = f"{path}, grids[{number}]" if "grids" in found else str(path)
         _check_names(own, _FIELDS, where)
-        values = {**common, **own, **changed}
+        values = {"models": [workdir] if workdir else [], **common, **own, **changed}
         grids.append(_make_grid(values, where))
     baseline = found.get("baseline", "no_signals")
     limit = found.get("max_users", 0) if max_users is None else max_users
@@ -156,23 +166,16 @@ def take_share(cells: Sequence[Cell], share: str) -> list[Cell]:
     return [cell for position, cell in enumerate(cells) if position % count == number]
 
 
-def name_file(name: str) -> str:
-    """A short name of a path, for tables: its last part, and a hash where that says too little."""
-    stem = Path(name.removeprefix(BASE)).name
-    return stem or hashlib.sha256(name.encode()).hexdigest()[:8]
-
-
 def _make_grid(values: Mapping[str, Any], where: str) -> Grid:
     for field, value in values.items():
         if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
             raise UserError(f"{where}: {field} = {value!r}: must be a list of names")
-        if not value:
-            raise UserError(f"{where}: {field} is empty: name at least one")
         if twice := [x for x in value if value.count(x) > 1]:
             raise UserError(f'{where}: {field} has "{twice[0]}" twice')
+        if not value:
+            named = f": name the WORKDIR of a run, or {BASE}FOLDER" if field == "models" else ""
+            raise UserError(f"{where}: {field} is empty{named}")
     grid = DEFAULT._replace(**{field: tuple(value) for field, value in values.items()})
-    if not grid.models:
-        raise UserError(f"{where}: models is empty: name the WORKDIR of a run, or {BASE}FOLDER")
     for decoding in grid.decodings:
         if decoding not in DECODINGS:
             allowed = f"{', '.join(DECODINGS)}.{did_you_mean(decoding, DECODINGS)}"

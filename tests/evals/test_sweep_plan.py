@@ -30,7 +30,7 @@ def write(tmp_path, text: str) -> str:
 
 
 def plan(path: str, **changed: list[str]) -> list[Cell]:
-    return list_cells(read_sweep(path, changed, None), list_reads())
+    return list_cells(read_sweep(path, changed), list_reads())
 
 
 def test_the_product_without_what_changes_nothing(tmp_path):
@@ -53,7 +53,7 @@ def test_flags_replace_lists_of_the_file(tmp_path):
     path = write(tmp_path, FILE)
     cells = plan(path, models=["x@7"], data=["own"], signals=["all"], decodings=["greedy"])
     assert {c.model for c in cells} == {"x@7"} and len(cells) == 3
-    assert read_sweep(path, {}, None).max_users == 3
+    assert read_sweep(path, {}).max_users == 3
     assert read_sweep(path, {}, 0).max_users == 0
 
 
@@ -98,7 +98,7 @@ def test_shares_are_disjoint_whole_and_whole_models(tmp_path):
 def test_a_broken_file_is_told_in_one_line(tmp_path, text, told):
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=told) as e:
-        read_sweep(path, {}, None)
+        read_sweep(path, {})
     assert "sweep.py" in str(e.value) and "\n" not in str(e.value)
 
 
@@ -106,6 +106,22 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, FILE)
     with pytest.raises(UserError, match=r"there is no file .*swep.py.*Did you mean \"sweep.py\""):
         read_sweep(str(tmp_path / "swep.py"), {}, None)
+
+
+def test_the_run_in_workdir_is_meant_where_none_is_named(tmp_path):
+    path = write(tmp_path, "def get_sweep(a): return {}")
+    assert {c.model for c in list_cells(read_sweep(path, {}, workdir="work/x"), list_reads())} == {
+        "work/x"
+    }
+
+
+def test_labels():
+    cell = Cell("work/a@5", "prism@validation", "all", "summary", "greedy", "trained")
+    labels = {"model": "work/a", "step": 5, "data": "prism", "split": "validation"}
+    rest = {"condition": "summary", "decoding": "greedy", "generator": "trained"}
+    assert cell.labels() == labels | {"signals": "all"} | rest
+    newest = cell._replace(model="work/a")
+    assert newest.labels()["step"] == "" and newest.labels(9)["step"] == 9
 
 
 def test_names():
