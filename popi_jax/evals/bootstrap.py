@@ -136,7 +136,7 @@ def resample(
     columns: Float[np.ndarray, "persons columns"], seed: int
 ) -> Float[np.ndarray, "resamples columns"]:
     """Sums of the columns over the persons of each resample."""
-    return np.concatenate([weights @ columns for weights in _list_weights(len(columns), seed)])
+    return np.concatenate([_sum(weights, columns) for weights in _list_weights(len(columns), seed)])
 
 
 def _list_weights(persons: int, seed: int) -> Iterator[Float[np.ndarray, "resamples persons"]]:
@@ -184,7 +184,7 @@ def _compute_ratios(
     n = counts[:, None]
     size, metrics = len(counts), sums.shape[1]
     columns = np.concatenate([sums, sums**2, sums * n, n, n**2], axis=1)
-    parts = weights @ columns
+    parts = _sum(weights, columns)
     s, ss, sn = (parts[:, i * metrics : (i + 1) * metrics] for i in range(3))
     total, nn = parts[:, -2:-1], parts[:, -1:]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -193,6 +193,13 @@ def _compute_ratios(
         squares = np.where(squares > ROUNDING * (ss + values**2 * nn), squares, 0.0)
         spread = size / (size - 1) if size > 1 else np.nan
         return _Linear(values, np.sqrt(spread * squares) / np.abs(total))
+
+
+def _sum(
+    weights: Float[np.ndarray, "resamples persons"], columns: Float[np.ndarray, "persons columns"]
+) -> Float[np.ndarray, "resamples columns"]:
+    """A matrix product whose last bits do not depend on the number of threads."""
+    return np.einsum("rp,pc->rc", weights, columns)
 
 
 def _widen_share(found: Estimate, persons: int, pairs: float) -> Estimate:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -20,6 +20,7 @@ from popi_jax.evals.render import MADE_DATA, align_table
 from popi_jax.evals.statistics import Items, Row
 
 BASELINE = "no_signals"
+HOME = "trained"  # the generator that summaries are made for
 CONTROL = "other_user_summary"  # what a text tells that is not of the user
 LABELS = ("model", "step", "data", "split", "signals", "condition", "decoding", "generator")
 SAME = ("model", "step", "data", "split", "signals", "generator")  # of a cell and its baseline
@@ -32,6 +33,7 @@ log-prob. Differences are of acc_half. bits: (nats of the baseline - nats) / ln 
 other: the same over another user's summary. ece: calibration error of sigmoid(margin)."""
 
 
+@runtime_checkable
 class Cell(Protocol):
     """As records.CellRecord."""
 
@@ -60,10 +62,12 @@ class Line(NamedTuple):
 def write_report(
     records: Sequence[Cell], folder: str, *, baseline: str = BASELINE, seed: int = 0
 ) -> None:
-    """Writes table.jsonl, table.csv, table.md and groups.jsonl, groups.csv, groups.md."""
+    """Writes the tables of cells, of groups and of transfer to other generators: table, groups and
+    transfer, each as .jsonl, .csv and .md."""
     lines = make_lines(records, baseline=baseline, seed=seed)
     cells = [list_line(line) for line in lines]
     groups = [row for line in lines for row in list_groups(line, seed=seed)]
+    transfers = list_transfers(lines, baseline=baseline, seed=seed)
     texts = {
         "table.jsonl": _write_jsonl(cells),
         "table.csv": _write_csv(cells),
@@ -71,6 +75,9 @@ def write_report(
         "groups.jsonl": _write_jsonl(groups),
         "groups.csv": _write_csv(groups),
         "groups.md": render_groups(lines, groups),
+        "transfer.jsonl": _write_jsonl(transfers),
+        "transfer.csv": _write_csv(transfers),
+        "transfer.md": render_transfers(lines, transfers, baseline),
     }
     for name, text in texts.items():
         files.write_whole(epath.Path(folder) / name, text)
@@ -133,6 +140,33 @@ def list_groups(line: Line, *, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def list_transfers(
+    lines: Sequence[Line], *, baseline: str = BASELINE, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Of each cell on another generator than HOME, the share of the gain over the baseline that
+    survives there: the fields of transfer.jsonl and transfer.csv."""
+    known = {tuple(line.labels.values()): line for line in lines if line.items}
+    rows = []
+    for line in known.values():
+        at_home = known.get(tuple((line.labels | {"generator": HOME}).values()))
+        if at_home is None or at_home is line or line.labels["condition"] == baseline:
+            continue
+        bases = [
+            next((b for b in known.values() if _is_like(b, cell, baseline)), None)
+            for cell in (at_home, line)
+        ]
+        cells = [at_home, bases[0], line, bases[1]]
+        items = [cell.items for cell in cells if cell and cell.items]
+        if len(items) < 4 or not set(items[0].keys).intersection(*(i.keys for i in items[1:])):
+            continue
+        found = statistics.compute_transfer(*items, seed=seed)
+        fields = {"key": line.key, **line.labels, "defined": found.defined}
+        for name in ("share", "here", "there"):
+            fields |= statistics.list_estimate(name, getattr(found, name))
+        rows.append(fields | {"n": found.n, "dropped": found.dropped})
+    return rows
+
+
 def render_cells(lines: Sequence[Line], baseline: str = BASELINE) -> str:
     """table.md."""
     shown = _pick_labels(lines)
@@ -163,6 +197,26 @@ def render_groups(lines: Sequence[Line], groups: Sequence[dict[str, Any]]) -> st
         parts += [f"## {name}", align_table(table), f"worst: {'; '.join(notes)}."]
     if not groups:
         parts.append("No grouping is known of these users.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_transfers(
+    lines: Sequence[Line], transfers: Sequence[dict[str, Any]], baseline: str = BASELINE
+) -> str:
+    """transfer.md."""
+    shown = sorted({*_pick_labels(lines), "generator"}, key=LABELS.index)
+    table = [[*shown, "share that survives", f"gain on {HOME}", "gain here", "pairs", "dropped"]]
+    for row in transfers:
+        share = _show(row, "share") if row["defined"] else "undefined"
+        cells = [str(row[label]) for label in shown] + [share, _show(row, "here")]
+        table.append([*cells, _show(row, "there"), str(row["n"]), str(row["dropped"])])
+    parts = ["# Transfer to other generators", *_announce_made(lines), _name_fixed(lines, shown)]
+    if transfers:
+        told = f"Gains of acc_half over {baseline}; share: gain here / gain on {HOME}, undefined"
+        told += " where the interval of the gain there holds 0 or persons are too few."
+        parts += [align_table(table), told]
+    else:
+        parts.append(f"No cell was scored on {HOME} and on another generator.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -248,6 +302,12 @@ def _find_partner(
         and record.header.get("objective") == header.get("objective")
     ]
     return read[min(found)[1]] if found else None
+
+
+def _is_like(line: Line, other: Line, condition: str) -> bool:
+    return line.labels["condition"] == condition and all(
+        line.labels[name] == other.labels[name] for name in SAME
+    )
 
 
 def _compare(compute: Any, items: Items, partner: Items | None, seed: int) -> Any:

@@ -197,7 +197,7 @@ def compute_groups(items: Items, *, seed: int = 0) -> list[Grouping]:
             rows[value] = compute_row(_take(items, [v == value for v in values]), seed=seed)
         large = [v for v, r in rows.items() if v != UNKNOWN and r.persons >= MIN_GROUP]
         worst = min(large, key=lambda v: getattr(rows[v], MAIN).value, default="")
-        note = f"lowest {MAIN} of {len(large)} groups of at least {MIN_GROUP} persons"
+        note = f"lowest {MAIN} of the groups of at least {MIN_GROUP} persons ({len(large)})"
         if not large:
             note = f"no group has {MIN_GROUP} persons"
         found.append(Grouping(name, rows, worst, note))
