@@ -3,6 +3,7 @@ threads or workers.
 
 Refuses to touch jax: batches are numpy, and worker processes must not start a device."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import grain
 import numpy as np
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.encode import EncodedUser, Ids, encode_user
+from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
@@ -88,6 +89,25 @@ def make_eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> 
             oracle=pad([u.oracle for u in rows], cfg.data.summary_len, pad_id),
             user_mask=np.arange(size) < size - fill,
         )
+
+
+def encode_all(
+    users: Sequence[User], tokenizer: Tokenizer, cfg: Any
+) -> tuple[UserBatch, Truncations]:
+    """All users in order with all their pairs (at most `data.num_pairs`), in arrays as long as the
+    longest text of each kind, and what had to be shortened."""
+    rows = [encode_user(user, tokenizer, cfg) for user in users]
+    numbers, picks = np.arange(len(rows)), [np.arange(len(row.turns)) for row in rows]
+    texts = {
+        "context_len": [row.context for row in rows],
+        "turn_len": [turn for row in rows for turn in row.turns],
+        "answer_len": [ids for row in rows for ids in row.chosen + row.rejected],
+    }
+    longest = {name: max(map(len, found), default=1) for name, found in texts.items()}
+    limits, count = dataclasses.replace(cfg.data, **longest), max(map(len, picks), default=1)
+    made = _pad_users(rows, picks, numbers, numbers, tokenizer.pad_id, limits, max(count, 1))
+    cuts = zip(*(row.truncations for row in rows), strict=True)
+    return made, Truncations(*map(sum, cuts))
 
 
 class EncodedUsers:

@@ -10,23 +10,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from popi_jax import distributed
 from popi_jax.arrays import PairLengths, PairLogps, UserBatch
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config, DataConfig
 from popi_jax.data import encode, prompts
+from popi_jax.data.batches import encode_all
+from popi_jax.data.dealing import find_longest
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.data.selection import select_signals
 from popi_jax.errors import UserError
 from popi_jax.evals import conditions, records
 from popi_jax.evals.conditions import Condition, People, find_condition
-from popi_jax.evals.generators import Generator, Summarizer, encode_users
+from popi_jax.evals.dealt import Dealt, deal_pairs, deal_signals
+from popi_jax.evals.generators import Generator, Summarizer
+from popi_jax.evals.items import list_items
 from popi_jax.evals.subjects import (
     Reader,
     Subject,
@@ -37,8 +39,6 @@ from popi_jax.evals.subjects import (
 )
 from popi_jax.evals.sweep_plan import DECODINGS, Cell
 from popi_jax.losses.preference import pair_margins
-from popi_jax.run import Roles
-from popi_jax.sharding import place_whole
 from popi_jax.training.setup import make_objective
 
 SCORING = 1  # raise it when the same models and texts are scored otherwise
@@ -56,9 +56,11 @@ class Split(NamedTuple):
     kind: str  # published, own or sample
 
 
-class Batches(NamedTuple):
-    whole: UserBatch  # all users in one, as numpy arrays
-    placed: list[UserBatch]  # on the mesh
+class Pairs(NamedTuple):
+    """The pairs of all users in tokens of a generator."""
+
+    whole: UserBatch  # all users in one batch of numpy arrays
+    dealt: Dealt
     shortened: encode.Truncations
 
 
@@ -70,19 +72,20 @@ class Scored(NamedTuple):
 
 
 class Unit:
-    """A subject on a split. `out`: the folder of the sweep. `readers`: the generators that cells
-    name."""
+    """A subject on a split. `readers`: the generators that cells name; `decodings`: of summaries,
+    all that the sweep asks for, since they are drawn together; `out`: the folder of the sweep."""
 
     def __init__(
         self,
         subject: Subject,
         split: Split,
         readers: Mapping[str, Reader],
+        decodings: Sequence[str],
         out: str,
         hashes: Hashes,
     ) -> None:
         self.subject, self.split, self.readers = subject, split, readers
-        self._out, self._hashes = out, hashes
+        self._decodings, self._out, self._hashes = decodings, out, hashes
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     # what cells are, by content; asked of process 0 alone
@@ -97,7 +100,9 @@ class Unit:
         if condition.reads_signals or condition.summaries_by:
             text["signals"] = cell.signals
         if condition.summaries_by:
-            text["summaries"] = self._identify_summaries(condition, cell)
+            text["summaries"] = self._identify_summaries(
+                condition.summaries_by, cell.signals, cell.decoding
+            )
         reference = None
         if objective.needs_reference:
             reference = {
@@ -118,18 +123,18 @@ class Unit:
             "text": text,
         }
 
-    def _identify_summaries(self, condition: Condition, cell: Cell) -> dict[str, Any]:
+    def _identify_summaries(self, writer: str, signals: str, decoding: str) -> dict[str, Any]:
         role, config = self.subject.roles.inference, self.subject.roles.config
         return {
             "drawing": DRAWING,
-            "weights": self._once("identity", self._find_writer(condition)),
+            "weights": self._once("identity", self._find_writer(writer)),
             "shape": identify_shape(role),
             "words": identify_words(role.tokenizer),
             "instruction": config.model.summary_instruction,
-            "temperature": DECODINGS[cell.decoding],
+            "temperature": DECODINGS[decoding],
             "seed": config.seed,
             "data": {**self.split.identity},
-            "signals": cell.signals,
+            "signals": signals,
             "limits": {
                 name: getattr(self.split.data, name)
                 for name in ("context_len", "summary_len", "pair_layout")
@@ -142,25 +147,28 @@ class Unit:
         """advance: called with the finished part of the cell. Raises: UserError."""
         start = time.time()
         condition, reader = find_condition(cell.condition), self._find_reader(cell)
-        users = self._select(cell.signals)
-        batches = self._once("batches", cell.generator, cell.signals)
-        texts = self._write_texts(condition, cell, reader, users, advance)
+        users, pairs = self._select(cell.signals), self._once("pairs", cell.generator)
+        first = 0.5 if condition.summaries_by else 0.0
+        texts = self._write_texts(condition, cell, reader, lambda part: advance(first * part))
         objective = make_objective(reader.config)
         known = None
         if objective.needs_reference:
             if reader.config.generator.reference == "summary":
-                known = self._score_texts(reader, reader.reference, texts, batches)
+                known = self._score_texts(reader, reader.reference, texts, pairs)
             else:
                 known = self._once("reference", cell.generator)
-        logps = self._score_texts(reader, reader.weights, texts, batches, advance)
-        whole = batches.whole
+        follow = lambda part: advance(first + (1 - first) * part)  # noqa: E731
+        logps = self._score_texts(reader, reader.weights, texts, pairs, follow)
+        whole = pairs.whole
         lengths = PairLengths(
             jnp.asarray(whole.chosen.lengths), jnp.asarray(whole.rejected.lengths)
         )
         margins = np.asarray(pair_margins(logps, lengths, known, objective=objective), np.float64)
         counts = condition.count_users
         counted = [True] * len(users) if counts is None else list(counts(users))
-        items = self._list_items(users, counted, batches, texts, (logps, known, margins), cell)
+        raw = self._once("raw", cell.generator, cell.signals)
+        told = [len(ids) if counts else None for ids, counts in zip(texts, counted, strict=True)]
+        items = list_items(users, whole, told, raw, (logps, known, margins))
         attempted = int(whole.pair_mask.sum())
         left = {"the condition does not apply": attempted - len(items)}
         header = {
@@ -171,7 +179,7 @@ class Unit:
                 "scored": len(items),
                 "left_out": {reason: n for reason, n in left.items() if n},
             },
-            "shortened": batches.shortened._asdict(),
+            "shortened": pairs.shortened._asdict(),
             "data_kind": self.split.kind,
             "step": self.subject.step,
             "seconds": round(time.time() - start, 3),
@@ -181,65 +189,83 @@ class Unit:
         return Scored(header, items)
 
     def read_summaries(
-        self, condition: Condition, cell: Cell, advance: Callable[[float], None]
+        self, writer: str, signals: str, decoding: str, advance: Callable[[float], None]
     ) -> list[dict[str, Any]]:
-        """One item per user, from the file that keeps them, which is written if it is not there."""
-        key = ""
-        if distributed.is_main_process():
-            key = records.make_key(self._identify_summaries(condition, cell))
-        key = distributed.tell_all(key)
-        return self._once("summaries", condition.summaries_by, cell.decoding, cell.signals, key)
+        """One item per user, from the file that keeps them; all decodings of which there is none
+        are drawn and written."""
+        key = ("summaries", writer, signals)
+        if key not in self._kept:
+            self._kept[key] = self._make_summaries(writer, signals, advance)
+        return self._kept[key][decoding]
 
     def _make_summaries(
-        self, name: str, decoding: str, signals: str, key: str
-    ) -> list[dict[str, Any]]:
-        path, found = records.find_file(self._out, records.SUMMARIES, key), ""
-        if distributed.is_main_process() and (record := records.read_done(path)):
-            found = json.dumps(record.items)
-        if found := distributed.tell_all(found):
-            return json.loads(found)
-        users, role = self._select(signals), self.subject.roles.inference
-        params = self._once("params", self.subject.writers[name])
-        batches = self._once("batches", "trained", signals)
-        summarizer = Summarizer(role, params, self.subject.roles.config.seed)
-        drawn = summarizer.write(batches.placed, DECODINGS[decoding], lambda: None)
-        config = self._limit(self.subject.roles.config)
-        items = [
-            {
-                "user": user.user_id,
-                "summary": role.tokenizer.decode(ids).strip(),
-                "tokens": len(ids),
-                "finished": len(ids) < config.data.summary_len,
-                "ids": ids,
-                "signals": encode.fit_signals(user, role.tokenizer, config).text,
-            }
-            for user, ids in zip(users, drawn, strict=False)
-        ]
+        self, writer: str, signals: str, advance: Callable[[float], None]
+    ) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, Any] = {}
+        keys: dict[str, str] = {}
         if distributed.is_main_process():
-            labels = {"writer": name, "decoding": decoding, "signals": signals}
-            header = {"kind": "summaries", "key": key, "status": "done", "labels": labels}
-            records.write(path, header, items)
-        return items
+            for decoding in self._decodings:
+                identity = self._identify_summaries(writer, signals, decoding)
+                keys[decoding] = records.make_key(identity)
+                path = records.find_file(self._out, records.SUMMARIES, keys[decoding])
+                if record := records.read_done(path):
+                    found[decoding] = record.items
+        found = json.loads(distributed.tell_all(json.dumps(found)))
+        missing = [decoding for decoding in self._decodings if decoding not in found]
+        if not missing:
+            return found
+        drawn = self._draw(writer, signals, missing, advance)
+        for decoding, items in zip(missing, drawn, strict=True):
+            found[decoding] = items
+            if distributed.is_main_process():
+                labels = {"writer": writer, "decoding": decoding, "signals": signals}
+                header = {"kind": "summaries", "key": keys[decoding], "status": "done"}
+                path = records.find_file(self._out, records.SUMMARIES, keys[decoding])
+                records.write(path, header | {"labels": labels}, items)
+        return found
+
+    def _draw(
+        self, writer: str, signals: str, decodings: Sequence[str], advance: Callable[[float], None]
+    ) -> list[list[dict[str, Any]]]:
+        """The signals are read once for all decodings."""
+        users, roles = self._select(signals), self.subject.roles
+        role, config = roles.inference, self._limit(roles.config)
+        params = self._once("params", self._find_writer(writer))
+        heats = [DECODINGS[decoding] for decoding in decodings]
+        summarizer = Summarizer(role, params, roles.config.seed)
+        drawn = summarizer.write(self._once("signals", signals), heats, advance)
+        texts = [encode.fit_signals(user, role.tokenizer, config).text for user in users]
+        return [
+            [
+                {
+                    "user": user.user_id,
+                    "summary": role.tokenizer.decode(ids).strip(),
+                    "tokens": len(ids),
+                    "finished": len(ids) < config.data.summary_len,
+                    "ids": ids,
+                    "signals": text,
+                }
+                for user, ids, text in zip(users, found, texts, strict=True)
+            ]
+            for found in drawn
+        ]
 
     def _write_texts(
-        self,
-        condition: Condition,
-        cell: Cell,
-        reader: Reader,
-        users: Sequence[User],
-        advance: Callable[[float], None],
+        self, condition: Condition, cell: Cell, reader: Reader, advance: Callable[[float], None]
     ) -> list[Ids]:
         """The text about each user in tokens of the generator. Between two tokenizers goes text."""
         words, config = reader.parts.tokenizer, self._limit(reader.config)
         given: list[Ids] = []
         if condition.summaries_by:
-            summaries = self.read_summaries(condition, cell, advance)
+            summaries = self.read_summaries(
+                condition.summaries_by, cell.signals, cell.decoding, advance
+            )
             given = [item["ids"] for item in summaries]
             if words is not self.subject.roles.inference.tokenizer:
                 given = [
                     prompts.encode_summary(words, item["summary"], config) for item in summaries
                 ]
-        texts = condition.make_texts(People(users, words, config, given))
+        texts = condition.make_texts(People(self._select(cell.signals), words, config, given))
         limit = max(config.data.context_len, config.data.summary_len)
         return [list(ids[:limit]) for ids in texts]
 
@@ -248,61 +274,18 @@ class Unit:
         reader: Reader,
         weights: Weights,
         texts: Sequence[Ids],
-        batches: Batches,
+        pairs: Pairs,
         advance: Callable[[float], None] = lambda part: None,
     ) -> PairLogps:
-        whole, count, done = batches.whole, len(batches.placed), iter(range(1, 10**9))
-        longest = max(map(len, texts), default=0)
-        replies = max(whole.chosen.lengths.max(), whole.rejected.lengths.max())
-        check_room(
-            reader, len(reader.parts.prompt) + longest + int(whole.turns.lengths.max() + replies)
-        )
+        whole, longest = pairs.whole, max(map(len, texts), default=0)
+        reply = max(whole.chosen.lengths.max(), whole.rejected.lengths.max())
+        row = len(reader.parts.prompt) + longest + int(whole.turns.lengths.max() + reply)
+        check_room(reader, row)
         params = self._once("params", weights)
         generator = Generator(reader.parts, params, self.subject.roles.mesh)
         length = self.split.data.summary_len
-        length = length if longest <= length else -(-longest // 64) * 64
-        return generator.score(texts, batches.placed, length, lambda: advance(next(done) / count))
-
-    def _list_items(
-        self,
-        users: Sequence[User],
-        counted: Sequence[bool],
-        batches: Batches,
-        texts: Sequence[Ids],
-        scores: tuple[PairLogps, PairLogps | None, Float[np.ndarray, "users pairs"]],
-        cell: Cell,
-    ) -> list[dict[str, Any]]:
-        logps, known, margins = scores
-        arrays = {"chosen": logps.chosen, "rejected": logps.rejected}
-        if known is not None:
-            arrays |= {"reference_chosen": known.chosen, "reference_rejected": known.rejected}
-        arrays |= {
-            "chosen_len": batches.whole.chosen.lengths,
-            "rejected_len": batches.whole.rejected.lengths,
-            "margin": margins,
-        }
-        columns = {name: np.asarray(values).tolist() for name, values in arrays.items()}
-        raw = self._once("raw", cell.generator, cell.signals)
-        items = []
-        for row, user in enumerate(users):
-            if not counted[row]:
-                continue
-            for column, pair in enumerate(user.pairs[: self.split.data.num_pairs]):
-                values = {name: rows[row][column] for name, rows in columns.items()}
-                items.append(
-                    {"user": user.user_id, "person": user.user_id.split("#")[0]}
-                    | {"pair": pair.record_id}
-                    | values
-                    | {"context_tokens": len(texts[row]), "signal_tokens": raw[row]}
-                    | {"groups": {**getattr(user, "groups", {}), **getattr(pair, "groups", {})}}
-                )
-        bad = [item for item in items if not np.isfinite(item["margin"])]
-        if bad:
-            raise UserError(
-                f"{len(bad)} margins are not finite, the first of user {bad[0]['user']}, pair "
-                f"{bad[0]['pair']}; the weights are broken, or the compute type is too narrow"
-            )
-        return items
+        length = length if longest <= length else find_longest([longest])
+        return generator.score(texts, pairs.dealt, length, advance)
 
     def forget(self) -> None:
         """Frees weights and batches."""
@@ -317,30 +300,32 @@ class Unit:
             make: dict[str, Callable[..., Any]] = {
                 "identity": lambda weights: weights.identify(self._hashes),
                 "params": lambda weights: weights.load(),
-                "batches": self._make_batches,
+                "signals": self._deal_signals,
+                "pairs": self._deal_pairs,
                 "reference": self._make_reference,
-                "summaries": self._make_summaries,
                 "raw": self._count_raw,
             }
             self._kept[key] = make[kind](*names)
         return self._kept[key]
 
-    def _make_batches(self, generator: str, signals: str) -> Batches:
-        parts = self.readers[generator].parts
-        if generator != "trained" and parts is self.readers["trained"].parts:
-            return self._once("batches", "trained", signals)
-        users, roles = self._select(signals), self.subject.roles
-        config = self._limit(self.readers[generator].config)
-        lengths, cut = encode.fit_lengths(users, parts.tokenizer, config)
-        if parts.tokenizer is not roles.inference.tokenizer:
-            read = encode.fit_lengths(users, roles.inference.tokenizer, self._limit(roles.config))
-            lengths["context_len"] = read[0]["context_len"]
-        data = dataclasses.replace(config.data, **lengths)
-        both = Roles(config, roles.mesh, roles.inference, parts)
-        encoded = encode_users(both, users, dataclasses.replace(config, data=data))
-        whole = jax.tree.map(lambda *x: np.concatenate(x)[: len(users)], *encoded)
-        placed = [place_whole(batch, roles.mesh, parts.model.rules) for batch in encoded]
-        return Batches(whole, placed, cut)
+    def _deal_signals(self, signals: str) -> Dealt:
+        roles = self.subject.roles
+        users = [dataclasses.replace(user, pairs=(), readings=()) for user in self._select(signals)]
+        config, role = self._limit(roles.config), roles.inference
+        encoded, _ = encode_all(users, role.tokenizer, config)
+        rows = config.evaluation.batch_users
+        return deal_signals(encoded, role.model, role.prompt, roles.mesh, rows)
+
+    def _deal_pairs(self, generator: str) -> Pairs:
+        parts, config = self.readers[generator].parts, self._limit(self.readers[generator].config)
+        first = next(name for name, reader in self.readers.items() if reader.parts is parts)
+        if first != generator:
+            return self._once("pairs", first)
+        bare: dict[str, Any] = {"profile": "", "survey": "", "shots": (), "comments": ()}
+        users = [dataclasses.replace(user, readings=(), **bare) for user in self.split.users]
+        whole, cut = encode_all(users, parts.tokenizer, config)
+        rows, mesh = config.evaluation.batch_users, self.subject.roles.mesh
+        return Pairs(whole, deal_pairs(whole, parts.model, mesh, rows), cut)
 
     def _make_reference(self, generator: str) -> PairLogps:
         """Of the pairs behind no text: once for all conditions."""
@@ -348,9 +333,9 @@ class Unit:
         first = next(n for n, r in self.readers.items() if r.reference is reader.reference)
         if first != generator:
             return self._once("reference", first)
-        batches = self._once("batches", generator, "all")
         nothing: list[Ids] = [[] for _ in self.split.users]
-        return self._score_texts(reader, reader.reference, nothing, batches)
+        pairs = self._once("pairs", generator)
+        return self._score_texts(reader, reader.reference, nothing, pairs)
 
     def _count_raw(self, generator: str, signals: str) -> list[int]:
         """Tokens of each user's raw signals."""
@@ -375,10 +360,10 @@ class Unit:
             )
         return self.readers[cell.generator]
 
-    def _find_writer(self, condition: Condition) -> Weights:
-        if condition.summaries_by not in self.subject.writers:
+    def _find_writer(self, name: str) -> Weights:
+        if name not in self.subject.writers:
             raise UserError(
-                f'the condition "{condition.name}" needs a run: base models have no state before '
+                f"summaries by the inference model {name}: base models have no state before "
                 "training"
             )
-        return self.subject.writers[condition.summaries_by]
+        return self.subject.writers[name]

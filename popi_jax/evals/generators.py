@@ -5,8 +5,6 @@ The programs are compiled once per shape: parameters are arguments, and what is 
 and its prompt. The roles may have different models and tokenizers: between them goes text."""
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,22 +15,22 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from popi_jax import distributed
-from popi_jax.arrays import PairLogps, Params, Tokens, UserBatch
+from popi_jax.arrays import PairLogps, Params, Tokens
 from popi_jax.config import Config
-from popi_jax.data import batches, encode, prompts
+from popi_jax.data import batches, prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
+from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
 from popi_jax.models import decode
 from popi_jax.models.decode import Sampling
-from popi_jax.models.layout import count_shards
+from popi_jax.models.packing import Budget, Tree, spares_padding
 from popi_jax.models.transformer import TransformerConfig, lay_out_for_rollout
-from popi_jax.popi.rollout import Sampler, splice
-from popi_jax.popi.scorer import Scorer
+from popi_jax.popi.scorer import repeat_ids, score_answers
 from popi_jax.progress import Progress
-from popi_jax.run import RoleParts, Roles, Run
+from popi_jax.run import RoleParts, Run
 from popi_jax.sharding import place_whole
 
 SUMMARY_KEY = 3  # folded into the key of the seed; training uses 0 to 2
@@ -46,17 +44,25 @@ class Summarizer(NamedTuple):
     seed: int
 
     def write(
-        self, users: Sequence[UserBatch], temperature: float, advance: Callable[[], None]
-    ) -> list[Ids]:
-        """One summary for each user of the batches, without end tokens; `advance` is called after
-        each batch."""
-        sampling = self.role.sampling._replace(temperature=temperature)
-        sampler = Sampler(self.role.model, self.role.prompt, sampling)
-        summaries: list[Ids] = []
-        for batch in users:
-            found = jax.device_get(draw_summaries(self.params, batch, self.seed, sampler=sampler))
-            summaries += [ids[:n].tolist() for ids, n in zip(*found, strict=True)]
-            advance()
+        self, signals: Dealt, temperatures: Sequence[float], advance: Callable[[float], None]
+    ) -> list[list[Ids]]:
+        """For each temperature one summary of each user, without end tokens; the signals are read
+        once for all of them.
+
+        A draw depends on the seed, the number of the user and the temperature alone. `advance` is
+        called with the finished part after each batch."""
+        sampling = self.role.sampling._replace(temperature=tuple(temperatures))
+        fixed = {"model": self.role.model, "turn": self.role.prompt, "sampling": sampling}
+        calls, dealt = [], []
+        for group in signals.groups:
+            draw = partial(draw_summaries, self.params, budget=group.budget, **fixed)
+            calls += [partial(draw, *placed, np.uint32(self.seed)) for placed in group.placed]
+            dealt += [*group.dealt]
+        summaries: list[list[Ids]] = [[[]] * signals.shape[0] for _ in temperatures]
+        for users, (ids, lengths) in zip(dealt, run_ahead(calls, advance), strict=True):
+            for row in np.flatnonzero(users >= 0):
+                for k, found in enumerate(summaries):
+                    found[users[row]] = ids[row, k, : lengths[row, k]].tolist()
         return summaries
 
 
@@ -68,26 +74,28 @@ class Generator(NamedTuple):
     mesh: Mesh
 
     def score(
-        self,
-        texts: Sequence[Ids],
-        users: Sequence[UserBatch],
-        length: int,
-        advance: Callable[[], None],
+        self, texts: Sequence[Ids], pairs: Dealt, length: int, advance: Callable[[float], None]
     ) -> PairLogps:
         """Log-probs of the replies to each user's prompts behind a text about the user: [users
-        pairs], in the memory of every process.
+        pairs], in the memory of every process; 0 where a user has no such pair.
 
-        texts: one for each user, without those that fill the last batch; at most `length` tokens,
-        to which all are padded."""
-        scorer, size, found = Scorer(self.role.model), len(users[0].index), []
-        filled = [*texts, *[[]] * (len(users) * size - len(texts))]
-        for number, batch in enumerate(users):
-            rows = batches.pad(filled[number * size : (number + 1) * size], length, 0)
-            text = self.place(jax.tree.map(lambda x: x[:, None], rows))
-            logps = score_texts(self.params, text, batch, scorer=scorer, prefix=self.role.prompt)
-            found.append(jax.device_get(logps))
-            advance()
-        return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)[: len(texts)]), *found)
+        texts: one for each user, at most `length` tokens, to which attention pads them, and nothing
+        else does. `advance` is called with the finished part after each batch."""
+        prefix, lengths = self.role.prompt, np.array([len(text) for text in texts])
+        calls, dealt = [], []
+        for group in pairs.groups:
+            budget = add_texts(group, lengths, len(prefix))
+            score = partial(score_tree, self.params, model=self.role.model, budget=budget)
+            for users, placed in zip(group.dealt, group.placed, strict=True):
+                told = [texts[user] if user >= 0 else [] for user in users.tolist()]
+                rows = [[*prefix, *text] for text in told]
+                context = self.place(batches.pad(rows, len(prefix) + length, 0))
+                calls.append(partial(score, Tree(context, *placed)))
+            dealt += [*group.dealt]
+        logps = np.zeros((*pairs.shape, 2), np.float32)
+        for users, found in zip(dealt, run_ahead(calls, advance), strict=True):
+            logps[users[users >= 0], : found.shape[1]] = found[users >= 0]
+        return PairLogps(jnp.asarray(logps[..., 0]), jnp.asarray(logps[..., 1]))
 
     def reply(
         self, text: Ids, prompt: str, *, sampling: Sampling, num: int, seed: int
@@ -108,50 +116,29 @@ class Generator(NamedTuple):
         return place_whole(tokens, self.mesh, self.role.model.rules)
 
 
-def encode_users(run: Run | Roles, users: Sequence[User], config: Config) -> list[UserBatch]:
-    """The users in batches of `evaluation.batch_users`, as numpy arrays: signals in tokens of the
-    inference model, prompts and replies in those of the generator.
-
-    The last batch is filled with users none of whose pairs count."""
-    words = run.generator.tokenizer
-    made = [b.batch for b in batches.make_eval_batches(users, words, config)]
-    if run.inference.tokenizer is not words:
-        read = batches.make_eval_batches(users, run.inference.tokenizer, config)
-        contexts = [b.batch.context for b in read]
-        made = [b._replace(context=c) for b, c in zip(made, contexts, strict=True)]
-    return made
-
-
 def summarize_users(
     run: Run, params: Params, users: Sequence[User], *, config: Config, temperature: float
 ) -> list[dict[str, Any]]:
     """One {"user_id", "summary", "tokens"} per user, by an inference model.
 
-    config: with the limits as they were given. The padded lengths of the run fit its training
-    users, so they are fitted anew to these users. At temperature 0 the likeliest tokens are taken.
-    """
-    words = run.inference.tokenizer
-    users = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
-    lengths, cut = encode.fit_lengths(users, words, config)
+    config: with the limits as they were given: those of the run are of its training users. At
+    temperature 0 the likeliest tokens are taken."""
+    role = run.inference
+    bare = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
+    encoded, cut = batches.encode_all(bare, role.tokenizer, config)
     if cut.contexts:
         logging.warning(
             "The signals of %d of %d users were too long and shortened (data.context_len = %d).",
             *(cut.contexts, cut.users, config.data.context_len),
         )
-    rows, evaluation = count_rows(run.inference.model), config.evaluation
-    if len(users) <= rows:
-        evaluation = dataclasses.replace(evaluation, batch_users=rows)
-    data = dataclasses.replace(config.data, num_pairs=1, **lengths)
-    config = dataclasses.replace(config, data=data, evaluation=evaluation)
-    placed = [
-        place_whole(batch, run.mesh, run.inference.model.rules)
-        for batch in encode_users(run, users, config)
-    ]
-    shown, done = distributed.is_main_process(), itertools.count(1)
-    with Progress(len(placed), label="summaries", enabled=shown) as progress:
-        summarizer = Summarizer(run.inference, params, run.config.seed)
-        found = summarizer.write(placed, temperature, lambda: progress.update(next(done)))
-    return list_summaries(run, users, found[: len(users)])
+    signals = deal_signals(
+        encoded, role.model, role.prompt, run.mesh, config.evaluation.batch_users
+    )
+    summarizer, shown = Summarizer(role, params, run.config.seed), distributed.is_main_process()
+    with Progress(100, label="summaries", enabled=shown) as progress:
+        advance = lambda part: progress.update(round(100 * part))  # noqa: E731
+        (found,) = summarizer.write(signals, [temperature], advance)
+    return list_summaries(run, users, found)
 
 
 def list_summaries(
@@ -165,27 +152,40 @@ def list_summaries(
     ]
 
 
-def count_rows(model: TransformerConfig) -> int:
-    """The least rows of a batch that divide over the mesh."""
-    return math.lcm(*(count_shards(rules.batch) for rules in (model.rules, model.rollout_rules)))
-
-
-@partial(jax.jit, static_argnames=("seed", "sampler"), out_shardings=P())
-def draw_summaries(params: Params, users: UserBatch, seed: int, *, sampler: Sampler) -> Tokens:
-    """One summary per user [users seq], without end tokens; every process gets all."""
+@partial(jax.jit, static_argnames=("model", "turn", "sampling", "budget"), out_shardings=P())
+@jax.named_scope("sampling")
+def draw_summaries(
+    params: Params,
+    context: Tokens,
+    index: Array,
+    seed: Array,
+    *,
+    model: TransformerConfig,
+    turn: tuple[int, ...],
+    sampling: Sampling,
+    budget: Budget,
+) -> Tokens:
+    """Summaries [users temperatures seq] of signals [users seq], without end tokens; every process
+    gets all. The key of a draw is folded from the number of the user."""
     key = jax.random.fold_in(jax.random.key(seed), SUMMARY_KEY)
-    drawn = sampler.sample(params, users, key, 1)
+    keys = decode.sample_keys(key, index, 1)
+    keys = jnp.broadcast_to(keys, (*index.shape, len(sampling.temperature)))
+    weights = lay_out_for_rollout(params, model)
+    asked = repeat_ids(turn, index.shape)
+    drawn = decode.sample(
+        weights, context, asked, keys, model=model, sampling=sampling, budget=budget
+    )
     lengths = drawn.summaries.lengths - drawn.finished.astype(jnp.int32)
-    return Tokens(drawn.summaries.ids[:, 0], lengths[:, 0])
+    return Tokens(drawn.summaries.ids, lengths)
 
 
-@partial(jax.jit, static_argnames=("scorer", "prefix"), out_shardings=P())
-def score_texts(
-    params: Params, texts: Tokens, users: UserBatch, *, scorer: Scorer, prefix: tuple[int, ...]
-) -> PairLogps:
-    """Log-probs of the replies [users pairs] behind texts [users 1 seq]; every process gets all."""
-    contexts = splice(prefix, texts, jnp.zeros(texts.lengths.shape, bool))
-    return jax.tree.map(lambda x: x[:, 0], scorer.score_pairs(params, contexts, users))
+@partial(jax.jit, static_argnames=("model", "budget"), out_shardings=P())
+def score_tree(
+    params: Params, tree: Tree, *, model: TransformerConfig, budget: Budget
+) -> Float[Array, "rows pairs 2"]:
+    """Log-probs of the chosen and the rejected reply of each pair; every process gets all."""
+    spares = spares_padding(budget, tree)
+    return score_answers(params, tree, model=model, budget=budget if spares else None).sums()
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), out_shardings=P())

@@ -246,7 +246,14 @@ def _show_numbers(line: Line) -> list[str]:
     found = [_show(f, name) for name in (*names, "ece", "brier")]
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(f["left_out"].items())) or "0"
     compression = _DASH if f["compression"] is None else f"{f['compression']:.1f}"
-    return [*found, str(f["n"]), reasons, str(f["users"]), f"{f['context_tokens']:.1f}", compression]
+    return [
+        *found,
+        str(f["n"]),
+        reasons,
+        str(f["users"]),
+        f"{f['context_tokens']:.1f}",
+        compression,
+    ]
 
 
 def _show_reason(line: Line, count: int) -> list[str]:
@@ -283,10 +290,7 @@ def _read_items(record: Cell) -> Items | None:
 
 
 def _find_partner(
-    header: dict[str, Any],
-    condition: str,
-    records: Sequence[Cell],
-    read: Sequence[Items | None],
+    header: dict[str, Any], condition: str, records: Sequence[Cell], read: Sequence[Items | None]
 ) -> Items | None:
     """The pairs of the cell of another condition that is like this one; of several those of the
     same decoding, else of the first."""

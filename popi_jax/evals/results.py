@@ -16,7 +16,7 @@ from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals import metrics, render
 from popi_jax.evals.cells import Unit
-from popi_jax.evals.conditions import BEFORE_RL, CONDITIONS, TRAINED, find_condition, list_reads
+from popi_jax.evals.conditions import BEFORE_RL, CONDITIONS, TRAINED, list_reads
 from popi_jax.evals.records import CellRecord
 from popi_jax.evals.subjects import Subject, Weights, open_subject
 from popi_jax.evals.sweep import FAILED, compute_cells, make_split, read_records
@@ -52,14 +52,13 @@ def evaluate_run(
     subject = _put_weights(subject, models)
     users = users._replace(data=subject.roles.config.data)
     hashes = Hashes(epath.Path(out) / "hashes.json", files.write_whole)
-    unit = Unit(subject, users, subject.readers, out, hashes)
+    unit = Unit(subject, users, subject.readers, list(DECODINGS), out, hashes)
     cells = _list_cells(config.workdir, split, users.users)
     outcomes = compute_cells(dict.fromkeys(cells, unit), out, own=cells)
     if bad := [outcome for outcome in outcomes if outcome.status == FAILED]:
         raise UserError(f"the evaluation failed: {bad[0].cell.condition}: {bad[0].reason}")
     found = read_records(outcomes, out)
-    (greedy,) = [c for c in cells if c.condition == "summary" and c.decoding == "greedy"]
-    items = unit.read_summaries(find_condition("summary"), greedy, lambda part: None)
+    items = unit.read_summaries(TRAINED, "all", "greedy", lambda part: None)
     summaries = [
         {"user_id": item["user"], "summary": item["summary"], "tokens": item["tokens"]}
         for item in items

@@ -111,7 +111,9 @@ def make_items(rows: Sequence[dict[str, Any]]) -> Items:
     keys = [(row["user"], row["pair"]) for row in rows]
     for key, following in zip(keys, keys[1:], strict=False):
         if key == following:
-            raise UserError(f'user "{key[0]}": pair "{key[1]}" occurs twice in a cell, allowed: once')
+            raise UserError(
+                f'user "{key[0]}": pair "{key[1]}" occurs twice in a cell, allowed: once'
+            )
     numbers = {name: np.array([row[name] for row in rows], np.float64) for name in NUMBERS}
     for name, values in numbers.items():
         if not np.isfinite(values).all():
@@ -265,7 +267,9 @@ def _match(cells: Sequence[Items]) -> list[Items]:
     """The same cells with the pairs alone that all have. Raises: UserError when there is none."""
     common = set(cells[0].keys).intersection(*(items.keys for items in cells[1:]))
     if not common:
-        raise UserError("cells to compare: found no pair that all have; score them on the same users")
+        raise UserError(
+            "cells to compare: found no pair that all have; score them on the same users"
+        )
     return [_take(items, [key in common for key in items.keys]) for items in cells]
 
 

@@ -66,7 +66,8 @@ def run_sweep(
     cells = list_cells(sweep, list_reads())
     own = take_share(cells, share)
     hashes = Hashes(epath.Path(place.out) / "hashes.json", files.write_whole)
-    opened = Opened(place, sweep.max_users, hashes)
+    decodings = list(dict.fromkeys(cell.decoding for cell in cells if cell.decoding != "none"))
+    opened = Opened(place, sweep.max_users, decodings, hashes)
     units = {cell: opened.find_unit(cell) for cell in cells}
     return compute_cells(units, place.out, own=own, dry_run=dry_run)
 
@@ -127,8 +128,11 @@ def read_records(outcomes: Sequence[Outcome], out: str) -> list[records.CellReco
 class Opened:
     """What cells name, each opened once. What cannot be opened is a UserError in its place."""
 
-    def __init__(self, place: Place, max_users: int, hashes: Hashes) -> None:
-        self._place, self._max_users, self._hashes = place, max_users, hashes
+    def __init__(
+        self, place: Place, max_users: int, decodings: Sequence[str], hashes: Hashes
+    ) -> None:
+        self._place, self._max_users = place, max_users
+        self._decodings, self._hashes = decodings, hashes
         self._kept: dict[tuple[str, ...], Any] = {}
 
     def find_unit(self, cell: Cell) -> Unit | UserError:
@@ -141,7 +145,7 @@ class Opened:
         readers: dict[str, Reader] = dict(subject.readers)
         if foreign:
             readers[foreign] = self._get(self._open_reader, foreign)
-        return Unit(subject, split, readers, self._place.out, self._hashes)
+        return Unit(subject, split, readers, self._decodings, self._place.out, self._hashes)
 
     def _open_subject(self, model: str) -> Subject:
         base = model.startswith(BASE)

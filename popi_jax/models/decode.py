@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from popi_jax.arrays import Params, Rollouts, Tokens
@@ -23,7 +24,8 @@ class Sampling(NamedTuple):
     They change what is drawn, never the log-probs that are reported: those are of the whole
     distribution at `temperature`, as the scoring pass computes them."""
 
-    temperature: float  # 0 is greedy; log-probs are then those at temperature 1
+    # 0 is greedy; log-probs are then those at temperature 1. Several: one of each sample of a group
+    temperature: float | tuple[float, ...]
     max_len: int  # tokens, end token included
     end_id: int
     banned: tuple[int, ...] = ()  # never drawn: control tokens and the padding of the vocabulary
@@ -180,10 +182,10 @@ def decode_step(
 
 
 def cut_logits(
-    logits: Float[Array, "*rows vocab"], sampling: Sampling
-) -> Float[Array, "*rows vocab"]:
+    logits: Float[Array, "batch group vocab"], sampling: Sampling
+) -> Float[Array, "batch group vocab"]:
     """Logits over the temperature, -inf where a token is not drawn; the likeliest stays."""
-    z = logits if sampling.temperature == 0.0 else logits / sampling.temperature
+    z = heat(logits, sampling)
     if sampling.banned:
         z = z.at[..., jnp.asarray(sampling.banned)].set(-jnp.inf)
     if 0 < sampling.top_k < z.shape[-1]:
@@ -200,14 +202,32 @@ def cut_logits(
     return z
 
 
+def heat(
+    logits: Float[Array, "batch group vocab"], sampling: Sampling
+) -> Float[Array, "batch group vocab"]:
+    """Logits over the temperature of their sample; those of a greedy one as they are."""
+    given = sampling.temperature
+    if isinstance(given, tuple):
+        return logits / jnp.array([t or 1.0 for t in given], jnp.float32)[None, :, None]
+    return logits if given == 0.0 else logits / given
+
+
 def draw_tokens(
     logits: Float[Array, "batch group vocab"], keys: Key[Array, "batch group"], sampling: Sampling
 ) -> tuple[Int[Array, "batch group"], Float[Array, "batch group"]]:
     """One token per row, and its log-prob (nats) in the whole distribution at the temperature."""
-    z = cut_logits(logits, sampling)
-    greedy = sampling.temperature == 0.0
+    z, given = cut_logits(logits, sampling), sampling.temperature
+    group = z.shape[1]
+    heats = given if isinstance(given, tuple) else (given,) * group
+    hot = [number for number, heat in enumerate(heats) if heat > 0.0]
     draw = jax.vmap(jax.vmap(jax.random.categorical))
-    token = jnp.argmax(z, axis=-1) if greedy else draw(keys, z)
-    whole = logits if greedy else logits / sampling.temperature
-    logp = jnp.take_along_axis(jax.nn.log_softmax(whole, axis=-1), token[..., None], axis=-1)
+    if len(hot) == group:
+        token = draw(keys, z)
+    else:
+        token = jnp.argmax(z, axis=-1)
+        if hot:
+            at = np.array(hot)
+            token = token.at[:, at].set(draw(keys[:, at], z[:, at]))
+    logps = jax.nn.log_softmax(heat(logits, sampling), axis=-1)
+    logp = jnp.take_along_axis(logps, token[..., None], axis=-1)
     return token.astype(jnp.int32), logp[..., 0]

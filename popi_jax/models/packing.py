@@ -49,6 +49,7 @@ class Budget(NamedTuple):
     tokens: int
     answers: int
     shards: int = 1  # equal parts of the rows
+    holds: bool = False  # all rows are known to fit: nothing is decided inside the program
 
 
 class Budgets(NamedTuple):
@@ -129,12 +130,14 @@ def run_packed_if_it_fits(
     budget: Budget | None, tree: Tree, compute: Callable[[Budget | None], Any]
 ) -> Any:
     """compute(budget) if the tree fits the budget, else compute(None), which must give the same:
-    decided by the lengths, inside the program, for all shards alike.
+    decided by the lengths, inside the program, for all shards alike, unless the caller knows.
 
     Not to be differentiated: both branches would keep what the backward pass of either needs.
     Without a budget, or with one that spares next to nothing, there is compute(None) alone."""
     if budget is None or not spares_padding(budget, tree):
         return compute(None)
+    if budget.holds:
+        return compute(budget)
 
     def count(part: Tokens) -> Int[Array, " shards"]:
         if not part.lengths.size:

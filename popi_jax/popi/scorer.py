@@ -52,8 +52,8 @@ def score_answers(
     at least one token. With a budget, which the tree must fit, padding runs neither through the
     layers nor the head."""
     # the last token of an answer is predicted, never read
-    answers, most = tree.answers, tree.answers.ids.shape[-1] - 1
-    read = Tokens(answers.ids[..., :-1], jnp.minimum(answers.lengths, most))
+    answers = tree.answers
+    read = Tokens(answers.ids[..., :-1], jnp.maximum(answers.lengths - 1, 0))
     rows, mask = packing.pack(tree._replace(answers=read)), packing.length_mask(answers)
     apply = partial(Transformer(model).apply, variables(params))
     if budget is None:

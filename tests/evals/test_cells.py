@@ -32,7 +32,7 @@ def open_unit(tiny: TinyRun, users: list, out, subject: Subject | None = None) -
     subject = subject or open_subject(str(tiny.workdir), config, tiny.run.mesh)
     split = Split(users, subject.roles.config.data, {"users": len(users)}, "sample")
     hashes = Hashes(out / "hashes.json", files.write_whole)
-    return Unit(subject, split, subject.readers, str(out), hashes)
+    return Unit(subject, split, subject.readers, list(DECODINGS), str(out), hashes)
 
 
 def name(condition: str, decoding: str = "none", **other: str) -> Cell:
@@ -65,7 +65,7 @@ def score(tiny: TinyRun, unit: Unit, cell: Cell) -> list[dict]:
 
 def count_programs() -> tuple[int, int]:
     """How many programs were compiled that write summaries, and that score texts."""
-    return generators.draw_summaries._cache_size(), generators.score_texts._cache_size()
+    return generators.draw_summaries._cache_size(), generators.score_tree._cache_size()
 
 
 def nats_of(items: list[dict]) -> float:
@@ -101,9 +101,7 @@ def evaluated(tiny, unit) -> dict[Cell, list[dict]]:
 
 @pytest.fixture(scope="module")
 def summaries(tiny, unit, evaluated) -> list[list[int]]:
-    found = unit.read_summaries(
-        conditions.find_condition("summary"), name("summary", "greedy"), lambda part: None
-    )
+    found = unit.read_summaries("trained", "all", "greedy", lambda part: None)
     return [item["ids"] for item in found]
 
 
@@ -180,19 +178,27 @@ def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(tiny, use
     assert nats_of(told["sampled"]) != nats_of(told["greedy"])
 
 
+def read_summaries(out, decoding: str) -> list[dict]:
+    found = [records.read(path) for path in (out / records.SUMMARIES).iterdir()]
+    (kept,) = [r.items for r in found if r.header["labels"]["decoding"] == decoding]
+    return kept
+
+
 def test_summaries_are_kept_and_read(tiny, users, tmp_path, monkeypatch):
-    greedy = name("summary", "greedy")
+    """All decodings are drawn at once."""
+    greedy, sampled = (name("summary", decoding) for decoding in ("greedy", "sampled"))
     first = score(tiny, open_unit(tiny, users[:8], tmp_path), greedy)
-    (file,) = (tmp_path / records.SUMMARIES).iterdir()
-    kept = records.read(file)
-    assert [item["user"] for item in kept.items] == [user.user_id for user in users[:8]]
-    assert kept.items[0]["signals"].startswith("profile")
+    kept = read_summaries(tmp_path, "greedy")
+    assert [item["user"] for item in kept] == [user.user_id for user in users[:8]]
+    assert kept[0]["signals"].startswith("profile")
+    assert read_summaries(tmp_path, "sampled") != kept
     monkeypatch.setattr(cells, "Summarizer", None)  # not asked again
     again = open_unit(tiny, users[:8], tmp_path)
     assert score(tiny, again, greedy) == first
+    assert score(tiny, again, sampled) != first
     score(tiny, again, name("other_user_summary", "greedy"))
     with pytest.raises(TypeError):
-        score(tiny, again, name("summary", "sampled"))
+        score(tiny, again, name("summary_before_rl", "greedy"))
 
 
 def test_what_cannot_be_asked_is_told(tiny, users, tmp_path):
@@ -285,24 +291,25 @@ def test_two_roles_with_different_models_and_tokenizers(
     reader = Reader(subject.roles.config, parts, weights, weights)
     subject = subject._replace(readers=subject.readers | {"other": reader})
     contexts = []
-    scored = generators.score_texts
+    scored = generators.score_tree
 
-    def see_texts(params, texts, *rest, **static):
-        ids, lengths = jax.device_get(texts)
-        contexts.extend(row[0, : n[0]].tolist() for row, n in zip(ids, lengths, strict=True))
-        return scored(params, texts, *rest, **static)
+    def see_contexts(params, tree, **static):
+        ids, lengths = jax.device_get(tree.context)
+        contexts.extend(row[:n].tolist() for row, n in zip(ids, lengths, strict=True))
+        return scored(params, tree, **static)
 
-    monkeypatch.setattr(generators, "score_texts", see_texts)
+    monkeypatch.setattr(generators, "score_tree", see_contexts)
     unit = open_unit(tiny, users[:8], tmp_path, subject)
     items = score(tiny, unit, name("summary", "greedy", generator="other"))
-    kept = records.read(next((tmp_path / records.SUMMARIES).iterdir())).items
+    kept = read_summaries(tmp_path, "greedy")
     assert [item["ids"] for item in kept] == summaries[:8]  # signals are in words of the writer
     assert [item["summary"] for item in kept] == [
         written.decode(ids).strip() for ids in summaries[:8]
     ]
     expected = [prompts.encode_summary(words, item["summary"], config) for item in kept]
-    assert contexts[8:] == expected != summaries[:8]  # behind those of the reference
-    assert contexts[:8] == [[]] * 8
+    assert expected != summaries[:8]
+    assert contexts[:8] == [[*prefix]] * 8  # of the reference
+    assert sorted(contexts[8:]) == sorted([*prefix, *ids] for ids in expected)
     assert seen_of(items) == pytest.approx(np.mean([len(ids) for ids in expected]))
     margin = items[0]["chosen"] - items[0]["rejected"]
     reference = items[0]["reference_chosen"] - items[0]["reference_rejected"]
