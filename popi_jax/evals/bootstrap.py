@@ -60,10 +60,7 @@ class _Linear(NamedTuple):
 
 
 def estimate_means(
-    sums: Float[np.ndarray, "persons metrics"],
-    counts: Float[np.ndarray, " persons"],
-    *,
-    seed: int,
+    sums: Float[np.ndarray, "persons metrics"], counts: Float[np.ndarray, " persons"], *, seed: int
 ) -> list[Estimate]:
     """Of each metric sum of sums / sum of counts, where both are sums over the pairs of a person.
 
@@ -73,10 +70,7 @@ def estimate_means(
 
 
 def estimate_shares(
-    sums: Float[np.ndarray, "persons metrics"],
-    counts: Float[np.ndarray, " persons"],
-    *,
-    seed: int,
+    sums: Float[np.ndarray, "persons metrics"], counts: Float[np.ndarray, " persons"], *, seed: int
 ) -> list[Estimate]:
     """`estimate_means` of values of 0 to 1."""
     found = _estimate(sums, counts, seed)
@@ -172,7 +166,9 @@ def _estimate(
         told = spread > 0
         studentised = (ratios[told] - value) / spread[told] if error > 0 else np.zeros(1)
         low, high = np.quantile(studentised if told.any() else np.zeros(1), _levels())
-        found.append(Estimate(*map(float, (value, error, value - high * error, value - low * error))))
+        found.append(
+            Estimate(*map(float, (value, error, value - high * error, value - low * error)))
+        )
     return found
 
 

@@ -65,8 +65,9 @@ def test_estimates_against_plain_loops():
         "acc": lambda r: float(r["margin"] > 0),
         "acc_half": lambda r: (r["margin"] > 0) + 0.5 * (r["margin"] == 0),
         "acc_likelihood": lambda r: float(r["chosen"] > r["rejected"]),
-        "acc_likelihood_half": lambda r: (r["chosen"] > r["rejected"])
-        + 0.5 * (r["chosen"] == r["rejected"]),
+        "acc_likelihood_half": lambda r: (
+            (r["chosen"] > r["rejected"]) + 0.5 * (r["chosen"] == r["rejected"])
+        ),
         "nats": lambda r: -math.log(sigmoid(r["margin"])),
         "brier": lambda r: (1 - sigmoid(r["margin"])) ** 2,
     }
@@ -332,7 +333,10 @@ def test_groups_and_the_worst_of_them():
     assert sum(row.n for row in found.rows.values()) == len(rows)
     accs = {name: found.rows[name].acc_half.value for name in ("old", "young")}
     assert found.worst == min(accs, key=accs.__getitem__)
-    assert found.rows["oldest"].acc.value == 0.0 and math.isnan(found.rows["oldest"].acc.stderr) is False
+    assert (
+        found.rows["oldest"].acc.value == 0.0
+        and math.isnan(found.rows["oldest"].acc.stderr) is False
+    )
     (found,) = statistics.compute_groups(statistics.make_items(rows[:20]))
     assert found.worst == "" and found.note == "no group has 10 persons"
 
