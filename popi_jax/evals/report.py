@@ -2,8 +2,9 @@
 Markdown.
 
 A cell that failed or is missing is a row with the reason. The baseline of a cell is the cell of the
-same model, step, data, split, signals and generator, and of the same objective, whose condition is
-the named one. Differences and bits are paired on the pairs that both have."""
+same model, step, data, split and generator, of the same objective, and of the same signals unless
+it reads none, whose condition is the named one. Differences and bits are paired on the pairs that
+both have."""
 
 import csv
 import io
@@ -23,7 +24,8 @@ BASELINE = "no_signals"
 HOME = "trained"  # the generator that summaries are made for
 CONTROL = "other_user_summary"  # what a text tells that is not of the user
 LABELS = ("model", "step", "data", "split", "signals", "condition", "decoding", "generator")
-SAME = ("model", "step", "data", "split", "signals", "generator")  # of a cell and its baseline
+SAME = ("model", "step", "data", "split", "generator")  # of a cell and its baseline
+NONE = "none"  # signals and decoding of a cell that they do not change
 _DASH = "–"
 _NOTES = f"""\
 Estimate [95 % interval], by a bootstrap over persons ({RESAMPLES} resamples); {_DASH} where fewer
@@ -59,11 +61,9 @@ class Line(NamedTuple):
     bits_over_other: statistics.Difference | None
 
 
-def write_report(
-    records: Sequence[Cell], folder: str, *, baseline: str = BASELINE, seed: int = 0
-) -> None:
-    """Writes the tables of cells, of groups and of transfer to other generators: table, groups and
-    transfer, each as .jsonl, .csv and .md."""
+def write(out: str, records: Sequence[Cell], *, baseline: str = BASELINE, seed: int = 0) -> str:
+    """Writes the tables of cells, of groups and of transfer to other generators into a folder:
+    table, groups and transfer, each as .jsonl, .csv and .md. Returns the text of table.md."""
     lines = make_lines(records, baseline=baseline, seed=seed)
     cells = [list_line(line) for line in lines]
     groups = [row for line in lines for row in list_groups(line, seed=seed)]
@@ -80,7 +80,8 @@ def write_report(
         "transfer.md": render_transfers(lines, transfers, baseline),
     }
     for name, text in texts.items():
-        files.write_whole(epath.Path(folder) / name, text)
+        files.write_whole(epath.Path(out) / name, text)
+    return texts["table.md"]
 
 
 def make_lines(records: Sequence[Cell], *, baseline: str = BASELINE, seed: int = 0) -> list[Line]:
@@ -104,9 +105,9 @@ def make_lines(records: Sequence[Cell], *, baseline: str = BASELINE, seed: int =
                 _compare(statistics.compute_information_gain, items, base, seed),
                 _compare(statistics.compute_information_gain, items, other, seed),
             ]
-        labels = {name: header["labels"].get(name, "") for name in LABELS}
         made = header.get("data_kind") == "sample"
-        lines.append(Line(labels, header["key"], status, reason, made, items, row, *pairs))
+        labels, key = _list_labels(header), header.get("key", "")
+        lines.append(Line(labels, key, status, reason, made, items, row, *pairs))
     return lines
 
 
@@ -152,8 +153,8 @@ def list_transfers(
         if at_home is None or at_home is line or line.labels["condition"] == baseline:
             continue
         bases = [
-            next((b for b in known.values() if _is_like(b, cell, baseline)), None)
-            for cell in (at_home, line)
+            next((b for b in known.values() if _is_partner(b.labels, each.labels, baseline)), None)
+            for each in (at_home, line)
         ]
         cells = [at_home, bases[0], line, bases[1]]
         items = [cell.items for cell in cells if cell and cell.items]
@@ -266,20 +267,26 @@ def _announce_made(lines: Sequence[Line]) -> list[str]:
     made = sorted({str(line.labels["data"]) for line in lines if line.made})
     if not made:
         return []
-    some = "" if all(line.made for line in lines) else f" Of this kind here: {', '.join(made)}."
+    known = {line.made for line in lines if line.status == "done"}
+    some = f" Of this kind here: {', '.join(made)}." if len(known) > 1 else ""
     return [f"**{MADE_DATA}{some}**"]
 
 
 def _pick_labels(lines: Sequence[Line]) -> list[str]:
     """The labels that tell the cells apart, and the condition."""
-    several = {name for name in LABELS if len({str(line.labels[name]) for line in lines}) > 1}
+    several = {name for name in LABELS if len(_list_values(lines, name)) > 1}
     return [name for name in LABELS if name in several | {"condition", "decoding"}]
+
+
+def _list_values(lines: Sequence[Line], name: str) -> list[str]:
+    """What a label says, without that it says nothing."""
+    return sorted({str(line.labels[name]) for line in lines} - {"", NONE})
 
 
 def _name_fixed(lines: Sequence[Line], shown: Sequence[str]) -> str:
     if not lines:
         return "No cell."
-    rest = [f"{n}: {lines[0].labels[n]}" for n in LABELS if n not in shown and lines[0].labels[n]]
+    rest = [f"{n}: {v}" for n in LABELS if n not in shown for v in _list_values(lines, n)]
     return f"All cells have {', '.join(rest)}." if rest else ""
 
 
@@ -294,23 +301,23 @@ def _find_partner(
 ) -> Items | None:
     """The pairs of the cell of another condition that is like this one; of several those of the
     same decoding, else of the first."""
-    labels = header["labels"]
+    labels = _list_labels(header)
     if labels["condition"] == condition:
         return None
-    found = [
-        (record.header["labels"].get("decoding") != labels.get("decoding"), number)
-        for number, record in enumerate(records)
-        if read[number] is not None
-        and record.header["labels"]["condition"] == condition
-        and all(record.header["labels"].get(name) == labels.get(name) for name in SAME)
-        and record.header.get("objective") == header.get("objective")
-    ]
+    found = []
+    for number, record in enumerate(records):
+        other = _list_labels(record.header)
+        same = record.header.get("objective") == header.get("objective")
+        if same and read[number] is not None and _is_partner(other, labels, condition):
+            found.append((other["decoding"] != labels["decoding"], number))
     return read[min(found)[1]] if found else None
 
 
-def _is_like(line: Line, other: Line, condition: str) -> bool:
-    return line.labels["condition"] == condition and all(
-        line.labels[name] == other.labels[name] for name in SAME
+def _is_partner(labels: dict[str, Any], other: dict[str, Any], condition: str) -> bool:
+    """Whether labels are those of the cell of a condition that is like another cell."""
+    like = all(labels[name] == other[name] for name in SAME)
+    return (
+        labels["condition"] == condition and like and labels["signals"] in (other["signals"], NONE)
     )
 
 
@@ -321,9 +328,16 @@ def _compare(compute: Any, items: Items, partner: Items | None, seed: int) -> An
 
 
 def _sort_labels(header: dict[str, Any]) -> tuple[Any, ...]:
-    labels = header["labels"]
-    texts = (str(labels.get(n, "")) for n in LABELS if n != "step")
-    return labels.get("model", ""), float(labels.get("step") or 0), *texts, header["key"]
+    labels = _list_labels(header)
+    first = ("model", "data", "split", "condition", "signals", "decoding", "generator")
+    texts = (str(labels[name]) for name in first)
+    return *texts, float(labels["step"] or 0), header.get("key", "")
+
+
+def _list_labels(header: dict[str, Any]) -> dict[str, Any]:
+    """The labels of a cell, "" where there is none; the step is that of the header, if there."""
+    labels = {"step": header.get("step")} | header["labels"]
+    return {name: "" if labels.get(name) is None else labels[name] for name in LABELS}
 
 
 def _list_blank() -> dict[str, Any]:

@@ -129,24 +129,25 @@ def compute_row(items: Items, coverage: dict[str, Any] | None = None, *, seed: i
     if not items.keys:
         raise ValueError("no pair to score")
     sums, counts = _sum_persons(items, [VALUES[name](items) for name in (*SHARES, *MEANS)])
-    shares = estimate_shares(sums[:, : len(SHARES)], counts, seed=seed)
-    means = estimate_means(sums[:, len(SHARES) :], counts, seed=seed)
+    estimates = estimate_shares(sums[:, : len(SHARES)], counts, seed=seed)
+    estimates += estimate_means(sums[:, len(SHARES) :], counts, seed=seed)
+    named = dict(zip((*SHARES, *MEANS), estimates, strict=True))
     # the numbers of tokens are the same on all pairs of a user: the first tells them
     _, first = np.unique([user for user, _ in items.keys], return_index=True)
-    context, signals = (x[first].mean() for x in (items.context_tokens, items.signal_tokens))
+    context = float(items.context_tokens[first].mean())
+    signals = float(items.signal_tokens[first].mean())
     told = coverage or {"attempted": len(items.keys), "left_out": {}}
     return Row(
-        len(items.keys),
-        len(first),
-        len(counts),
-        told["attempted"],
-        dict(told["left_out"]),
-        *shares,
-        *means,
-        _compute_calibration(items, seed),
-        float(context),
-        float(signals),
-        float(signals / context) if context > 0 else math.nan,
+        n=len(items.keys),
+        users=len(first),
+        persons=len(counts),
+        attempted=told["attempted"],
+        left_out=dict(told["left_out"]),
+        **named,
+        ece=_compute_calibration(items, seed),
+        context_tokens=context,
+        signal_tokens=signals,
+        compression=signals / context if context > 0 else math.nan,
     )
 
 
@@ -275,8 +276,9 @@ def _match(cells: Sequence[Items]) -> list[Items]:
 
 def _take(items: Items, mask: Sequence[bool]) -> Items:
     at = np.flatnonzero(mask)
-    arrays = (x[at] if isinstance(x, np.ndarray) else [x[i] for i in at] for x in items)
-    return Items(*arrays)
+    arrays = {name: getattr(items, name)[at] for name in NUMBERS}
+    keys, persons = [items.keys[i] for i in at], [items.persons[i] for i in at]
+    return Items(keys, persons, **arrays, groups=[items.groups[i] for i in at])
 
 
 def _count(

@@ -7,9 +7,9 @@ docs/data.md.
      "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]},
      "groups": {"age": "…"}}
 
-`oracle`, `groups` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read.
-Lines of one user_id with equal signals are one user. With other signals they are a further user,
-"ann#2", in the same split: signals are drawn per person, never per prompt."""
+`oracle`, `groups` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and
+not read. Lines of one user_id with equal signals are one user. With other signals they are a
+further user, "ann#2", in the same split: signals are drawn per person, never per prompt."""
 
 import dataclasses
 from pathlib import Path
@@ -109,8 +109,8 @@ def read_users(path: Path, num_shots: int) -> list[User]:
 def _parse_record(row: Row) -> Record:
     row.allow_only(FIELDS)
     user = _parse_signals(row)
-    texts = (_get_text(row, name) for name in ("chosen", "rejected"))
-    pair = Pair(row.get_text("record_id"), _parse_messages(row), *texts)
+    chosen, rejected = (_get_text(row, name) for name in ("chosen", "rejected"))
+    pair = Pair(row.get_text("record_id"), _parse_messages(row), chosen, rejected)
     _check_differs(row, pair, "line")
     for i, shot in enumerate(user.shots):
         if shot.prompt == pair.prompt[-1]["content"]:
@@ -124,8 +124,8 @@ def _parse_record(row: Row) -> Record:
         if comment.prompt in asked or comment.comment in asked:
             field, allowed = f"signals.comments[{i}]", 'no text of the line\'s own "prompt"'
             raise row.make_error(field, comment.prompt, allowed, "Remove that comment.")
-    known = {"oracle": _get_optional(row, "oracle"), "groups": _parse_groups(row)}
-    return Record(dataclasses.replace(user, **known), pair)
+    oracle, groups = _get_optional(row, "oracle"), _parse_groups(row)
+    return Record(dataclasses.replace(user, oracle=oracle, groups=groups), pair)
 
 
 def _parse_groups(row: Row) -> Groups:

@@ -296,7 +296,7 @@ def _parse_conversation(row: Row, people: dict[str, Person]) -> Conversation:
         row.get_text("generated_datetime"),
         _clean(row, "opening_prompt"),
         _clean(row, "open_feedback"),
-        _keep_told({"conversation_type": _clean_optional(row, "conversation_type")}),
+        _keep_told({"conversation_type": _clean(row, "conversation_type", absent=True)}),
     )
     if conversation.user_id not in people:
         allowed, fix = f"a user of {FILES[0]}", "Add the survey row or remove this one."
@@ -349,13 +349,12 @@ def _parse_latent(row: Row, people: dict[str, Person]) -> Latent:
     return Latent(oracle, stated, readings)
 
 
-def _clean(row: Row, name: str) -> str:
+def _clean(row: Row, name: str, *, absent: bool = False) -> str:
+    """absent: the field may be missing."""
+    if absent and name not in row.fields:
+        return ""
     text = row.get_text(name, empty=True, null=True)
     return "" if _is_missing(text) else text
-
-
-def _clean_optional(row: Row, name: str) -> str:
-    return _clean(row, name) if name in row.fields else ""
 
 
 def _read_groups(row: Row) -> Groups:
@@ -363,7 +362,7 @@ def _read_groups(row: Row) -> Groups:
     special_region. An answer that says nothing gives no group."""
     told = {name: _clean(row, name) for name in ANSWERS}
     told |= {name: _clean(row.get_object(name), "simplified") for name in ("religion", "ethnicity")}
-    return _keep_told(told | {"region": _clean_optional(row.get_object("location"), REGION)})
+    return _keep_told(told | {"region": _clean(row.get_object("location"), REGION, absent=True)})
 
 
 def _keep_told(groups: Groups) -> Groups:
