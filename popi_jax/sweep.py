@@ -11,6 +11,7 @@ baseline, max_users. The flags of the same names replace lists of the file."""
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 from absl import flags
@@ -26,6 +27,9 @@ _LISTS = {
     name: flags.DEFINE_list(name, [], f"{name} in place of those of the file")
     for name in ("models", "data", "signals", "conditions", "decodings", "generators")
 }
+_EXCHANGE = flags.DEFINE_string(
+    "every_eval_ever", "", "organisation: also writes the tables in that exchange format"
+)
 _MAX_USERS = flags.DEFINE_integer("max_users", None, "of each split; 0: all", lower_bound=0)
 
 
@@ -43,7 +47,7 @@ def main(config: Config) -> None:
     from etils import epath
 
     from popi_jax import distributed
-    from popi_jax.evals import report
+    from popi_jax.evals import every_eval_ever, quality_report, report
     from popi_jax.evals.sweep import FAILED, Place, read_records, run_sweep
     from popi_jax.run import start_devices
 
@@ -60,8 +64,16 @@ def main(config: Config) -> None:
     outcomes = run_sweep(sweep, place, share=_SHARE.value, dry_run=_DRY_RUN.value)
     failed = sum(outcome.status == FAILED for outcome in outcomes)
     if distributed.is_main_process() and not _DRY_RUN.value:
-        report.write_report(read_records(outcomes, out), out, baseline=sweep.baseline)
-        print((epath.Path(out) / "table.md").read_text(), end="")
+        found = read_records(outcomes, out)
+        print(report.write(out, found, baseline=sweep.baseline))
+        quality_report.write_quality(found, out)
+        if _EXCHANGE.value:
+            lines = report.make_lines(found, baseline=sweep.baseline)
+            who = {"organization": _EXCHANGE.value, "retrieved": time.time()}
+            every_eval_ever.write_exchange(lines, os.path.join(out, "every_eval_ever"), **who)
+        if len({outcome.cell.generator for outcome in outcomes}) > 1:
+            print((epath.Path(out) / "transfer.md").read_text())
+        print(f"{out}: table, groups, transfer and summaries as .md, .csv and .jsonl; cells/")
     if failed:
         print(f"{failed} of {len(outcomes)} cells failed; the same command tries them again")
         sys.exit(1)
