@@ -27,12 +27,16 @@ LABELS = ("model", "step", "data", "split", "signals", "condition", "decoding", 
 SAME = ("model", "step", "data", "split", "generator")  # of a cell and its baseline
 NONE = "none"  # signals and decoding of a cell that they do not change
 _DASH = "–"
+MAIN = "acc_half"
 _NOTES = f"""\
 Estimate [95 % interval], by a bootstrap over persons ({RESAMPLES} resamples); {_DASH} where fewer
-than 10 persons, or nothing, can tell. acc: share of pairs whose margin against the reference is
-above 0 (acc_half: a tie counts one half); acc_likelihood: share whose chosen reply has the higher
-log-prob. Differences are of acc_half. bits: (nats of the baseline - nats) / ln 2 a pair; bits over
-other: the same over another user's summary. ece: calibration error of sigmoid(margin)."""
+than 10 persons, or nothing, can tell. acc_half: share of pairs whose margin against the reference
+is above 0, a tie counts one half; acc_likelihood: share whose chosen reply has the higher log-prob.
+Differences are of acc_half. bits: (nats of the baseline - nats) / ln 2 a pair; bits over other: the
+same over another user's summary."""
+_MORE = """\
+acc: as acc_half, but a tie is wrong. ece: calibration error of sigmoid(margin). compression: tokens
+of the signals / tokens that the generator saw of the user."""
 
 
 @runtime_checkable
@@ -63,15 +67,16 @@ class Line(NamedTuple):
 
 def write(out: str, records: Sequence[Cell], *, baseline: str = BASELINE, seed: int = 0) -> str:
     """Writes the tables of cells, of groups and of transfer to other generators into a folder:
-    table, groups and transfer, each as .jsonl, .csv and .md. Returns the text of table.md."""
+    table, groups and transfer, each as .jsonl, .csv and .md. Returns the first part of table.md."""
     lines = make_lines(records, baseline=baseline, seed=seed)
     cells = [list_line(line) for line in lines]
     groups = [row for line in lines for row in list_groups(line, seed=seed)]
     transfers = list_transfers(lines, baseline=baseline, seed=seed)
+    worth = render_cells(lines, baseline)
     texts = {
         "table.jsonl": _write_jsonl(cells),
         "table.csv": _write_csv(cells),
-        "table.md": render_cells(lines, baseline),
+        "table.md": f"{worth}\n{render_more(lines)}",
         "groups.jsonl": _write_jsonl(groups),
         "groups.csv": _write_csv(groups),
         "groups.md": render_groups(lines, groups),
@@ -81,7 +86,7 @@ def write(out: str, records: Sequence[Cell], *, baseline: str = BASELINE, seed: 
     }
     for name, text in texts.items():
         files.write_whole(epath.Path(out) / name, text)
-    return texts["table.md"]
+    return worth
 
 
 def make_lines(records: Sequence[Cell], *, baseline: str = BASELINE, seed: int = 0) -> list[Line]:
@@ -169,17 +174,34 @@ def list_transfers(
 
 
 def render_cells(lines: Sequence[Line], baseline: str = BASELINE) -> str:
-    """table.md."""
+    """The first part of table.md, which fits a terminal: what the texts are worth."""
+    names = [MAIN, f"difference to {baseline}", "acc_likelihood", "nats", "bits", "bits over other"]
+    table = _make_table(lines, [*names, "pairs", "users", "context tokens"], _show_worth)
     shown = _pick_labels(lines)
-    names = ["acc", "acc_half", f"difference to {baseline}", "acc_likelihood", "nats", "bits"]
-    names += ["bits over other", "ece", "brier", "pairs", "left out", "users", "context tokens"]
-    table = [[*shown, *names, "compression"]]
-    for line in lines:
-        cells = [str(line.labels[name]) for name in shown]
-        table.append(cells + (_show_numbers(line) if line.row else _show_reason(line, len(names))))
     parts = ["# Evaluation cells", *_announce_made(lines), _name_fixed(lines, shown)]
     parts += [align_table(table), f"Baseline: {baseline}. {_NOTES}"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_more(lines: Sequence[Line]) -> str:
+    """The rest of table.md."""
+    names = ["acc", "acc_likelihood_half", "ece", "brier", "left out", "compression"]
+    done = [line for line in lines if line.row]
+    if not done:
+        return ""
+    table = _make_table(done, names, _show_rest, _pick_labels(lines))
+    return "\n\n".join(["## Strict ties, calibration, cost", align_table(table), _MORE]) + "\n"
+
+
+def _make_table(
+    lines: Sequence[Line], names: list[str], show: Any, labels: Sequence[str] = ()
+) -> list[list[str]]:
+    shown = labels or _pick_labels(lines)
+    table = [[*shown, *names]]
+    for line in lines:
+        cells = show(line) if line.row else _show_reason(line, len(names) - 1)
+        table.append([str(line.labels[name]) for name in shown] + cells)
+    return table
 
 
 def render_groups(lines: Sequence[Line], groups: Sequence[dict[str, Any]]) -> str:
@@ -241,20 +263,19 @@ def _show(fields: dict[str, Any], name: str) -> str:
     return show_interval(fields[name], fields[f"{name}_low"], fields[f"{name}_high"])
 
 
-def _show_numbers(line: Line) -> list[str]:
+def _show_worth(line: Line) -> list[str]:
     f = list_line(line)
-    names = ("acc", "acc_half", "difference", "acc_likelihood", "nats", "bits", "bits_over_other")
-    found = [_show(f, name) for name in (*names, "ece", "brier")]
+    names = (MAIN, "difference", "acc_likelihood", "nats", "bits", "bits_over_other")
+    found = [_show(f, name) for name in names]
+    return [*found, str(f["n"]), str(f["users"]), f"{f['context_tokens']:.1f}"]
+
+
+def _show_rest(line: Line) -> list[str]:
+    f = list_line(line)
+    found = [_show(f, name) for name in ("acc", "acc_likelihood_half", "ece", "brier")]
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(f["left_out"].items())) or "0"
     compression = _DASH if f["compression"] is None else f"{f['compression']:.1f}"
-    return [
-        *found,
-        str(f["n"]),
-        reasons,
-        str(f["users"]),
-        f"{f['context_tokens']:.1f}",
-        compression,
-    ]
+    return [*found, reasons, compression]
 
 
 def _show_reason(line: Line, count: int) -> list[str]:

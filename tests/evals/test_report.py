@@ -87,15 +87,20 @@ def test_what_a_reader_sees():
         "generator: trained."
     )
     rows = read_table(text)
-    assert rows[0][:5] == ["condition", "decoding", "acc", "acc_half", "difference to no_signals"]
+    assert rows[0][:4] == ["condition", "decoding", "acc_half", "difference to no_signals"]
     row = find(lines, "summary").row
-    assert row is not None and row.acc.value < 1
-    value, _, low, high = (f"{x:.3f}"[1:] for x in row.acc)
+    assert row is not None and row.acc_half.value < 1
+    value, _, low, high = (f"{x:.3f}"[1:] for x in row.acc_half)
     assert rows[4][:3] == ["summary", "sampled", f"{value} [{low}, {high}]"]
-    assert rows[2][3:5] == [".500 [.500, .500]", "–"]
+    assert rows[2][2:4] == [".500 [.500, .500]", "–"]
     assert rows[3][:4] == ["oracle", "greedy", "failed: out of / memory at users 0 to 7", "–"]
-    assert rows[4][-5:] == [str(row.n), "2 too_long", "12", "6.0", "40.0"]
+    assert rows[4][-3:] == [str(row.n), "12", "6.0"]
     assert notes.startswith("Baseline: no_signals. Estimate [95 % interval]")
+    rows = read_table(report.render_more(lines))
+    assert rows[0][:4] == ["condition", "decoding", "acc", "acc_likelihood_half"]
+    value, _, low, high = (f"{x:.3f}"[1:] for x in row.acc)
+    assert rows[3][:3] == ["summary", "sampled", f"{value} [{low}, {high}]"]
+    assert rows[3][-2:] == ["2 too_long", "40.0"] and len(rows) == 4  # what failed has no numbers
 
 
 @pytest.mark.parametrize(
