@@ -209,7 +209,9 @@ def render_groups(lines: Sequence[Line], groups: Sequence[dict[str, Any]]) -> st
     shown = _pick_labels(lines)
     parts = ["# Groups of people", *_announce_made(lines), _name_fixed(lines, shown)]
     for name in sorted({row["grouping"] for row in groups}):
-        table = [[*shown, "group", "acc_half", "acc_likelihood", "nats", "pairs", "persons", ""]]
+        table = [
+            [*shown, "group", "acc_half", "acc_likelihood", "nats", "pairs", "persons", "mark"]
+        ]
         for row in groups:
             if row["grouping"] == name:
                 numbers = [_show(row, metric) for metric in ("acc_half", "acc_likelihood", "nats")]

@@ -41,6 +41,11 @@ def check_schema(record: dict[str, Any]) -> None:
     assert model["additional_details"]["model_availability"] == "unknown"
     ids = [result["evaluation_result_id"] for result in record["evaluation_results"]]
     assert len(set(ids)) == len(ids) > 0
+    names = [
+        (r["evaluation_name"], r["metric_config"]["metric_id"])
+        for r in record["evaluation_results"]
+    ]
+    assert len(set(names)) == len(names)
     for result in record["evaluation_results"]:
         check_result(result)
 
