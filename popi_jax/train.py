@@ -6,8 +6,12 @@ results.json, results.md, summaries.jsonl, results/, metrics.jsonl, tensorboard/
 
 import sys
 
+from absl import flags
+
 from popi_jax import cli
 from popi_jax.config import Config
+
+_EVALUATE = flags.DEFINE_bool("evaluate", True, "score the test users at the end")
 
 
 def main(config: Config) -> None:
@@ -32,6 +36,8 @@ def main(config: Config) -> None:
     except loop.NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
+    if not _EVALUATE.value:
+        return
     inference, generator = loop.use_models(trained, config)
     step = int(trained.state.step)
     evaluate_run(run, step=step, inference=inference, generator=generator, frozen=trained.frozen)
