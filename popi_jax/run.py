@@ -91,6 +91,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     measured = load_measured(config, dataset, words, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
+    batches.check_personas(dataset.splits["train"], config)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin, found.to_json())
     manager.check_same_run(config.workdir, config_json)
@@ -170,15 +171,16 @@ def find_too_long_rows(config: Config) -> str:
     for; "" where none may."""
     d, folder = config.data, config.model.checkpoint
     usable = hf_config.read_base(folder).usable_len
+    told = "context_len" if config.generator.reads == "signals" else "summary_len"
     for role, names in (
         ("inference model", ("context_len", "turn_len", "summary_len")),
-        ("generator", ("summary_len", "turn_len", "answer_len")),
+        ("generator", (told, "turn_len", "answer_len")),
     ):
         length = sum(getattr(d, name) for name in names)
         if usable is not None and length > usable:
-            told = " + ".join(f"{name} {getattr(d, name)}" for name in names)
+            parts = " + ".join(f"{name} {getattr(d, name)}" for name in names)
             return (
-                f"config.data: rows of the {role} may have {length} tokens ({told}), but {folder} "
+                f"config.data: rows of the {role} may have {length} tokens ({parts}), but {folder} "
                 f"has positions for {usable} (max_position_embeddings of its config.json); lower "
                 f"data.{max(names, key=lambda name: getattr(d, name))}"
             )

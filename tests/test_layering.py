@@ -23,7 +23,8 @@ ALLOWED = {
     "metric_writer": set(),
     "progress": set(),
     "config_rules": {"errors"},
-    "config": {"config_rules", "errors"},
+    "phases": {"errors"},
+    "config": {"config_rules", "errors", "phases"},
     "cli": {"config", "config_rules", "errors"},
     "distributed": {"errors"},
     "losses": {"arrays"},
@@ -36,12 +37,12 @@ ALLOWED = {
         *("checkpoints", "config", "config_rules", "data", "distributed", "errors", "files"),
         *("models", "popi", "sharding"),
     },
-    "training": {"arrays", "config", "data", "losses", "models", "popi", "sharding"},
+    "training": {"arrays", "config", "data", "losses", "models", "phases", "popi", "sharding"},
     "evals": {
         *("arrays", "config", "data", "distributed", "errors", "files", "losses", "models", "popi"),
         *("progress", "run", "sharding", "training", "checkpoints"),
     },
-    "planning": {"config", "config_rules", "errors", "flops", "sharding"},
+    "planning": {"config", "config_rules", "errors", "flops", "phases", "sharding"},
 }
 # single files that may import more than their folder
 ALSO = {

@@ -44,6 +44,7 @@ class EncodedUser(NamedTuple):
     chosen: list[Ids]  # one per pair; ends with the end token unless shortened
     rejected: list[Ids]  # one per pair, as `chosen`
     oracle: Ids  # without end token; [] = unknown
+    told: Ids  # what the generator is told, where generator.reads is no summary
     oracle_text: str
     stated_text: str  # items separated by " ; "
     contrasts: list[tuple[str, str]]  # what the replies of each past pair show
@@ -73,7 +74,8 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         turns=[turn for turn, _ in turns],
         chosen=[ids[: d.answer_len] for ids in chosen],
         rejected=[ids[: d.answer_len] for ids in rejected],
-        oracle=prompts.encode_summary(tokenizer, user.oracle.strip(), cfg)[: d.summary_len],
+        oracle=tell_persona(user, tokenizer, cfg),
+        told=tell(user, tokenizer, cfg),
         oracle_text=user.oracle,
         stated_text=user.stated,
         contrasts=[(r.answer, r.contrast) for r in user.readings],
@@ -121,6 +123,34 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
             user = dataclasses.replace(user, **shorter)
             text, ids = render(user)
     return Signals(text, _check_room(ids, limit, "data.context_len"), shortened)
+
+
+def tell(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """What the generator is trained behind where `generator.reads` is no summary; else []."""
+    makers = {"signals": tell_signals, "persona": tell_persona}
+    make = makers.get(cfg.generator.reads)
+    return make(user, tokenizer, cfg) if make else []
+
+
+def get_told_len(cfg: Any) -> int:
+    """Most tokens of it."""
+    return {"signals": cfg.data.context_len, "persona": cfg.data.summary_len}.get(
+        cfg.generator.reads, 0
+    )
+
+
+def tell_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """The raw signals, shortened as for the inference model, in the place of a summary: at most
+    `data.context_len` tokens."""
+    text = fit_signals(user, tokenizer, cfg).text
+    return prompts.encode_summary(tokenizer, text, cfg)[: cfg.data.context_len]
+
+
+def tell_persona(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """The true persona in the place of a summary: at most `data.summary_len` tokens; [] where it is
+    unknown."""
+    text = user.oracle.strip()
+    return prompts.encode_summary(tokenizer, text, cfg)[: cfg.data.summary_len]
 
 
 def fit_lengths(

@@ -52,8 +52,9 @@ class Reading:
 class User:
     """One person. Missing is "" or (), never None.
 
-    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it,
-    never the inference model. `stated` is a summary of what the profile alone says, `readings`
+    `oracle` is the true persona: only the oracle condition, the generator's warm-up and the
+    baselines that ask for it (generator.reads = persona, "supervised" phases) may see it, no other
+    inference model. `stated` is a summary of what the profile alone says, `readings`
     are reading exercises, one for each shot in order: both for the warm-up only."""
 
     user_id: str

@@ -1,6 +1,7 @@
 """The batches of the warm-up, which teaches random weights to answer, to summarise and to read."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,13 @@ import numpy as np
 
 from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import batches, prompts
-from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, round_up
+from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, get_told_len, round_up
 from popi_jax.data.prepared import Dataset
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import ITEM_SEPARATOR, User
 from popi_jax.errors import UserError
 
+SHARE = float(os.environ.get("TOLD_SHARE", "0"))
 _WRONG_SLOTS = 8  # most wrong items that are added to a summary for the generator
 _TASKS = WarmupBatch._fields
 
@@ -117,9 +119,12 @@ def _make_generator_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> 
     d, examples = parts.cfg.data, list[Example]()
     for user, rng in zip(parts.encoded.take(members), rngs, strict=True):
         context = parts.prefix + _tell(user, parts, rng)[: d.summary_len]
+        if user.told and SHARE and rng.random() < SHARE:
+            context = parts.prefix + user.told
         picks = rng.permutation(len(user.turns))[: parts.cfg.batch.pairs]
         examples.append((context, [(user.turns[k], user.chosen[k]) for k in picks]))
-    lengths = len(parts.prefix) + d.summary_len, d.turn_len, d.answer_len
+    most = max(d.summary_len, get_told_len(parts.cfg))
+    lengths = len(parts.prefix) + most, d.turn_len, d.answer_len
     return _pad_examples(examples, parts.cfg.batch.pairs, lengths, parts.tokenizer.pad_id)
 
 
