@@ -7,7 +7,7 @@ Result: scores mean nothing.
 
 from ml_collections import ConfigDict
 
-from configs.base import compose
+from configs.base import compose, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,7 +33,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.inference.group_size = 4
     c.batch.users = users
     c.batch.pairs = 2
-    c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
+    if parse_arg(arg).schedule == "default":
+        c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
     c.schedule.log_every = 1
     c.schedule.save_every = 3
     c.evaluation.batch_users = users
