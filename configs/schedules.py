@@ -20,6 +20,8 @@ SCHEDULES: dict[str, dict[str, object]] = {
     "raw_context": {"generator.reads": "signals", "schedule.phases": ("generator 500",)},
     "population": {"generator.reads": "nothing", "schedule.phases": ("generator 500",)},
     "persona": {"generator.reads": "persona", "schedule.phases": ("generator 500",)},
+    # a summary for each pair, written behind its prompt too
+    "prompt_aware": {"data.prompt_aware": True, "batch.pairs": 1},
     # a baseline: the inference model alone is trained, by likelihood on the true personas
     "supervised": {"schedule.phases": ("supervised 500",)},
     # both roles in each update, after the inference model has learned to be worth conditioning on

@@ -65,6 +65,9 @@ class DataConfig:
     pair_layout: str = setting(
         "paired", "of past pairs; grouped: rejected replies last", one_of("paired", "grouped")
     )
+    prompt_aware: bool = setting(
+        False, "a summary is of one pair, whose prompt the inference model reads behind the signals"
+    )
     turns: str = setting("first", "of a conversation (prism)", one_of("first", "all"), data=True)
     use_system_string: bool = setting(
         False, "signals hold the person's system string, almost an oracle (prism)", data=True

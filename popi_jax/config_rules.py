@@ -187,6 +187,8 @@ def check_together(config: "Config") -> None:
     _require(config, d.split_by == "user" or d.source == "prefeval", "data.split_by", rule)
     rule = f"must be at most data.num_pairs = {d.num_pairs}, the pairs that are kept of a user"
     _require(config, b.pairs <= d.num_pairs, "batch.pairs", rule)
+    rule = "must be 1 with data.prompt_aware: a summary is for one prompt"
+    _require(config, b.pairs == 1 or not d.prompt_aware, "batch.pairs", rule)
     rule = f"must divide model.num_heads = {m.num_heads}"
     _require(config, m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", rule)
     rule = "must be 0 with model.checkpoint: released weights need no warm-up; "

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from popi_jax import config_rules, distributed, files
 from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
-from popi_jax.data import batches, encode, measure, prompts, tokenizer, warmup_batches
+from popi_jax.data import batches, encode, examples, measure, prompts, tokenizer, warmup_batches
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
@@ -91,6 +91,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     measured = load_measured(config, dataset, words, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
+    dataset, config = examples.split_pairs(dataset, config)
     batches.check_personas(dataset.splits["train"], config)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin, found.to_json())

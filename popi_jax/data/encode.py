@@ -31,7 +31,9 @@ class Signals(NamedTuple):
     """The signals of a user within a limit."""
 
     text: str
-    context: Ids  # the same as the inference model reads it, with the headers before
+    # the same as the inference model reads it, with the headers before and, where summaries are
+    # prompt-aware, the prompt of the first pair behind
+    context: Ids
     shortened: bool
 
 
@@ -93,18 +95,21 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
 
 def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     """Fits the signals of a user into `data.context_len` tokens, headers of the inference model
-    counted.
+    counted. The prompt that a summary is for, at most `data.turn_len` tokens of it, is never
+    shortened for them.
 
     Whole items go first: the oldest comments, then the oldest past pairs, each with both replies.
     What is still too long loses the tail of the survey, then that of the profile.
 
     Raises: UserError when the headers alone are longer."""
-    limit = cfg.data.context_len
+    limit, asked = cfg.data.context_len, ""
+    if cfg.data.prompt_aware and user.pairs:
+        asked = _cut_start(prompts.render_asked(user.pairs[0].prompt), tokenizer, cfg.data.turn_len)
 
     def render(some: User) -> tuple[str, Ids]:
         text = prompts.render_signals(some, cfg.data.pair_layout)
         return text, prompts.render_inference_context(
-            tokenizer, text, cfg.model.summary_instruction
+            tokenizer, text + asked, cfg.model.summary_instruction
         )
 
     text, ids = render(user)
@@ -203,6 +208,11 @@ def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, 
         return prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
 
     return _fit_end(prompt[-1]["content"], encode, tokenizer, limit), True
+
+
+def _cut_start(text: str, tokenizer: Tokenizer, limit: int) -> str:
+    tokens = tokenizer.encode(text)
+    return text if len(tokens) <= limit else tokenizer.decode(tokens[-limit:])
 
 
 def _fit_end(text: str, encode: Callable[[str], Ids], tokenizer: Tokenizer, limit: int) -> Ids:
