@@ -1,7 +1,6 @@
 """The batches of the warm-up, which teaches random weights to answer, to summarise and to read."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import ITEM_SEPARATOR, User
 from popi_jax.errors import UserError
 
-SHARE = float(os.environ.get("TOLD_SHARE", "0"))
 _WRONG_SLOTS = 8  # most wrong items that are added to a summary for the generator
+_RAW = 0.5  # of the generator's contexts hold raw signals, where it will be trained behind them
 _TASKS = WarmupBatch._fields
 
 Rngs = list[np.random.Generator]
@@ -115,11 +114,12 @@ def list_summary_items(users: Iterable[User]) -> tuple[str, ...]:
 
 def _make_generator_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> Demonstrations:
     """Answering: behind a context that tells of the user stand K = `batch.pairs` random prompts
-    with their chosen replies."""
+    with their chosen replies. A generator that will read raw signals sees them in part of the
+    contexts: as the inference model does in other runs, it learns to read before it is trained."""
     d, examples = parts.cfg.data, list[Example]()
     for user, rng in zip(parts.encoded.take(members), rngs, strict=True):
         context = parts.prefix + _tell(user, parts, rng)[: d.summary_len]
-        if user.told and SHARE and rng.random() < SHARE:
+        if parts.cfg.generator.reads == "signals" and rng.random() < _RAW:
             context = parts.prefix + user.told
         picks = rng.permutation(len(user.turns))[: parts.cfg.batch.pairs]
         examples.append((context, [(user.turns[k], user.chosen[k]) for k in picks]))
