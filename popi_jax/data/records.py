@@ -54,11 +54,12 @@ class Reading:
 class User:
     """One person. Missing is "" or (), never None.
 
-    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it,
-    never the inference model. `stated` is a summary of what the profile alone says, `readings`
-    are reading exercises, one for each shot in order: both for the warm-up only. `groups` of users
-    and pairs serve the tables of an evaluation; no model ever sees them, and they hold nothing of
-    the oracle."""
+    `oracle` is the true persona: only the oracle condition, the generator's warm-up and the
+    baselines that ask for it (generator.reads = persona, "supervised" phases) may see it, no other
+    inference model. `stated` is a summary of what the profile alone says, `readings` are reading
+    exercises, one for each shot in order: both for the warm-up only. `groups` of users and pairs
+    serve the tables of an evaluation; no model ever sees them, and they hold nothing of the
+    oracle."""
 
     user_id: str
     profile: str

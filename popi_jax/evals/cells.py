@@ -137,7 +137,7 @@ class Unit:
             "signals": signals,
             "limits": {
                 name: getattr(self.split.data, name)
-                for name in ("context_len", "summary_len", "pair_layout")
+                for name in ("context_len", "summary_len", "pair_layout", "prompt_aware")
             },
         }
 

@@ -123,7 +123,8 @@ def _fit(run: Run, name: str, out: str, split: str) -> dict[str, CellRecord]:
     config = run.config
     hashes = Hashes(epath.Path(out) / "hashes.json", files.write_whole)
     subject = open_subject(config.workdir, config, run.mesh)
-    users: Split = make_split(run.dataset, split, config.data, config.evaluation.max_users)
+    data = subject.roles.config.data
+    users: Split = make_split(run.dataset, split, data, config.evaluation.max_users)
     paths, told = {}, ""
     if distributed.is_main_process():
         identity = {
@@ -131,7 +132,7 @@ def _fit(run: Run, name: str, out: str, split: str) -> dict[str, CellRecord]:
             "method": name,
             "weights": subject.readers[BEFORE_RL].weights.identify(hashes),
             "data": dict(users.identity),
-            "limits": [config.data.num_pairs, config.data.turn_len, config.data.answer_len],
+            "limits": [data.num_pairs, data.turn_len, data.answer_len],
             "seed": config.seed,
         }
         for condition in KNOWN:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from popi_jax.config import Config
-from popi_jax.data.encode import Ids, fit_signals
-from popi_jax.data.prompts import encode_summary
+from popi_jax.data import encode
+from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError, did_you_mean
@@ -47,8 +47,7 @@ def tell_nothing(people: People) -> list[Ids]:
 def tell_signals(people: People) -> list[Ids]:
     """The raw signals, shortened as for the inference model."""
     words, config = people.tokenizer, people.config
-    texts = (fit_signals(user, words, config).text for user in people.users)
-    return [encode_summary(words, text, config) for text in texts]
+    return [encode.tell_signals(user, words, config) for user in people.users]
 
 
 def tell_summary(people: People) -> Sequence[Ids]:
@@ -62,8 +61,7 @@ def tell_summary_of_another(people: People) -> list[Ids]:
 def tell_persona(people: People) -> list[Ids]:
     """The true persona."""
     words, config = people.tokenizer, people.config
-    texts = (user.oracle.strip() for user in people.users)
-    return [encode_summary(words, text, config)[: config.data.summary_len] for text in texts]
+    return [encode.tell_persona(user, words, config) for user in people.users]
 
 
 def find_others(users: Sequence[User]) -> list[int]:

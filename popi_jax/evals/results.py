@@ -46,11 +46,11 @@ def evaluate_run(
     fails."""
     config = run.config
     out = str(epath.Path(config.workdir) / "results")
-    users = make_split(run.dataset, split, config.data, config.evaluation.max_users)
     subject = open_subject(f"{config.workdir}@{step}", config, run.mesh)
+    data = subject.roles.config.data  # with the limits as they were given
+    users = make_split(run.dataset, split, data, config.evaluation.max_users)
     models = {TRAINED: (inference, generator), BEFORE_RL: (frozen.inference, frozen.generator)}
     subject = _put_weights(subject, models)
-    users = users._replace(data=subject.roles.config.data)
     hashes = Hashes(epath.Path(out) / "hashes.json", files.write_whole)
     unit = Unit(subject, users, subject.readers, list(DECODINGS), out, hashes)
     cells = _list_cells(config.workdir, split, users.users)

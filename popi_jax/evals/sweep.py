@@ -3,6 +3,7 @@
 All processes go through the same cells in the same order; process 0 decides which are to be
 computed, reads and writes the files."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from popi_jax import distributed, files
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config, DataConfig
+from popi_jax.data.examples import Examples, list_examples
 from popi_jax.data.prepared import prepare
 from popi_jax.errors import UserError
 from popi_jax.evals import records
@@ -161,7 +163,8 @@ class Opened:
         config = subject.roles.config.data
         if name != OWN:
             found = self._place.load_data(name)
-            config = found.__class__(**vars(found) | {"summary_len": config.summary_len})
+            own = {"summary_len": config.summary_len, "prompt_aware": config.prompt_aware}
+            config = dataclasses.replace(found, **own)
         trained_on = subject.trained_on if name == OWN else ""
         dataset = prepare(config, allow_sample=self._place.allow_sample, trained_on=trained_on)
         if split not in dataset.splits:
@@ -188,14 +191,20 @@ class Opened:
 
 
 def make_split(dataset: Any, split: str, config: DataConfig, max_users: int) -> Split:
-    """The first users of a split of a prepared data set. Raises: UserError when there is none."""
-    users = dataset.splits[split]
-    users = list(users[: max_users or len(users)])
+    """The first users of a split of a prepared data set, as `config` asks for them. Raises:
+    UserError when there is none."""
+    people = dataset.splits[split]
+    people = people.users if isinstance(people, Examples) else people
+    users = list(people[: max_users or len(people)])
     if not users:
         raise UserError(
             f"data.{split}_fraction: the {split} split holds no user; take another --split"
         )
     identity = {"prepared": dataset.prepared.name, "split": split, "users": len(users)}
+    if config.prompt_aware:
+        users = list(list_examples(users, config.num_pairs))
+        identity["examples"] = config.num_pairs
+        config = dataclasses.replace(config, num_pairs=1)
     return Split(users, config, identity, dataset.data)
 
 
