@@ -41,6 +41,10 @@ ALLOWED = {
         *("arrays", "config", "data", "distributed", "errors", "files", "losses", "models", "popi"),
         *("progress", "run", "sharding", "training", "checkpoints"),
     },
+    "baselines": {
+        *("arrays", "data", "distributed", "errors", "losses", "models", "popi", "progress", "run"),
+        *("sharding", "training"),
+    },
     "planning": {"config", "config_rules", "errors", "flops", "sharding"},
 }
 # single files that may import more than their folder

@@ -29,7 +29,7 @@ from popi_jax.baselines.features import (
     measure_scale,
     place_features,
 )
-from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, make_items, measure_nats
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users, make_items, measure_nats
 from popi_jax.data.records import User
 from popi_jax.distributed import is_main_process
 from popi_jax.progress import Progress
@@ -128,6 +128,7 @@ def fit_and_score(
 ) -> Fit:
     """Trains on the training users, chooses rank and steps on the validation users, and scores the
     test users: generic, with equal weights, and with weights fitted to their shots."""
+    check_users(train_users, validation_users, test_users)
     users = {"train": train_users, "validation": validation_users, "test": test_users}
     found = {
         name: compute_features(run, frozen_generator_params, some, name)

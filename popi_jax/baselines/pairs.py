@@ -15,6 +15,7 @@ from popi_jax.arrays import PairLogps, Tokens, UserBatch
 from popi_jax.data import batches
 from popi_jax.data.prompts import render_signals
 from popi_jax.data.records import Messages, Pair, User
+from popi_jax.errors import UserError
 from popi_jax.run import Run
 
 Which = Literal["pairs", "shots", "both"]
@@ -49,6 +50,15 @@ def encode_pairs(
     made = (b.batch for b in batches.make_eval_batches(bare, run.generator.tokenizer, config))
     nothing = Tokens(np.zeros((size, 1), np.int32), np.zeros(size, np.int32))
     return [b._replace(context=nothing) for b in made]
+
+
+def check_users(train: Sequence[User], validation: Sequence[User], test: Sequence[User]) -> None:
+    """Raises: UserError when one of the splits is empty."""
+    for split, users in (("train", train), ("validation", validation), ("test", test)):
+        if not users:
+            field = "data.path" if split == "train" else f"data.{split}_fraction"
+            why = "; baselines choose their settings on it" if split == "validation" else ""
+            raise UserError(f"{field}: the {split} split holds no user{why}; raise it or add users")
 
 
 def _take(user: User, which: Which, most: int) -> User:

@@ -31,6 +31,7 @@ from popi_jax.baselines.pairs import (
     FITTED,
     GENERIC,
     Fit,
+    check_users,
     encode_pairs,
     join_users,
     make_items,
@@ -289,6 +290,7 @@ def fit_and_score(
     """Trains on the training users, chooses the steps of a new user's fit on the validation users,
     and scores the test users: behind the generic prompt, and behind prompts fitted to their
     shots."""
+    check_users(train_users, validation_users, test_users)
     frozen = frozen_generator_params
     model = train(run, frozen, train_users, settings, seed)
     given = (run, frozen, model)

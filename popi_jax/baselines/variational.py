@@ -33,7 +33,7 @@ from popi_jax.baselines.features import (
     measure_scale,
     place_features,
 )
-from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, make_items, measure_nats
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users, make_items, measure_nats
 from popi_jax.data.records import User
 from popi_jax.distributed import is_main_process
 from popi_jax.popi.scorer import split_microbatches
@@ -195,6 +195,7 @@ def fit_and_score(
 ) -> Fit:
     """Trains on the training users, chooses the weight of the KL and the epochs on the validation
     users, and scores the test users: generic, z = 0, and with z given their shots."""
+    check_users(train_users, validation_users, test_users)
     users = {"train": train_users, "validation": validation_users, "test": test_users}
     found = {
         name: compute_features(run, frozen_generator_params, some, name)
