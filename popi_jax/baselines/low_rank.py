@@ -7,9 +7,11 @@ known.
 
 Departures from the paper and its code (facebookresearch/LoRe): phi are hidden states of the run's
 generator, standardised, not those of a trained reward model, so there is no reward head that B is
-drawn to (their `alpha`); l_u of a new user starts at equal weights; rank and steps are chosen on
-the validation users."""
+drawn to (their `alpha`); instead prior * |l_u|^2 and decay * |B|^2 are added, without which few
+pairs are fitted too closely; l_u starts at equal weights; rank, prior and decay are chosen on the
+validation users."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,12 +39,20 @@ from popi_jax.run import Run
 
 
 class Settings(NamedTuple):
-    ranks: tuple[int, ...] = (1, 4, 8, 16, 32)  # K; the best on the validation users is taken
-    steps: int = 400  # of Adam, each on all training users
-    learning_rate: float = 0.05
-    # of Adam on a new user's weights; the best on the validation users is taken
-    fit_steps: tuple[int, ...] = (5, 10, 20, 40, 80, 160)
+    """Of what has several values, the best on the validation users is taken."""
+
+    ranks: tuple[int, ...] = (1, 8, 32)  # K
+    priors: tuple[float, ...] = (0.3, 1.0)  # nats, of a squared logit of a user's weights
+    decays: tuple[float, ...] = (1e-4, 1e-3)  # nats per pair, of a squared number of the basis
+    steps: int = 200  # of Adam, each on all training users
+    learning_rate: float = 0.05  # at the start; it falls to 0 by a cosine
+    fit_steps: int = 100  # of Adam, on a new user's weights
     fit_learning_rate: float = 0.1
+
+
+class Penalty(NamedTuple):
+    prior: Float[Array, ""]
+    decay: Float[Array, ""]
 
 
 class Model(NamedTuple):
@@ -50,6 +60,7 @@ class Model(NamedTuple):
     logits: Float[Array, "users rank"]  # of the weights of the training users
 
 
+@partial(jax.jit, out_shardings=P())
 def score(
     basis: Float[Array, "embed rank"], logits: Float[Array, "users rank"], pairs: PairStates
 ) -> Float[Array, "users pairs 2"]:
@@ -66,7 +77,9 @@ def _losses(
 
 
 @partial(jax.jit, static_argnames=("rank", "settings", "seed"), out_shardings=P())
-def train(features: Features, *, rank: int, settings: Settings, seed: int) -> Model:
+def train(
+    features: Features, penalty: Penalty, *, rank: int, settings: Settings, seed: int
+) -> Model:
     """Fits the basis, and weights of the training users, to their pairs and shots."""
     joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *features[1:])
     differences = joined.states[:, :, 0] - joined.states[:, :, 1]
@@ -79,42 +92,42 @@ def train(features: Features, *, rank: int, settings: Settings, seed: int) -> Mo
     count = jnp.maximum(jnp.sum(joined.mask), 1)
 
     def loss(model: Model) -> Array:
-        return jnp.sum(jnp.where(joined.mask, _losses(*model, differences), 0.0)) / count
+        total = jnp.sum(jnp.where(joined.mask, _losses(*model, differences), 0.0))
+        total += penalty.prior * jnp.sum(model.logits**2)
+        return total / count + penalty.decay * jnp.sum(model.basis**2)
 
     rates = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
-    return _descend(loss, start, optax.adam(rates), (settings.steps,))[-1]
+    return _descend(loss, start, optax.adam(rates), settings.steps)
 
 
 @partial(jax.jit, static_argnames=("settings",), out_shardings=P())
 def fit_users(
-    basis: Float[Array, "embed rank"], shots: PairStates, *, settings: Settings
-) -> tuple[Float[Array, "users rank"], ...]:
-    """The logits of new users after each of `settings.fit_steps`, fitted to their shots; of a user
-    without shots all weights stay equal."""
+    basis: Float[Array, "embed rank"],
+    shots: PairStates,
+    prior: Float[Array, ""],
+    *,
+    settings: Settings,
+) -> Float[Array, "users rank"]:
+    """The logits of new users, fitted to their shots; of a user without shots all weights stay
+    equal. Users do not influence each other: the loss is a sum over them, and Adam works number by
+    number."""
     differences = shots.states[:, :, 0] - shots.states[:, :, 1]
-    count = jnp.maximum(jnp.sum(shots.mask, axis=1, keepdims=True), 1)
 
-    def loss(logits: Array) -> Array:  # a sum over users, of whom each has their own parameters
-        return jnp.sum(jnp.where(shots.mask, _losses(basis, logits, differences), 0.0) / count)
+    def loss(logits: Array) -> Array:
+        fit = jnp.sum(jnp.where(shots.mask, _losses(basis, logits, differences), 0.0))
+        return fit + prior * jnp.sum(logits**2)
 
     start = jnp.zeros((differences.shape[0], basis.shape[1]))
-    tx = optax.adam(settings.fit_learning_rate)
-    return tuple(_descend(loss, start, tx, settings.fit_steps))
+    return _descend(loss, start, optax.adam(settings.fit_learning_rate), settings.fit_steps)
 
 
-def _descend(loss: Any, start: Any, tx: optax.GradientTransformation, stops: Any) -> list[Any]:
-    """The parameters after each of the numbers of steps `stops`, which ascend."""
-
+def _descend(loss: Any, start: Any, tx: optax.GradientTransformation, steps: int) -> Any:
     def step(carry: Any, _: None) -> tuple[Any, None]:
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    carry, found = (start, tx.init(start)), []
-    for steps in np.diff([0, *stops]):
-        carry, _ = jax.lax.scan(step, carry, None, length=int(steps))
-        found.append(carry[0])
-    return found
+    return jax.lax.scan(step, (start, tx.init(start)), None, length=steps)[0][0]
 
 
 def fit_and_score(
@@ -126,8 +139,8 @@ def fit_and_score(
     seed: int,
     settings: Settings = Settings(),  # noqa: B008
 ) -> Fit:
-    """Trains on the training users, chooses rank and steps on the validation users, and scores the
-    test users: generic, with equal weights, and with weights fitted to their shots."""
+    """Trains on the training users, chooses rank and penalties on the validation users, and scores
+    the test users: generic, with equal weights, and with weights fitted to their shots."""
     check_users(train_users, validation_users, test_users)
     users = {"train": train_users, "validation": validation_users, "test": test_users}
     found = {
@@ -147,33 +160,30 @@ def fit_features(
     """The same from the features of each split."""
     scale = measure_scale(found["train"])
     placed = {name: place_features(part, scale, run) for name, part in found.items()}
-    best: tuple[float, int, int, Model] | None = None
-    shown, tried = is_main_process(), {}
-    with Progress(len(settings.ranks), label="low rank", enabled=shown) as progress:
-        for number, rank in enumerate(settings.ranks):
-            model = train(placed["train"], rank=rank, settings=settings, seed=seed)
-            fitted = fit_users(model.basis, placed["validation"].shots, settings=settings)
-            for steps, logits in zip(settings.fit_steps, fitted, strict=True):
-                nats = _measure(model.basis, logits, placed["validation"].pairs)
-                tried[f"rank {rank}, {steps} steps"] = nats
-                if best is None or nats < best[0]:
-                    best = (nats, rank, steps, model)
-            progress.update(number + 1, {"nats": best[0] if best else 0.0})
+    valid, mask = placed["validation"], found["validation"].pairs.mask
+    choices = list(itertools.product(settings.ranks, settings.priors, settings.decays))
+    best: tuple[float, tuple[int, float, float], Model] | None = None
+    tried: dict[str, float] = {}
+    with Progress(len(choices), label="low rank", enabled=is_main_process()) as progress:
+        for number, (rank, prior, decay) in enumerate(choices):
+            penalty = Penalty(jnp.float32(prior), jnp.float32(decay))
+            by = {"rank": rank, "settings": settings, "seed": seed}
+            model = train(placed["train"], penalty, **by)
+            logits = fit_users(model.basis, valid.shots, penalty.prior, settings=settings)
+            rewards = np.asarray(score(model.basis, logits, valid.pairs))[: len(mask)]
+            nats = measure_nats(rewards[..., 0] - rewards[..., 1], mask)
+            tried[f"rank {rank}, prior {prior}, decay {decay}"] = nats
+            if best is None or nats < best[0]:
+                best = (nats, (rank, prior, decay), model)
+            progress.update(number + 1, {"nats": nats, "best": best[0]})
     assert best is not None
-    _, rank, steps, model = best
-    test = placed["test"]
-    fitted = fit_users(model.basis, test.shots, settings=settings)
-    by = {GENERIC: jnp.zeros_like(fitted[0]), FITTED: fitted[settings.fit_steps.index(steps)]}
+    _, (rank, prior, decay), model = best
+    shots, pairs = placed["test"].shots, placed["test"].pairs
+    fitted = fit_users(model.basis, shots, jnp.float32(prior), settings=settings)
     items = {}
-    for condition, logits in by.items():
-        rewards = np.asarray(jax.jit(score, out_shardings=P())(model.basis, logits, test.pairs))
+    for condition, logits in ((GENERIC, jnp.zeros_like(fitted)), (FITTED, fitted)):
+        rewards = np.asarray(score(model.basis, logits, pairs))
         scores = PairLogps(rewards[..., 0], rewards[..., 1])
-        items[condition] = make_items(run, test_users, scores, rewards[..., 0] - rewards[..., 1])
-    chosen = {"rank": rank, "chosen_fit_steps": steps, "validation_nats": tried, "seed": seed}
-    return Fit(items, settings._asdict() | chosen)
-
-
-def _measure(basis: Array, logits: Array, pairs: PairStates) -> float:
-    rewards = jax.jit(score, out_shardings=P())(basis, logits, pairs)
-    mask = np.asarray(jax.jit(lambda x: x, out_shardings=P())(pairs.mask))
-    return measure_nats(rewards[..., 0] - rewards[..., 1], mask)
+        items[condition] = make_items(run, test_users, scores, scores.chosen - scores.rejected)
+    chosen = {"rank": rank, "prior": prior, "decay": decay, "validation_nats": tried}
+    return Fit(items, settings._asdict() | chosen | {"seed": seed})

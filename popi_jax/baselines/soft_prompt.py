@@ -215,9 +215,9 @@ def fit_users(
 
     def step(_: Array, carry: Any) -> Any:
         own, state = carry
-        whole = lambda own: (*model, own)  # noqa: E731
-        grads, _ = scorer.differentiate(own, whole, shots, reference, alpha=None)
-        updates, state = tx.update(grads, state, own)
+        whole = lambda params: (*model, params["own"])  # noqa: E731
+        grads, _ = scorer.differentiate({"own": own}, whole, shots, reference, alpha=None)
+        updates, state = tx.update(grads["own"], state, own)
         return optax.apply_updates(own, updates), state
 
     return jax.lax.fori_loop(0, steps, step, carry)

@@ -5,7 +5,7 @@ behind its vocabulary: the rows of the embedding there are the prompts of the us
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +85,13 @@ class PromptScorer:
 
     def differentiate(
         self,
-        params: Any,
-        whole: Callable[[Any], tuple[Params, Params, Array]],
+        params: Params,
+        whole: Callable[[Params], tuple[Params, Params, Array]],
         batch: UserBatch,
         reference: PairLogps | None,
         *,
         alpha: float | None,
-    ) -> tuple[Any, Metrics]:
+    ) -> tuple[Params, Metrics]:
         """(gradient by `params`, metrics) of the sum over users of the mean loss of their pairs.
 
         whole(params) is (weights, shared, own). alpha: the weight of the users' own prompts, the

@@ -1,6 +1,7 @@
 """Soft prompts against texts: a prompt that is made of embeddings of words is that text."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from popi_jax.arrays import PairLogps, Tokens, UserBatch
 from popi_jax.baselines.user_prompts import PromptScorer, UserModel
 from popi_jax.losses.preference import PreferenceObjective
 from popi_jax.models.layout import UNSPLIT
+from popi_jax.models.transformer import get_head
 from popi_jax.popi.scorer import Scorer
 from popi_jax.sharding import make_mesh
 from tests.oracles import losses as oracle
@@ -51,11 +53,11 @@ def make(kind: str, *, tied: bool, rules=UNSPLIT) -> tuple[PromptScorer, dict]:
     return scorer, plain.random_params(0, model)
 
 
-def score_text(scorer: PromptScorer, weights: dict, ids: np.ndarray, batch: UserBatch) -> PairLogps:
+def score_text(scorer: PromptScorer, weights: dict, ids: jax.Array, batch: UserBatch) -> PairLogps:
     """Behind the same tokens [users TOKENS] as text."""
-    head = np.broadcast_to(np.array(PREFIX, np.int32), (USERS, len(PREFIX)))
-    rows = np.concatenate([head, ids], axis=1)[:, None].astype(np.int32)
-    contexts = Tokens(jnp.asarray(rows), jnp.full((USERS, 1), rows.shape[-1], jnp.int32))
+    head = jnp.broadcast_to(jnp.array(PREFIX), (USERS, len(PREFIX)))
+    rows = jnp.concatenate([head, ids], axis=1)[:, None].astype(jnp.int32)
+    contexts = Tokens(rows, jnp.full((USERS, 1), rows.shape[-1], jnp.int32))
     found = Scorer(dataclasses.replace(scorer.model, rules=UNSPLIT)).score_pairs(
         weights, contexts, batch
     )
@@ -70,10 +72,11 @@ def test_a_prompt_of_words_is_that_text(tied, batch):
     shared = {"generic": table[jnp.array([7, 8, 9])]}
     own = table[ids] - shared["generic"][None]
     found = jax.jit(scorer.score)(weights, shared, own, batch)
-    expected = score_text(scorer, weights, ids, batch)
+    text = jax.jit(partial(score_text, scorer))
+    expected = text(weights, ids, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     nobody = jax.jit(scorer.score)(weights, shared, jnp.zeros_like(own), batch)
-    told = score_text(scorer, weights, np.tile([7, 8, 9], (USERS, 1)), batch)
+    told = text(weights, np.tile([7, 8, 9], (USERS, 1)), batch)
     np.testing.assert_allclose(nobody, told, rtol=1e-4, atol=1e-4)
 
 
@@ -98,22 +101,25 @@ def test_loss_is_dpo_behind_both_prompts(batch):
     reference = jax.jit(scorer.score_plain)(weights, batch)
     alpha, mask = 0.3, np.asarray(batch.pair_mask)
 
+    score = jax.jit(scorer.score)
+
     def loss(step: float) -> float:
         total = 0.0
         for share, own in ((alpha, step * direction), (1 - alpha, 0.0 * direction)):
-            logps = jax.jit(scorer.score)(weights, shared, own, batch)
+            logps = score(weights, shared, own, batch)
             losses = oracle.dpo(*np.float64(logps), *np.float64(reference), BETA)[0]
             total += share * float(np.sum(np.where(mask, losses, 0).sum(1) / mask.sum(1)))
         return total
 
-    def whole(step):
-        return weights, shared, step * direction
+    def whole(params):
+        return weights, shared, params["step"] * direction
 
     differentiate = jax.jit(
-        lambda step: scorer.differentiate(step, whole, batch, reference, alpha=alpha)[0]
+        lambda params: scorer.differentiate(params, whole, batch, reference, alpha=alpha)[0]
     )
     expected = (loss(0.11) - loss(0.09)) / 0.02
-    np.testing.assert_allclose(differentiate(jnp.float32(0.1)), expected, rtol=0.02)
+    found = differentiate({"step": jnp.float32(0.1)})["step"]
+    np.testing.assert_allclose(found, expected, rtol=0.02)
 
 
 def test_devices_do_not_matter(batch):
@@ -132,7 +138,5 @@ def test_what_is_read_behind_the_vocabulary_is_never_predicted():
     scorer, weights = make("individual", tied=True)
     joined = scorer._join(weights, 9.0 * jnp.ones((1, TOKENS, MODEL.embed_dim)))
     assert joined["embed"]["embedding"].shape == (MODEL.vocab_size + 64, MODEL.embed_dim)
-    from popi_jax.models.transformer import get_head
-
     model = dataclasses.replace(scorer.model, extra_rows=64)
     np.testing.assert_array_equal(get_head(joined, model), weights["embed"]["embedding"].T)
