@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "popi_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ENTRY_POINTS = (
-    *("train", "evaluate", "sweep", "summarize", "generate", "export", "prepare", "fit"),
+    *("train", "evaluate", "sweep", "compare", "summarize", "generate", "export", "prepare", "fit"),
 )
 
 # part of the package -> parts that it may import; a part is a folder or a file of the top level
@@ -41,8 +41,13 @@ ALLOWED = {
     },
     "training": {"arrays", "config", "data", "losses", "models", "phases", "popi", "sharding"},
     "evals": {
+        "baselines",
         *("arrays", "config", "data", "distributed", "errors", "files", "losses", "models", "popi"),
         *("progress", "run", "sharding", "training", "checkpoints"),
+    },
+    "baselines": {
+        *("arrays", "data", "distributed", "errors", "losses", "models", "popi", "progress", "run"),
+        *("sharding", "training"),
     },
     "planning": {"config", "config_rules", "errors", "flops", "phases", "sharding"},
 }

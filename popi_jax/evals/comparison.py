@@ -192,4 +192,3 @@ def _name_people(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _show(estimate: Any) -> str:
     value, _, low, high = (None if x != x else x for x in estimate)
     return show_interval(value, low, high)
-
