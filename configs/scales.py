@@ -70,7 +70,8 @@ def _make_row(topology: str, count: int = 1) -> dict[str, object]:
 
 SCALES: dict[str, dict[str, object]] = {
     # one process on a CPU
-    "laptop": {"mesh.num_devices": 1},
+    # few users at a time, so that what is computed stays near the cores
+    "laptop": {"mesh.num_devices": 1, "evaluation.batch_users": 8},
     # all GPUs of one machine or job; the batch of a laptop, so that results compare
     "gpu": {},
     # all devices of a TPU slice that has no row of its own, up to 32

@@ -69,8 +69,12 @@ def main(config: Config) -> None:
         quality_report.write_quality(found, out)
         if _EXCHANGE.value:
             lines = report.make_lines(found, baseline=sweep.baseline)
-            who = {"organization": _EXCHANGE.value, "retrieved": time.time()}
-            every_eval_ever.write_exchange(lines, os.path.join(out, "every_eval_ever"), **who)
+            every_eval_ever.write_exchange(
+                lines,
+                os.path.join(out, "every_eval_ever"),
+                organization=_EXCHANGE.value,
+                retrieved=time.time(),
+            )
         if len({outcome.cell.generator for outcome in outcomes}) > 1:
             print((epath.Path(out) / "transfer.md").read_text())
         print(f"{out}: table, groups, transfer and summaries as .md, .csv and .jsonl; cells/")

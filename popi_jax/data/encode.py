@@ -2,6 +2,7 @@
 that."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from popi_jax.data.records import Messages, User
 from popi_jax.errors import UserError
 
 _MEASURED_USERS = 4096
+_KNOWN_TEXTS = 1024  # prompts, and replies, that are kept encoded: many users share theirs
 _LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 
 Ids = list[int]
@@ -66,16 +68,17 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     d = cfg.data
     pairs = user.pairs[: d.num_pairs]
     signals = fit_signals(user, tokenizer, cfg)
-    turns = [_fit_turn(p.prompt, tokenizer, d.turn_len) for p in pairs]
-    chosen = [prompts.encode_answer(tokenizer, p.chosen) for p in pairs]
-    rejected = [prompts.encode_answer(tokenizer, p.rejected) for p in pairs]
+    asked = (tuple((m["role"], m["content"]) for m in p.prompt) for p in pairs)
+    turns = [_fit_known_turn(prompt, tokenizer, d.turn_len) for prompt in asked]
+    chosen = [_encode_known_answer(tokenizer, p.chosen) for p in pairs]
+    rejected = [_encode_known_answer(tokenizer, p.rejected) for p in pairs]
     readings = () if signals.shortened else user.readings
     return EncodedUser(
         user_id=user.user_id,
         context=signals.context,
-        turns=[turn for turn, _ in turns],
-        chosen=[ids[: d.answer_len] for ids in chosen],
-        rejected=[ids[: d.answer_len] for ids in rejected],
+        turns=[[*turn] for turn, _ in turns],
+        chosen=[[*ids[: d.answer_len]] for ids in chosen],
+        rejected=[[*ids[: d.answer_len]] for ids in rejected],
         oracle=tell_persona(user, tokenizer, cfg),
         told=tell(user, tokenizer, cfg),
         oracle_text=user.oracle,
@@ -191,6 +194,21 @@ def _encode_reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) ->
     encode = partial(prompts.render_reading_turn, tokenizer)
     turn = _fit_end(question, encode, tokenizer, cfg.data.turn_len)
     return turn, prompts.encode_answer(tokenizer, text)[: cfg.data.answer_len]
+
+
+@functools.lru_cache(_KNOWN_TEXTS)
+def _fit_known_turn(
+    prompt: tuple[tuple[str, str], ...], tokenizer: Tokenizer, limit: int
+) -> tuple[tuple[int, ...], bool]:
+    ids, shortened = _fit_turn(
+        [{"role": role, "content": content} for role, content in prompt], tokenizer, limit
+    )
+    return tuple(ids), shortened
+
+
+@functools.lru_cache(_KNOWN_TEXTS)
+def _encode_known_answer(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(prompts.encode_answer(tokenizer, text))
 
 
 def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:

@@ -33,7 +33,7 @@ def list_items(
     for row, (user, seen) in enumerate(zip(users, texts, strict=True)):
         pairs = user.pairs[: int(whole.pair_mask[row].sum())] if seen is not None else ()
         for column, pair in enumerate(pairs):
-            item = {"user": user.user_id, "person": user.user_id.split("#")[0]}
+            item: dict[str, Any] = {"user": user.user_id, "person": user.user_id.split("#")[0]}
             item |= {"pair": pair.record_id}
             item |= {name: rows[row][column] for name, rows in columns.items()}
             item |= {"context_tokens": seen, "signal_tokens": raw[row]}

@@ -163,8 +163,9 @@ class Opened:
         config = subject.roles.config.data
         if name != OWN:
             found = self._place.load_data(name)
-            own = {"summary_len": config.summary_len, "prompt_aware": config.prompt_aware}
-            config = dataclasses.replace(found, **own)
+            config = dataclasses.replace(
+                found, summary_len=config.summary_len, prompt_aware=config.prompt_aware
+            )
         trained_on = subject.trained_on if name == OWN else ""
         dataset = prepare(config, allow_sample=self._place.allow_sample, trained_on=trained_on)
         if split not in dataset.splits:

@@ -366,10 +366,10 @@ def compute_bayes_optimum(users: Iterable[User]) -> dict[str, float]:
     the true preferences ("latent")."""
     values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
     for user in users:
-        truth = {_ITEM[item] for item in user.oracle.split(ITEM_SEPARATOR)}
-        known = np.array(
-            [{(a, p) for a, p in enumerate(row) if p >= 0} == truth for row in _POLES], float
-        )
+        truth = np.full(len(ATTRIBUTES), -1)
+        for a, pole in (_ITEM[item] for item in user.oracle.split(ITEM_SEPARATOR)):
+            truth[a] = pole
+        known = (truth == _POLES).all(axis=1).astype(float)
         values["no_signals"] += _score_pairs(_PRIOR, user)
         values["signals"] += _score_pairs(_infer_states(user), user)
         values["latent"] += _score_pairs(known, user)
