@@ -39,7 +39,7 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval sweep transfer summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
+.PHONY: help setup data train eval sweep transfer baselines summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
   bench-padding bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
@@ -76,6 +76,9 @@ sweep: $(STAMP) ## score many models under many conditions, one file each; goes 
 
 transfer: $(STAMP) ## what share of the gain of summaries survives on another generator (GENERATOR=FOLDER or org/name)
 	$(RUN) popi_jax.sweep --sweep='configs/sweeps/transfer.py:$(GENERATOR)' $(FLAGS)
+
+baselines: $(STAMP) ## train and fit what the run in WORKDIR is compared with; one table
+	$(RUN) popi_jax.compare $(FLAGS)
 
 summarize: $(STAMP) ## write the preference summaries of users
 	$(RUN) popi_jax.summarize $(FLAGS)
