@@ -183,14 +183,23 @@ def _set_checkpoint(config: Config, folder: str) -> Config:
 
 
 def _read_stored(stored: dict[str, Any], workdir: str, command: Config) -> Config:
-    """The settings of a run, with those of the command that say how and where it is scored."""
-    config = from_json(json.dumps(stored))
+    """The settings of a run, with those of the command that say how and where it is scored. A
+    setting that is newer than the run has its default."""
+    config = from_json(json.dumps(_fill(stored, dataclasses.asdict(Config()))))
     changed = {name: getattr(command, name) for name in _OF_THE_COMMAND}
     data = dataclasses.replace(config.data, prepared=command.data.prepared)
     model = dataclasses.replace(
         config.model, attention=command.model.attention, remat=command.model.remat
     )
     return dataclasses.replace(config, workdir=workdir, data=data, model=model, **changed)
+
+
+def _fill(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = defaults | values
+    for name, default in defaults.items():
+        if isinstance(default, dict) and isinstance(filled[name], dict):
+            filled[name] = _fill(filled[name], default)
+    return filled
 
 
 def check_room(reader: Reader, longest: int) -> None:
