@@ -15,6 +15,7 @@ zero, not at embeddings of words, so that a new user starts as the generic one (
 equal weights); the weights of the generator are trained as the run trains them (all, or adapters),
 or not at all; steps of a new user's fit are chosen on the validation users."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,16 +49,22 @@ from popi_jax.run import Run
 from popi_jax.sharding import place_whole, replicated
 from popi_jax.training import optim, setup
 
+# what a batch has for each pair
+OF_PAIRS = ("turns", "chosen", "rejected", "pair_mask", "pair_number")
+
 
 class Settings(NamedTuple):
     users: UserModel = UserModel()
     train_weights: bool = True  # of the generator, as generator.lora says; False: prompts alone
     alpha: float = 0.5  # weight of the loss behind the user's own prompt
-    epochs: int = 2
-    learning_rate: float = 1e-2  # of Adam, on the prompts
+    epochs: int = 1
+    # of a user in an update: few, so that each user is met several times an epoch; as many pairs
+    # in all as batch.users x batch.pairs
+    pairs: int = 2
+    learning_rate: float = 3e-2  # of Adam, on the prompts
     # of Adam on a new user's own part; the best on the validation users is taken
     fit_steps: tuple[int, ...] = (5, 10, 20, 40)
-    fit_learning_rate: float = 1e-2
+    fit_learning_rate: float = 5e-2
 
 
 class Plan(NamedTuple):
@@ -67,6 +74,7 @@ class Plan(NamedTuple):
     role: RolePlan  # of the generator's weights
     tx: optax.GradientTransformation  # of the prompts
     alpha: float
+    pairs: int  # of a user in an update
 
 
 class State(NamedTuple):
@@ -87,9 +95,16 @@ class Model(NamedTuple):
 
 @partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def update(
-    state: State, frozen: Params, batch: UserBatch, reference: PairLogps | None, *, plan: Plan
+    state: State,
+    frozen: Params,
+    batch: UserBatch,
+    reference: PairLogps | None,
+    first: Int[Array, ""],
+    *,
+    plan: Plan,
 ) -> tuple[State, Mean]:
-    """A step on the pairs of training users; also the mean loss."""
+    """A step on `plan.pairs` pairs of each user, from number `first` on; also the mean loss."""
+    batch, reference = _take_pairs(batch, reference, first, plan.pairs)
     numbers = jnp.minimum(batch.index, state.own.shape[0] - 1)  # of those that fill a batch: any
     trained: dict[str, Any] = {"shared": state.shared, "own": state.own}
     if state.weights is not None:
@@ -115,28 +130,51 @@ def update(
 
 def train(run: Run, frozen: Params, users: Sequence[User], settings: Settings, seed: int) -> Model:
     """Trains prompts of the users and, if asked, the generator on all their pairs and shots."""
-    config, mesh = run.config, run.mesh
-    encoded = encode_pairs(run, users, "both", batch_users=config.batch.users)
-    plan = make_plan(run, settings, settings.epochs * len(encoded))
+    each, b = settings.pairs, run.config.batch
+    size = b.users * max(b.pairs // each, 1)
+    encoded = [_pad_pairs(x, each) for x in encode_pairs(run, users, "both", batch_users=size)]
+    steps = list(itertools.product(range(len(encoded)), range(0, _count_pairs(encoded[0]), each)))
+    plan = make_plan(run, settings, settings.epochs * len(steps))
     state = start(run, frozen, len(users), plan, settings, seed)
-    placed = [place_whole(batch, mesh, run.generator.model.rules) for batch in encoded]
+    placed = [place_whole(batch, run.mesh, run.generator.model.rules) for batch in encoded]
     rng, done = np.random.default_rng(seed), 0
-    with Progress(
-        (1 + settings.epochs) * len(placed), label="soft prompts", enabled=is_main_process()
-    ) as progress:
+    total, shown = len(placed) + settings.epochs * len(steps), is_main_process()
+    with Progress(total, label="soft prompts", enabled=shown) as progress:
         references = []
         for batch in placed:
             references.append(find_reference(frozen, batch, scorer=plan.scorer))
             progress.update(done := done + 1)
         for _ in range(settings.epochs):
-            for number in rng.permutation(len(placed)):
-                given = (frozen, placed[number], references[number])
+            for number, first in rng.permutation(steps):
+                given = (frozen, placed[number], references[number], jnp.int32(first))
                 state, loss = update(state, *given, plan=plan)
                 progress.update(done := done + 1, _show(loss, done))
     weights = frozen
     if state.weights is not None:
         weights = plan.role.join_policy(state.weights.params, frozen)
     return Model(weights, state.shared)
+
+
+def _count_pairs(batch: UserBatch) -> int:
+    return batch.pair_mask.shape[1]
+
+
+def _pad_pairs(batch: UserBatch, multiple: int) -> UserBatch:
+    """Pairs that do not count, up to a multiple."""
+    extra = -_count_pairs(batch) % multiple
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+
+    return batch._replace(**{name: jax.tree.map(pad, getattr(batch, name)) for name in OF_PAIRS})
+
+
+def _take_pairs(
+    batch: UserBatch, reference: PairLogps | None, first: Array, count: int
+) -> tuple[UserBatch, PairLogps | None]:
+    take = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=count, axis=1)
+    own = {name: jax.tree.map(take, getattr(batch, name)) for name in OF_PAIRS}
+    return batch._replace(**own), jax.tree.map(take, reference)
 
 
 def _show(loss: Mean, step: int) -> dict[str, float] | None:
@@ -156,7 +194,7 @@ def make_plan(run: Run, settings: Settings, steps: int) -> Plan:
     scale = setup.adapter_scale(config.generator)
     role = RolePlan(optim.generator_transform(config, steps), adapter_scale=scale)
     tx = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(steps, 1)))
-    return Plan(scorer, role, tx, settings.alpha)
+    return Plan(scorer, role, tx, settings.alpha, settings.pairs)
 
 
 def start(
