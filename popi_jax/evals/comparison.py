@@ -7,13 +7,14 @@ import jax
 from etils import epath
 
 from popi_jax import distributed, files
+from popi_jax.arrays import Params
 from popi_jax.baselines import low_rank, soft_prompt, variational
-from popi_jax.baselines.pairs import FITTED, GENERIC
+from popi_jax.baselines.features import Features, compute_features
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config
 from popi_jax.errors import UserError
 from popi_jax.evals import records, statistics
-from popi_jax.evals.cells import Split
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED
 from popi_jax.evals.records import CellRecord
 from popi_jax.evals.render import MADE_DATA, align_table
@@ -24,10 +25,10 @@ from popi_jax.evals.sweep_plan import DEFAULT, OWN, Sweep
 from popi_jax.run import Run, open_run
 from popi_jax.training.restore import restore_run
 
-METHODS: dict[str, Callable[..., Any]] = {
-    "soft_prompt": soft_prompt.fit_and_score,
-    "vpl": variational.fit_and_score,
-    "lore": low_rank.fit_and_score,
+# on states of the frozen generator, which are computed once for both
+REWARDS: dict[str, Callable[..., Fit]] = {
+    "vpl": variational.fit_features,
+    "lore": low_rank.fit_features,
 }
 FITTING = 1  # raise it when the published methods are fitted otherwise
 
@@ -81,8 +82,9 @@ def compare(
     written to `out` too. Raises: UserError when a cell or a fit fails."""
     run = open_run(config, must_exist=True)
     found = _score_runs(run, workdirs, out, split)
+    fitting = Fitting(run, out, split)
     for name in fitted:
-        found |= _fit(run, name, out, split)
+        found |= fitting.fit(name)
     text = render(found, made=run.dataset.data == "sample")
     if distributed.is_main_process():
         files.write_whole(epath.Path(out) / "baselines.md", text)
@@ -118,48 +120,81 @@ def _score_runs(
     return found
 
 
-def _fit(run: Run, name: str, out: str, split: str) -> dict[str, CellRecord]:
-    """Both records of a published method: of users who are unknown, and fitted to their pairs."""
-    config = run.config
-    hashes = Hashes(epath.Path(out) / "hashes.json", files.write_whole)
-    subject = open_subject(config.workdir, config, run.mesh)
-    data = subject.roles.config.data
-    users: Split = make_split(run.dataset, split, data, config.evaluation.max_users)
-    paths, told = {}, ""
-    if distributed.is_main_process():
-        identity = {
+class Fitting:
+    """The published methods on the data of a run; what they share is computed once."""
+
+    def __init__(self, run: Run, out: str, split: str) -> None:
+        self._run, self._out, self._split = run, out, split
+        self._subject = open_subject(run.config.workdir, run.config, run.mesh)
+        data, most = self._subject.roles.config.data, run.config.evaluation.max_users
+        self._users = make_split(run.dataset, split, data, most)
+        self._features: dict[str, Features] = {}
+        self._frozen: Params = {}
+
+    def fit(self, name: str) -> dict[str, CellRecord]:
+        """Both records of a method: of users who are unknown, and fitted to their pairs."""
+        identity, keys = {}, ""
+        if distributed.is_main_process():
+            identity = self._identify(name)
+            keys = ",".join(records.make_key(identity | {"condition": c}) for c in KNOWN)
+        paths = [
+            records.find_file(self._out, records.CELLS, key)
+            for key in distributed.tell_all(keys).split(",")
+        ]
+        told = ""
+        if distributed.is_main_process():
+            told = "there" if all(records.read_done(path) for path in paths) else ""
+        if not distributed.tell_all(told):
+            with jax.set_mesh(self._run.mesh):
+                fit = self._compute(name)
+            if distributed.is_main_process():
+                for condition, path in zip(KNOWN, paths, strict=True):
+                    self._write(path, identity, fit, name, condition)
+            distributed.wait_for_all(f"the cells of {name}")
+        return {
+            f"{PUBLISHED[name]}, {known}": records.read(path)
+            for known, path in zip(KNOWN.values(), paths, strict=True)
+        }
+
+    def _identify(self, name: str) -> dict[str, Any]:
+        hashes = Hashes(epath.Path(self._out) / "hashes.json", files.write_whole)
+        data = self._subject.roles.config.data
+        return {
             "fitting": FITTING,
             "method": name,
-            "weights": subject.readers[BEFORE_RL].weights.identify(hashes),
-            "data": dict(users.identity),
+            "weights": self._subject.readers[BEFORE_RL].weights.identify(hashes),
+            "data": dict(self._users.identity),
             "limits": [data.num_pairs, data.turn_len, data.answer_len],
-            "seed": config.seed,
+            "seed": self._run.config.seed,
         }
-        for condition in KNOWN:
-            key = records.make_key(identity | {"condition": condition})
-            paths[condition] = records.find_file(out, records.CELLS, key)
-        there = {c: records.read_done(path) for c, path in paths.items()}
-        told = "all" if all(there.values()) else ""
-    if not distributed.tell_all(told):
-        splits = run.dataset.splits
-        frozen = restore_run(run).frozen.generator
-        given = (splits["train"], splits["validation"], users.users, config.seed)
-        with jax.set_mesh(run.mesh):
-            fit = METHODS[name](run, frozen, *given)
-        for condition, path in paths.items():
-            labels = {"model": config.workdir, "step": "", "data": OWN, "split": split}
-            labels |= {"signals": "shots", "condition": condition, "decoding": "none"}
-            header = {"kind": "cell", "key": path.stem, "status": "done", "reason": ""}
-            header |= {"labels": labels | {"generator": name}, "settings": fit.settings}
-            items = fit.items[condition]
-            coverage = {"users": len(users.users), "attempted": len(items), "scored": len(items)}
-            header |= {"coverage": coverage | {"left_out": {}}, "data_kind": users.kind}
-            records.write(path, header | {"identity": identity}, items)
-    distributed.wait_for_all(f"the cells of {name}")
-    return {
-        f"{PUBLISHED[name]}, {KNOWN[condition]}": records.read(path)
-        for condition, path in paths.items()
-    }
+
+    def _compute(self, name: str) -> Fit:
+        splits, seed = self._run.dataset.splits, self._run.config.seed
+        users = {"train": splits["train"], "validation": splits["validation"]}
+        users["test"] = self._users.users
+        check_users(*users.values())
+        self._frozen = self._frozen or restore_run(self._run).frozen.generator
+        if name not in REWARDS:
+            given = (users["train"], users["validation"], users["test"], seed)
+            return soft_prompt.fit_and_score(self._run, self._frozen, *given)
+        self._features = self._features or {
+            part: compute_features(self._run, self._frozen, some, part)
+            for part, some in users.items()
+        }
+        return REWARDS[name](self._run, self._features, users["test"], seed)
+
+    def _write(
+        self, path: epath.Path, identity: dict[str, Any], fit: Fit, name: str, condition: str
+    ) -> None:
+        labels = {"model": self._run.config.workdir, "step": "", "data": OWN, "split": self._split}
+        labels |= {"signals": "shots", "condition": condition, "decoding": "none"}
+        header = {"kind": "cell", "key": path.stem, "status": "done", "reason": ""}
+        header |= {"labels": labels | {"generator": name}, "settings": fit.settings}
+        items = fit.items[condition]
+        coverage: dict[str, Any] = dict.fromkeys(("attempted", "scored"), len(items))
+        coverage |= {"users": len(self._users.users)}
+        header |= {"coverage": coverage | {"left_out": {}}, "data_kind": self._users.kind}
+        records.write(path, header | {"identity": identity | {"condition": condition}}, items)
 
 
 def render(found: Mapping[str, CellRecord], *, made: bool) -> str:

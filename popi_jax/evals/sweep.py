@@ -112,11 +112,12 @@ def compute_cells(
 
 
 def read_records(outcomes: Sequence[Outcome], out: str) -> list[records.CellRecord]:
-    """The files of all cells, in order; one without items for each that failed or is missing."""
+    """The files of all cells, in order; one without items for each that failed or is missing. What
+    another share has computed meanwhile is there."""
     found = []
     for each in outcomes:
         record = None
-        if each.status == DONE:
+        if each.status != FAILED:
             record = records.read_done(records.find_file(out, records.CELLS, each.key))
         header = {"kind": "cell", "key": each.key, "labels": each.labels}
         reason = each.reason or "not computed yet"
