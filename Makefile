@@ -11,6 +11,8 @@ ACCEL = cpu
 PYTHON =
 BASE = main
 PROGRAM = popi/fused_update
+SWEEP = configs/sweeps/default.py
+GENERATOR =
 
 # on Linux large arrays then lie in huge pages, which spares page faults; glibc older than 2.35 ignores it
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -37,7 +39,7 @@ options := $(if $(MODEL),model=$(MODEL)) $(if $(SCALE),scale=$(SCALE)) $(if $(SC
 options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
-.PHONY: help setup data train eval summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
+.PHONY: help setup data train eval sweep transfer baselines summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
   bench-padding bench-growth bench-restart bench-peers-setup bench-peers profile clean
 
 help: ## what there is
@@ -52,6 +54,8 @@ help: ## what there is
 	  ARGS 'further flags of the command, or of pytest' \
 	  ACCEL 'what is installed for: cpu, cuda13 or tpu ($(ACCEL))' \
 	  BASE 'the revision that bench-compare compares with ($(BASE))' \
+	  SWEEP 'the file of a sweep ($(SWEEP))' \
+	  GENERATOR 'base models that transfer reads summaries with' \
 	  PROGRAM 'what profile traces ($(PROGRAM))' \
 	  PYTHON 'a Python of at least 3.11 (the first of python3.12, python3.11, python3)'
 	@printf '\nflags and fields of a command: %s popi_jax.train --help\n' '$(RUN)'
@@ -66,6 +70,15 @@ train: $(STAMP) ## train both models; goes on where a stopped run ended
 
 eval: $(STAMP) ## score the checkpoint in WORKDIR on the test users
 	$(RUN) popi_jax.evaluate $(FLAGS)
+
+sweep: $(STAMP) ## score many models under many conditions, one file each; goes on where a stopped one ended
+	$(RUN) popi_jax.sweep --sweep='$(SWEEP)' $(FLAGS)
+
+transfer: $(STAMP) ## what share of the gain of summaries survives on another generator (GENERATOR=FOLDER or org/name)
+	$(RUN) popi_jax.sweep --sweep='configs/sweeps/transfer.py:$(GENERATOR)' $(FLAGS)
+
+baselines: $(STAMP) ## train and fit what the run in WORKDIR is compared with; one table
+	$(RUN) popi_jax.compare $(FLAGS)
 
 summarize: $(STAMP) ## write the preference summaries of users
 	$(RUN) popi_jax.summarize $(FLAGS)

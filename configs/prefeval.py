@@ -8,7 +8,7 @@ b8e2849.
 
 from ml_collections import ConfigDict
 
-from configs.base import compose
+from configs.base import compose, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -27,7 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.data.answer_len = 48
         c.data.summary_len = 32
         c.warmup.steps = 80
-        c.schedule.phases = ("inference 12", "alternate 2:1 6")
         c.schedule.save_every = 20
+        if parse_arg(arg).schedule == "default":
+            c.schedule.phases = ("inference 12", "alternate 2:1 6")
     c.batch.pairs = min(c.batch.pairs, 3)
     return c

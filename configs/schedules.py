@@ -15,6 +15,15 @@ SCHEDULES: dict[str, dict[str, object]] = {
     # ablations: one role stays as the warm-up left it
     "inference_only": {"schedule.phases": ("inference 500",)},
     "generator_only": {"schedule.phases": ("generator 500",)},
+    # baselines: the generator alone is trained, behind the raw signals, nothing of the user or the
+    # true persona; no summary is sampled
+    "raw_context": {"generator.reads": "signals", "schedule.phases": ("generator 500",)},
+    "population": {"generator.reads": "nothing", "schedule.phases": ("generator 500",)},
+    "persona": {"generator.reads": "persona", "schedule.phases": ("generator 500",)},
+    # a summary for each pair, written behind its prompt too
+    "prompt_aware": {"data.prompt_aware": True, "batch.pairs": 1},
+    # a baseline: the inference model alone is trained, by likelihood on the true personas
+    "supervised": {"schedule.phases": ("supervised 500",)},
     # both roles in each update, after the inference model has learned to be worth conditioning on
     "joint": {"schedule.phases": ("inference 420", "joint 80")},
 }

@@ -7,7 +7,7 @@ Result: scores mean nothing.
 
 from ml_collections import ConfigDict
 
-from configs.base import compose
+from configs.base import compose, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -32,8 +32,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.warmup.summary_users = c.warmup.reading_users = users
     c.inference.group_size = 4
     c.batch.users = users
-    c.batch.pairs = 2
-    c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
+    c.batch.pairs = min(c.batch.pairs, 2)
+    if parse_arg(arg).schedule == "default":
+        c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
     c.schedule.log_every = 1
     c.schedule.save_every = 3
     c.evaluation.batch_users = users

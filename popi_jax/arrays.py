@@ -55,6 +55,11 @@ class UserBatch(NamedTuple):
     pair_number: Int[
         Array, "users pairs"
     ]  # in the split: user's number x data.num_pairs + pair of the user
+    # [users seq]: in the place of a summary; None where the generator reads summaries, or nothing
+    told: Tokens | None = None
+    # [users seq]: the summary that the inference model is taught, of length 0 where none is known;
+    # None where it is not taught
+    taught: Tokens | None = None
 
 
 class Demonstrations(NamedTuple):

@@ -6,10 +6,8 @@ random model, the hardware, the schedule and the data set."""
 import dataclasses
 import json
 import os
-import re
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -35,7 +33,8 @@ from popi_jax.config_rules import (
     setting,
     some_of,
 )
-from popi_jax.errors import UserError, check_field, did_you_mean
+from popi_jax.errors import UserError
+from popi_jax.phases import parse_phases
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -65,6 +64,9 @@ class DataConfig:
     score_margin: int = setting(1, "least gap of scores of 100 (prism)", at_least(1), data=True)
     pair_layout: str = setting(
         "paired", "of past pairs; grouped: rejected replies last", one_of("paired", "grouped")
+    )
+    prompt_aware: bool = setting(
+        False, "a summary is of one pair, whose prompt the inference model reads behind the signals"
     )
     turns: str = setting("first", "of a conversation (prism)", one_of("first", "all"), data=True)
     use_system_string: bool = setting(
@@ -184,6 +186,12 @@ class GeneratorConfig:
     )
     desirable_weight: float = setting(1.0, "of chosen replies (kto)", at_least(0))
     undesirable_weight: float = setting(1.0, "of rejected replies (kto)", at_least(0))
+    reads: str = setting(
+        "summary",
+        "what it is told of the user while it is trained; all but summary are baselines of the "
+        "generator alone: no summary is sampled",
+        one_of("summary", "signals", "persona", "nothing"),
+    )
     reference: str = setting(
         "prompt", "what it sees: x alone, or x and the summary z", one_of("prompt", "summary")
     )
@@ -279,7 +287,8 @@ class ScheduleConfig:
     phases: tuple[str, ...] = setting(
         ("inference 420", "alternate 3:1 80"),
         'in order, of N updates each: "inference N", "generator N", "joint N" (both in each '
-        'update) or "alternate n:m N" (n updates of the inference model, then m of the generator)',
+        'update), "alternate n:m N" (n updates of the inference model, then m of the generator) or '
+        '"supervised N" (the inference model by likelihood on personas, a baseline)',
     )
     log_every: int = setting(10, "updates", at_least(1), free=True)
     save_every: int = setting(50, "updates", at_least(1), free=True)
@@ -331,19 +340,6 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-Mode = Literal["inference", "generator", "joint", "alternate"]
-
-
-class Phase(NamedTuple):
-    """A stretch of updates; (num_inference, num_generator) is (1, 0) in "inference", (0, 1) in
-    "generator", (1, 1) in "joint", and (n, m) in "alternate n:m": n updates, then m."""
-
-    mode: Mode
-    num_inference: int
-    num_generator: int
-    steps: int
-
-
 def from_config_dict(c: ConfigDict) -> Config:
     """Returns the checked configuration.
 
@@ -368,15 +364,6 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
 
 
-def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
-    """Parses the phases of a schedule, e.g. ("inference 240", "alternate 2:1 60").
-
-    Raises:
-        UserError: for anything that is not one of the four forms with whole numbers of at least 1.
-    """
-    return tuple(_parse_phase(phase, f"schedule.phases[{i}]") for i, phase in enumerate(phases))
-
-
 def _read_config(values: Mapping[str, Any]) -> Config:
     config = config_rules.read_section(Config, values, "")
     if not config.workdir:
@@ -384,17 +371,3 @@ def _read_config(values: Mapping[str, Any]) -> Config:
     parse_phases(config.schedule.phases)
     config_rules.check_together(config)
     return config
-
-
-def _parse_phase(phase: str, name: str) -> Phase:
-    modes = typing.get_args(Mode)
-    mode: Any = (phase.split() or [""])[0]
-    rule = f"must begin with one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
-    check_field(mode in (*modes, ""), name, phase, rule)
-    form = r"(?:inference|generator|joint|alternate\s+(\d+):(\d+))\s+(\d+)"
-    match = re.fullmatch(form, phase.strip())
-    rule = 'must be like "inference 240", "generator 60", "joint 60" or "alternate 2:1 60"'
-    check_field(match is not None, name, phase, rule)
-    n, m, steps = (int(number or 1) for number in typing.cast(re.Match, match).groups())
-    check_field(min(n, m, steps) >= 1, name, phase, f"{rule}, with numbers of at least 1")
-    return Phase(mode, n if mode != "generator" else 0, m if mode != "inference" else 0, steps)

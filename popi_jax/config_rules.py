@@ -187,6 +187,8 @@ def check_together(config: "Config") -> None:
     _require(config, d.split_by == "user" or d.source == "prefeval", "data.split_by", rule)
     rule = f"must be at most data.num_pairs = {d.num_pairs}, the pairs that are kept of a user"
     _require(config, b.pairs <= d.num_pairs, "batch.pairs", rule)
+    rule = "must be 1 with data.prompt_aware: a summary is for one prompt"
+    _require(config, b.pairs == 1 or not d.prompt_aware, "batch.pairs", rule)
     rule = f"must divide model.num_heads = {m.num_heads}"
     _require(config, m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", rule)
     rule = "must be 0 with model.checkpoint: released weights need no warm-up; "
@@ -195,6 +197,7 @@ def check_together(config: "Config") -> None:
     rule = "is of the chat template of a base model (model.checkpoint); set it to ''"
     _require(config, bool(m.checkpoint) or not m.template_args, "model.template_args", rule)
     _check_roles(config)
+    _check_baseline(config)
     rule = f"must divide batch.users = {b.users}"
     _require(config, b.users % b.microbatches == 0, "batch.microbatches", rule)
     rule = "must be 1 where inference.high_entropy_share is below 1, a share of the whole batch"
@@ -307,6 +310,15 @@ def _check_roles(config: "Config") -> None:
         rule = f'must be 0 with optimizer.name = "{optimizer}", which is for whole matrices; '
         rule += "take adamw"
         _require(config, lora.rank == 0 or optimizer != "muon", name, rule)
+
+
+def _check_baseline(config: "Config") -> None:
+    """A generator that reads no summaries has no part in updates that write some."""
+    told, phases = config.generator.reads, config.schedule.phases
+    rule = f'holds more than "generator N", but with generator.reads = "{told}" there are no '
+    rule += "summaries; take generator phases alone, or generator.reads=summary"
+    alone = all(phase.split()[:1] == ["generator"] for phase in phases)
+    _require(config, told == "summary" or alone, "schedule.phases", rule)
 
 
 def _require(config: "Config", ok: bool, name: str, rule: str) -> None:

@@ -158,6 +158,16 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
+def tell_all(text: str) -> str:
+    """The text of process 0, in every process."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+    padded = encoded if is_main_process() else np.zeros(length, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
+
+
 def wait_for_all(what: str, limit_s: int = 0) -> None:
     """Returns when all processes have called this with the same words, each of which may be used
     once.

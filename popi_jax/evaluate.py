@@ -12,7 +12,7 @@ _STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the ne
 
 
 def main(config: Config) -> None:
-    from popi_jax.evals.cells import evaluate_run
+    from popi_jax.evals.results import evaluate_run
     from popi_jax.run import open_run
     from popi_jax.training.restore import restore_run
 

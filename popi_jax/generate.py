@@ -60,6 +60,7 @@ _STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newe
 def main(config: Config) -> None:
     _check_flags()
     from popi_jax import distributed
+    from popi_jax.data.examples import ask
     from popi_jax.data.prompts import encode_summary
     from popi_jax.data.sources.jsonl import read_users
     from popi_jax.evals.generators import Generator, summarize_users
@@ -72,6 +73,8 @@ def main(config: Config) -> None:
     if _USER.value:
         splits = [run.dataset.splits[name] for name in ("test", "validation", "train")]
         user = find_user(_USER.value, people or (user for split in splits for user in split))
+        if config.data.prompt_aware:
+            user = ask(user, _PROMPT.value)
         step, params = restore_role(run, "inference", step)
         rows = summarize_users(run, params, [user], config=config, temperature=0.0)
         summary = rows[0]["summary"]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from popi_jax import config_rules, distributed, files
 from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
-from popi_jax.data import batches, encode, measure, prompts, tokenizer, warmup_batches
+from popi_jax.data import batches, encode, examples, measure, prompts, tokenizer, warmup_batches
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
@@ -40,6 +40,15 @@ class RoleParts(NamedTuple):
     # signals to the header of the summary, of the generator all those before the summary
     prompt: tuple[int, ...]
     sampling: Sampling  # of summaries, and of answers
+
+
+class Roles(NamedTuple):
+    """Both roles of a run, without its data. A `Run` has these fields too."""
+
+    config: Config
+    mesh: Mesh
+    inference: RoleParts
+    generator: RoleParts
 
 
 class Run(NamedTuple):
@@ -91,11 +100,21 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     measured = load_measured(config, dataset, words, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
+    dataset, config = examples.split_pairs(dataset, config)
+    batches.check_personas(dataset.splits["train"], config)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin, found.to_json())
     manager.check_same_run(config.workdir, config_json)
     if config.model.checkpoint and (told := find_too_long_rows(config)):
         raise UserError(told)
+    inference, generator = make_roles(config, words)
+    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+
+
+def make_roles(config: Config, words: Tokenizer) -> tuple[RoleParts, RoleParts]:
+    """All of (the inference model, the generator) but their weights.
+
+    Raises: UserError as `make_model`."""
     model = make_model(config, words.vocab_size)
     summaries = Sampling(
         config.inference.temperature,
@@ -107,8 +126,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     asking = tuple(prompts.render_summary_turn(words, config))
     prefix = tuple(prompts.render_generator_prefix(words, config))
     inference = RoleParts(model, words, asking, summaries)
-    generator = RoleParts(model, words, prefix, answers)
-    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+    return inference, RoleParts(model, words, prefix, answers)
 
 
 def start_devices(config: Config) -> Mesh:
@@ -170,15 +188,16 @@ def find_too_long_rows(config: Config) -> str:
     for; "" where none may."""
     d, folder = config.data, config.model.checkpoint
     usable = hf_config.read_base(folder).usable_len
+    told = "context_len" if config.generator.reads == "signals" else "summary_len"
     for role, names in (
         ("inference model", ("context_len", "turn_len", "summary_len")),
-        ("generator", ("summary_len", "turn_len", "answer_len")),
+        ("generator", (told, "turn_len", "answer_len")),
     ):
         length = sum(getattr(d, name) for name in names)
         if usable is not None and length > usable:
-            told = " + ".join(f"{name} {getattr(d, name)}" for name in names)
+            parts = " + ".join(f"{name} {getattr(d, name)}" for name in names)
             return (
-                f"config.data: rows of the {role} may have {length} tokens ({told}), but {folder} "
+                f"config.data: rows of the {role} may have {length} tokens ({parts}), but {folder} "
                 f"has positions for {usable} (max_position_embeddings of its config.json); lower "
                 f"data.{max(names, key=lambda name: getattr(d, name))}"
             )

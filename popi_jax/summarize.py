@@ -36,6 +36,11 @@ def main(config: Config) -> None:
     if _USERS.value and out.exists() and out.resolve() == epath.Path(_USERS.value).resolve():
         raise UserError(f"--out={out} is the file of --users; give another name")
 
+    if _USERS.value and config.data.prompt_aware:
+        raise UserError(
+            "--users: with data.prompt_aware a summary is for a prompt; ask it by make generate "
+            "with --users, --user and --prompt"
+        )
     from popi_jax import distributed, files
     from popi_jax.evals.generators import summarize_users
     from popi_jax.run import open_run

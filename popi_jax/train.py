@@ -6,8 +6,12 @@ results.json, results.md, summaries.jsonl, results/, metrics.jsonl, tensorboard/
 
 import sys
 
+from absl import flags
+
 from popi_jax import cli
 from popi_jax.config import Config
+
+_EVALUATE = flags.DEFINE_bool("evaluate", True, "score the test users at the end")
 
 
 def main(config: Config) -> None:
@@ -15,7 +19,7 @@ def main(config: Config) -> None:
     from absl import logging
 
     from popi_jax import distributed
-    from popi_jax.evals.cells import evaluate_run
+    from popi_jax.evals.results import evaluate_run
     from popi_jax.run import open_run
     from popi_jax.training import loop
 
@@ -32,6 +36,8 @@ def main(config: Config) -> None:
     except loop.NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
+    if not _EVALUATE.value:
+        return
     inference, generator = loop.use_models(trained, config)
     step = int(trained.state.step)
     evaluate_run(run, step=step, inference=inference, generator=generator, frozen=trained.frozen)

@@ -13,6 +13,7 @@ from configs.scales import SCALES
 from configs.schedules import SCHEDULES
 from popi_jax import config, config_rules
 from popi_jax.errors import UserError
+from popi_jax.phases import Phase, parse_phases
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BASE = base.compose("scale=laptop")
@@ -216,6 +217,17 @@ def test_empty_values_of_arg_mean_defaults() -> None:
             'config.schedule.phases[0] = "inference": must be like "inference 240"',
         ),
         ("schedule.phases", (3,), "config.schedule.phases = [3]: must be a tuple of strings"),
+        (
+            "generator.reads",
+            "signal",
+            'config.generator.reads = "signal": must be one of summary, signals, persona, nothing.',
+        ),
+        (
+            "generator.reads",
+            "signals",
+            'config.schedule.phases = ["inference 420", "alternate 3:1 80"]: holds more than '
+            '"generator N", but with generator.reads = "signals" there are no summaries; take',
+        ),
     ],
 )
 def test_bad_value_is_one_line_that_names_the_field(
@@ -253,12 +265,15 @@ def test_nothing_to_train_is_an_error() -> None:
 
 
 def test_parse_phases() -> None:
-    phases = config.parse_phases(("inference 240", " alternate  2:1 60", "joint 3", "generator 1"))
+    phases = parse_phases(
+        ("inference 240", " alternate  2:1 60", "joint 3", "generator 1", "supervised 2")
+    )
     assert phases == (
-        config.Phase("inference", 1, 0, 240),
-        config.Phase("alternate", 2, 1, 60),
-        config.Phase("joint", 1, 1, 3),
-        config.Phase("generator", 0, 1, 1),
+        Phase("inference", 1, 0, 240),
+        Phase("alternate", 2, 1, 60),
+        Phase("joint", 1, 1, 3),
+        Phase("generator", 0, 1, 1),
+        Phase("supervised", 1, 0, 2),
     )
 
 
@@ -268,7 +283,7 @@ def test_parse_phases() -> None:
 )
 def test_bad_phase_is_an_error(phase: str) -> None:
     with pytest.raises(UserError, match=r"config.schedule.phases\[0\]"):
-        config.parse_phases((phase,))
+        parse_phases((phase,))
 
 
 def test_resolve_mesh() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from popi_jax.data.sources.made_people import compute_bayes_optimum
 from popi_jax.errors import UserError
-from popi_jax.evals.cells import evaluate_run
+from popi_jax.evals.results import evaluate_run
 from popi_jax.run import open_run
 from popi_jax.training import restore
 from tests.tiny_run import (
@@ -134,4 +134,4 @@ def test_an_absent_step_is_told_by_each_reader(tiny):
 def test_an_empty_split_is_told(tiny):
     empty = tiny.run._replace(dataset=tiny.run.dataset._replace(splits={"test": ()}))
     with pytest.raises(UserError, match="data.test_fraction: the test split holds no user"):
-        evaluate_run(empty, step=1, inference={}, generator={}, frozen=tiny.frozen)
+        evaluate_run(empty, step=STEP, inference={}, generator={}, frozen=tiny.frozen)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from popi_jax.data.sources.made_people import write_sample
+from popi_jax.evals import records
 from tests.cheap_compiles import CHEAP
 from tests.tiny_run import read_jsonl
 
@@ -161,6 +162,32 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
     assert steps == list(range(1, STEPS + 1))
     results = json.loads((second.workdir / "results.json").read_text())
     assert results["step"] == STEPS and len(results["rows"]) == 9
+    check_cells_on_one_device(second.workdir, folder / "cells")
+
+
+def check_cells_on_one_device(workdir: Path, out: Path) -> None:
+    """A sweep of the run in one process on one device has the names and figures of the cells that
+    two processes with eight devices left."""
+    command = [sys.executable, "-m", "popi_jax.sweep", "--config=smoke:scale=laptop"]
+    command += ["--decodings=greedy,sampled", "--conditions=no_signals,raw_signals,summary"]
+    own = {"workdir": workdir, "data.prepared": CACHE / "prepared"}
+    command += [f"--config.{name}={value}" for name, value in own.items()]
+    command += ["--sweep=configs/sweeps/default.py", "--generators=trained", f"--out={out}"]
+    users = f"--max_users={OWN['evaluation.max_users']}"
+    subprocess.run([*command, users], cwd=ROOT, env=environment(1), check=True)
+    found = sorted((out / "cells").glob("*.jsonl"))
+    assert len(found) == 4
+    for path in found:
+        alone, many = (records.read(p) for p in (path, workdir / "results" / "cells" / path.name))
+        assert alone.header["coverage"] == many.header["coverage"]
+        assert alone.header["made"]["devices"].startswith("1 ")
+        assert many.header["made"]["devices"].startswith("8 ")
+        margins = [[item.pop("margin") for item in r.items] for r in (alone, many)]
+        np.testing.assert_allclose(*margins, atol=1e-5, rtol=0)
+        for item, other in zip(alone.items, many.items, strict=True):
+            for name in ("chosen", "rejected", "reference_chosen", "reference_rejected"):
+                assert abs(item.pop(name) - other.pop(name)) < 1e-3
+            assert item == other
 
 
 UPDATE = """

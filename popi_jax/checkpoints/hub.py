@@ -18,12 +18,10 @@ from typing import NamedTuple
 
 import huggingface_hub as hf
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import disable_progress_bars
-from jax.experimental import multihost_utils
 
 from popi_jax import distributed
 from popi_jax.errors import UserError, did_you_mean, disk_is_full
@@ -67,7 +65,9 @@ def open_base(checkpoint: str, commit: str = "") -> Origin:
     if "://" in checkpoint:
         cache = _bucket_cache()
         return Origin(_fetch_once(partial(_copy_bucket, checkpoint), cache))
-    commit = _tell_all(_find_commit(checkpoint, commit) if distributed.is_main_process() else "")
+    commit = distributed.tell_all(
+        _find_commit(checkpoint, commit) if distributed.is_main_process() else ""
+    )
     if not commit:
         folder = Path(checkpoint).expanduser()
         if not folder.is_dir():
@@ -198,14 +198,6 @@ def _shorten(e: BaseException) -> str:
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
 
 
-def _tell_all(text: str) -> str:
-    """The text of process 0, in every process."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.frombuffer(text.encode().ljust(64), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode().rstrip()
-
-
 def _fetch_once(fetch: Callable[[], str], cache: Path) -> str:
     """fetch() of every process; those whose cache is on the disk of process 0 find what it
     fetched."""
@@ -215,7 +207,7 @@ def _fetch_once(fetch: Callable[[], str], cache: Path) -> str:
     if first:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / mark).touch()
-    mark = _tell_all(mark)
+    mark = distributed.tell_all(mark)
     try:
         first = first or not (cache / mark).exists()
         folder = fetch() if first else ""

@@ -4,15 +4,15 @@ threads or workers.
 Refuses to touch jax: batches are numpy, and worker processes must not start a device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user
-from popi_jax.data.prompts import Tokenizer
+from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user, get_told_len
+from popi_jax.data.prompts import Tokenizer, encode_answer
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 
@@ -47,9 +47,10 @@ def make_user_batches(
     `cfg.batch.users`.
 
     Users are reshuffled each epoch and an epoch may end inside a batch. K = `cfg.batch.pairs` of a
-    user's pairs are drawn without replacement; rows beyond those that the user has are masked. The
-    global batch is the concatenation of the processes' batches and does not depend on their number;
-    `index` = step * users + its row in it.
+    user's pairs are drawn without replacement; rows beyond those that the user has are masked, as
+    are all of a user without persona where the generator reads personas. The global batch is the
+    concatenation of the processes' batches and does not depend on their number; `index` = step *
+    users + its row in it.
 
     Raises: UserError when the users of a batch cannot be divided among the processes, or `source`
     is empty."""
@@ -57,15 +58,39 @@ def make_user_batches(
     rows = pick_own_rows(size, "batch.users", process_index, process_count)
     users = EncodedUsers(source, tokenizer, cfg)
 
+    def counts(user: EncodedUser) -> bool:
+        return cfg.generator.reads != "persona" or bool(user.oracle)
+
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> UserBatch:
         drawn = users.take(members[rows])
         picks = [
-            rng.permutation(len(u.turns))[:count] for u, rng in zip(drawn, rngs[rows], strict=True)
+            rng.permutation(len(u.turns))[: count if counts(u) else 0]
+            for u, rng in zip(drawn, rngs[rows], strict=True)
         ]
         index = step * size + np.arange(size)[rows]
-        return _pad_users(drawn, picks, index, members[rows], tokenizer.pad_id, cfg.data, count)
+        batch = _pad_users(drawn, picks, index, members[rows], tokenizer.pad_id, cfg.data, count)
+        return batch._replace(**_add_texts(drawn, tokenizer, cfg))
 
     return make_steps(len(source), size, make, seed=seed, workers=cfg.data.workers)
+
+
+def check_personas(users: Iterable[User], cfg: Any) -> None:
+    """Raises: UserError when a run learns from personas and none of its training users has one."""
+    needs = ""
+    if teaches(cfg):
+        needs = 'schedule.phases: "supervised" phases teach'
+    elif cfg.generator.reads == "persona":
+        needs = "generator.reads = persona: it reads"
+    if needs and not any(user.oracle.strip() for user in users):
+        raise UserError(
+            f"{needs} the persona of each user, but no training user has one; give it as oracle "
+            "(docs/data.md), or take another schedule"
+        )
+
+
+def teaches(cfg: Any) -> bool:
+    """Whether the main stage teaches the inference model personas."""
+    return any(phase.split()[:1] == ["supervised"] for phase in cfg.schedule.phases)
 
 
 def make_eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Iterator[EvalBatch]:
@@ -190,6 +215,18 @@ def pad_nested(rows: list[list[Ids]], count: int, length: int, pad_id: int) -> T
     flat = pad(texts, length, pad_id)
     shape = len(rows), count
     return Tokens(flat.ids.reshape(*shape, length), flat.lengths.reshape(shape))
+
+
+def _add_texts(users: list[EncodedUser], tokenizer: Tokenizer, cfg: Any) -> dict[str, Tokens]:
+    """Returns the fields of a `UserBatch` that only baselines have."""
+    found, d, pad_id = dict[str, Tokens](), cfg.data, tokenizer.pad_id
+    if length := get_told_len(cfg):
+        found["told"] = pad([u.told for u in users], length, pad_id)
+    if teaches(cfg):
+        texts = (u.oracle_text.strip() for u in users)
+        taught = [encode_answer(tokenizer, text) if text else [] for text in texts]
+        found["taught"] = pad([ids[: d.summary_len] for ids in taught], d.summary_len, pad_id)
+    return found
 
 
 def _pad_users(

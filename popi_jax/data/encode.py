@@ -33,7 +33,9 @@ class Signals(NamedTuple):
     """The signals of a user within a limit."""
 
     text: str
-    context: Ids  # the same as the inference model reads it, with the headers before
+    # the same as the inference model reads it, with the headers before and, where summaries are
+    # prompt-aware, the prompt of the first pair behind
+    context: Ids
     shortened: bool
 
 
@@ -46,6 +48,7 @@ class EncodedUser(NamedTuple):
     chosen: list[Ids]  # one per pair; ends with the end token unless shortened
     rejected: list[Ids]  # one per pair, as `chosen`
     oracle: Ids  # without end token; [] = unknown
+    told: Ids  # what the generator is told, where generator.reads is no summary
     oracle_text: str
     stated_text: str  # items separated by " ; "
     contrasts: list[tuple[str, str]]  # what the replies of each past pair show
@@ -76,7 +79,8 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         turns=[[*turn] for turn, _ in turns],
         chosen=[[*ids[: d.answer_len]] for ids in chosen],
         rejected=[[*ids[: d.answer_len]] for ids in rejected],
-        oracle=prompts.encode_summary(tokenizer, user.oracle.strip(), cfg)[: d.summary_len],
+        oracle=tell_persona(user, tokenizer, cfg),
+        told=tell(user, tokenizer, cfg),
         oracle_text=user.oracle,
         stated_text=user.stated,
         contrasts=[(r.answer, r.contrast) for r in user.readings],
@@ -94,18 +98,21 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
 
 def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     """Fits the signals of a user into `data.context_len` tokens, headers of the inference model
-    counted.
+    counted. The prompt that a summary is for, at most `data.turn_len` tokens of it, is never
+    shortened for them.
 
     Whole items go first: the oldest comments, then the oldest past pairs, each with both replies.
     What is still too long loses the tail of the survey, then that of the profile.
 
     Raises: UserError when the headers alone are longer."""
-    limit = cfg.data.context_len
+    limit, asked = cfg.data.context_len, ""
+    if cfg.data.prompt_aware and user.pairs:
+        asked = _cut_start(prompts.render_asked(user.pairs[0].prompt), tokenizer, cfg.data.turn_len)
 
     def render(some: User) -> tuple[str, Ids]:
         text = prompts.render_signals(some, cfg.data.pair_layout)
         return text, prompts.render_inference_context(
-            tokenizer, text, cfg.model.summary_instruction
+            tokenizer, text + asked, cfg.model.summary_instruction
         )
 
     text, ids = render(user)
@@ -124,6 +131,34 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
             user = dataclasses.replace(user, **shorter)
             text, ids = render(user)
     return Signals(text, _check_room(ids, limit, "data.context_len"), shortened)
+
+
+def tell(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """What the generator is trained behind where `generator.reads` is no summary; else []."""
+    makers = {"signals": tell_signals, "persona": tell_persona}
+    make = makers.get(cfg.generator.reads)
+    return make(user, tokenizer, cfg) if make else []
+
+
+def get_told_len(cfg: Any) -> int:
+    """Most tokens of it."""
+    return {"signals": cfg.data.context_len, "persona": cfg.data.summary_len}.get(
+        cfg.generator.reads, 0
+    )
+
+
+def tell_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """The raw signals, shortened as for the inference model, in the place of a summary: at most
+    `data.context_len` tokens."""
+    text = fit_signals(user, tokenizer, cfg).text
+    return prompts.encode_summary(tokenizer, text, cfg)[: cfg.data.context_len]
+
+
+def tell_persona(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """The true persona in the place of a summary: at most `data.summary_len` tokens; [] where it is
+    unknown."""
+    text = user.oracle.strip()
+    return prompts.encode_summary(tokenizer, text, cfg)[: cfg.data.summary_len]
 
 
 def fit_lengths(
@@ -191,6 +226,11 @@ def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, 
         return prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
 
     return _fit_end(prompt[-1]["content"], encode, tokenizer, limit), True
+
+
+def _cut_start(text: str, tokenizer: Tokenizer, limit: int) -> str:
+    tokens = tokenizer.encode(text)
+    return text if len(tokens) <= limit else tokenizer.decode(tokens[-limit:])
 
 
 def _fit_end(text: str, encode: Callable[[str], Ids], tokenizer: Tokenizer, limit: int) -> Ids:

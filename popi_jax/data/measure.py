@@ -46,6 +46,7 @@ class Fill(NamedTuple):
     pairs: Spread  # prompts, and both replies to each
     answers: Spread  # the replies alone
     warmup: dict[str, TaskFill]  # a task of `WarmupBatch` each; {} without a warm-up
+    told: Spread = Spread(0.0, 0.0)  # what the generator is told where it reads no summaries
 
 
 class Measured(NamedTuple):
@@ -68,6 +69,7 @@ def measure_fill(main: Iterable[UserBatch], warmup: Iterable[WarmupBatch] | None
         pairs=_spread(p + r for p, r in zip(prompt_tokens, replies, strict=True)),
         answers=_spread(replies),
         warmup={task: _measure_task([getattr(b, task) for b in seen]) for task in tasks},
+        told=_spread(np.zeros(1) if b.told is None else b.told.lengths for b in made),
     )
 
 

@@ -26,7 +26,7 @@ from popi_jax.errors import UserError, did_you_mean
 
 # all data sets; the values of data.source in config.py are those that stand in for no other
 SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
-FORMAT = 2  # raise it whenever a source or `User` changes what it makes of the same files
+FORMAT = 3  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 

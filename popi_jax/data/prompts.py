@@ -61,6 +61,13 @@ def render_signals(user: User, layout: str = "paired") -> str:
     return "\n".join(parts)
 
 
+def render_asked(prompt: Messages) -> str:
+    """Returns the prompt that a summary is for, as it stands behind the signals."""
+    if len(prompt) == 1:
+        return f"\nasks now: {prompt[0]['content']}"
+    return "\nasks now:" + "".join(f"\n{m['role']}: {m['content']}" for m in prompt)
+
+
 def list_training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
     """Yields all that a tokenizer made for these users must be able to say."""
     for user in users:

@@ -9,6 +9,7 @@ ITEM_SEPARATOR = " ; "  # between the items of a summary that is a list of items
 
 # [{"role": "system"|"user"|"assistant", "content": str}]; the last role is "user"
 Messages = list[dict[str, str]]
+Groups = dict[str, str]  # name of a grouping -> the group: {"age": "25-34 years old"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Pair:
     prompt: Messages
     chosen: str
     rejected: str
+    groups: Groups = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,12 @@ class Reading:
 class User:
     """One person. Missing is "" or (), never None.
 
-    `oracle` is the true persona: only the oracle condition and the generator's warm-up may see it,
-    never the inference model. `stated` is a summary of what the profile alone says, `readings`
-    are reading exercises, one for each shot in order: both for the warm-up only."""
+    `oracle` is the true persona: only the oracle condition, the generator's warm-up and the
+    baselines that ask for it (generator.reads = persona, "supervised" phases) may see it, no other
+    inference model. `stated` is a summary of what the profile alone says, `readings` are reading
+    exercises, one for each shot in order: both for the warm-up only. `groups` of users and pairs
+    serve the tables of an evaluation; no model ever sees them, and they hold nothing of the
+    oracle."""
 
     user_id: str
     profile: str
@@ -66,6 +71,7 @@ class User:
     stated: str = ""
     readings: tuple[Reading, ...] = ()
     split: str = "train"  # train | validation | test
+    groups: Groups = dataclasses.field(default_factory=dict, hash=False)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)

@@ -1,253 +1,369 @@
-"""Scores a list of conditions on the same users and pairs: each cell is a text about the users and
-a generator."""
+"""Scores the cells of a sweep on the users of one split: each is a text about the users, and a
+generator that ranks their pairs behind it.
+
+What cells have in common is computed once: summaries are kept in files, weights, batches and the
+log-probs of the reference in memory."""
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
 
 from popi_jax import distributed
-from popi_jax.arrays import Frozen, PairLengths, PairLogps, Params
-from popi_jax.data import prompts
+from popi_jax.arrays import PairLengths, PairLogps, UserBatch
+from popi_jax.checkpoints.content import Hashes
+from popi_jax.config import Config, DataConfig
+from popi_jax.data import encode, prompts
+from popi_jax.data.batches import encode_all
+from popi_jax.data.dealing import find_longest
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
+from popi_jax.data.selection import select_signals
 from popi_jax.errors import UserError
-from popi_jax.evals import conditions, metrics, render
-from popi_jax.evals.conditions import BEFORE_RL, TRAINED, Condition, People
-from popi_jax.evals.dealt import deal_pairs, deal_signals
-from popi_jax.evals.generators import Generator, Summarizer, encode_users, list_summaries
-from popi_jax.losses.preference import PreferenceObjective, pair_margins
-from popi_jax.progress import Progress
-from popi_jax.run import Run
+from popi_jax.evals import conditions, records
+from popi_jax.evals.conditions import Condition, People, find_condition
+from popi_jax.evals.dealt import Dealt, deal_pairs, deal_signals
+from popi_jax.evals.generators import Generator, Summarizer
+from popi_jax.evals.items import list_items
+from popi_jax.evals.subjects import (
+    Reader,
+    Subject,
+    Weights,
+    check_room,
+    identify_shape,
+    identify_words,
+)
+from popi_jax.evals.sweep_plan import DECODINGS, Cell
+from popi_jax.losses.preference import pair_margins
 from popi_jax.training.setup import make_objective
 
-TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # how the summaries of a condition are decoded
+SCORING = 1  # raise it when the same models and texts are scored otherwise
+DRAWING = 1  # raise it when the same models write other summaries
+# what the length of a text depends on
+_LIMITS = ("context_len", "turn_len", "answer_len", "summary_len", "num_pairs", "pair_layout")
 
 
-NUM_EXAMPLES = 3
-BOUNDS = ("no_signals", "signals", "latent")  # what a model may know, of which an optimum is known
+class Split(NamedTuple):
+    """The users of a data set that cells are about."""
+
+    users: Sequence[User]
+    data: DataConfig  # with the limits of texts
+    identity: Mapping[str, Any]  # what the users are
+    kind: str  # published, own or sample
 
 
-class Models(NamedTuple):
-    """The parameters of both roles at one time."""
+class Pairs(NamedTuple):
+    """The pairs of all users in tokens of a generator."""
 
-    inference: Params
-    generator: Params
-
-
-class Text(NamedTuple):
-    """A text about each user."""
-
-    condition: Condition
-    decoding: str  # of its summaries, a key of TEMPERATURES; none: it holds no summary
+    whole: UserBatch  # all users in one batch of numpy arrays
+    dealt: Dealt
+    shortened: encode.Truncations
 
 
-class Cell(NamedTuple):
-    text: Text
-    generator: str  # the name of its models
+class Scored(NamedTuple):
+    """What a file of a cell holds, but for its key and labels."""
+
+    header: dict[str, Any]
+    items: list[dict[str, Any]]
 
 
-NOTHING = Text(Condition("nothing", conditions.tell_nothing), "none")
+class Unit:
+    """A subject on a split. `readers`: the generators that cells name; `decodings`: of summaries,
+    all that the sweep asks for, since they are drawn together; `out`: the folder of the sweep."""
 
+    def __init__(
+        self,
+        subject: Subject,
+        split: Split,
+        readers: Mapping[str, Reader],
+        decodings: Sequence[str],
+        out: str,
+        hashes: Hashes,
+    ) -> None:
+        self.subject, self.split, self.readers = subject, split, readers
+        self._decodings, self._out, self._hashes = decodings, out, hashes
+        self._kept: dict[tuple[Any, ...], Any] = {}
 
-class Result(NamedTuple):
-    """The generator sees `context_tokens` tokens about a user; the other fields as in
-    metrics.Score."""
+    # what cells are, by content; asked of process 0 alone
 
-    condition: str
-    decoding: str
-    accuracy: float
-    stderr: float
-    n: int
-    nats: float
-    context_tokens: float  # mean over the users that count
+    def identify(self, cell: Cell) -> dict[str, Any]:
+        """All that decides about the figures of a cell. Raises: UserError where something that it
+        names does not exist."""
+        condition, reader = find_condition(cell.condition), self._find_reader(cell)
+        self._select(cell.signals)
+        objective = make_objective(reader.config)
+        text: dict[str, Any] = {"condition": condition.name, "version": condition.version}
+        if condition.reads_signals or condition.summaries_by:
+            text["signals"] = cell.signals
+        if condition.summaries_by:
+            text["summaries"] = self._identify_summaries(
+                condition.summaries_by, cell.signals, cell.decoding
+            )
+        reference = None
+        if objective.needs_reference:
+            reference = {
+                "weights": self._once("identity", reader.reference),
+                "sees": reader.config.generator.reference,
+            }
+        model = reader.config.model
+        return {
+            "scoring": SCORING,
+            "weights": self._once("identity", reader.weights),
+            "shape": identify_shape(reader.parts),
+            "words": identify_words(reader.parts.tokenizer),
+            "instruction": [model.answer_instruction, model.summary_place],
+            "reference": reference,
+            "objective": dataclasses.asdict(objective),
+            "data": {**self.split.identity},
+            "limits": {name: getattr(self.split.data, name) for name in _LIMITS},
+            "text": text,
+        }
 
+    def _identify_summaries(self, writer: str, signals: str, decoding: str) -> dict[str, Any]:
+        role, config = self.subject.roles.inference, self.subject.roles.config
+        return {
+            "drawing": DRAWING,
+            "weights": self._once("identity", self._find_writer(writer)),
+            "shape": identify_shape(role),
+            "words": identify_words(role.tokenizer),
+            "instruction": config.model.summary_instruction,
+            "temperature": DECODINGS[decoding],
+            "seed": config.seed,
+            "data": {**self.split.identity},
+            "signals": signals,
+            "limits": {
+                name: getattr(self.split.data, name)
+                for name in ("context_len", "summary_len", "pair_layout", "prompt_aware")
+            },
+        }
 
-class Evaluation(NamedTuple):
-    rows: list[Result]  # of the trained generator
-    before_rl: dict[str, Result]  # condition -> the same of the generator before the main stage
-    summaries: list[Ids]  # greedy, of the trained inference model, in its tokens
+    # what is computed
 
-
-def evaluate(
-    run: Run,
-    users: Sequence[User],
-    models: dict[str, Models],
-    told: Sequence[Condition] = conditions.CONDITIONS,
-) -> Evaluation:
-    """Scores the users' pairs under the conditions `told`, with models of the names that they use.
-
-    Margins are those of the objective of training; their reference, if they have one, is the
-    generator before RL, without any text unless `generator.reference` says otherwise. Where that is
-    the generator that is scored too, no_signals has margins of 0. A condition under which no pair
-    counts is left out."""
-    real, _ = encode_users(run, users, run.config)
-    size, writer = run.config.evaluation.batch_users, run.inference
-    signals = deal_signals(real, writer.model, writer.prompt, run.mesh, size)
-    pairs = deal_pairs(real, run.generator.model, run.mesh, size)
-    counted = {c: real.pair_mask & _count_users(c, users)[:, None] for c in told}
-    cells = _list_cells([c for c in told if counted[c].any()])
-    objective = make_objective(run.config)
-    references = {cell: _find_reference(run, cell, objective) for cell in cells}
-    # all that is drawn and scored, each once
-    scored = dict.fromkeys([*cells, *(cell for cell in references.values() if cell)])
-    texts = dict.fromkeys(cell.text for cell in scored)
-    drawn: dict[str, dict[str, None]] = {TRAINED: {"greedy": None}}  # how, by each model
-    for text in texts:
-        if text.decoding != "none":
-            drawn.setdefault(text.condition.summaries_by, {})[text.decoding] = None
-    shown, done = distributed.is_main_process(), itertools.count()
-    total = 100 * (len(drawn) + len(scored))
-    with Progress(total, label="evaluation", enabled=shown) as progress:
-
-        def follow() -> Callable[[float], None]:
-            start = 100 * next(done)
-            return lambda part: progress.update(start + round(100 * part))
-
-        summaries: dict[tuple[str, str], list[Ids]] = {}
-        for name, decodings in drawn.items():
-            summarizer = Summarizer(writer, models[name].inference, run.config.seed)
-            heats = [TEMPERATURES[decoding] for decoding in decodings]
-            found = summarizer.write(signals, heats, follow())
-            summaries |= {(name, d): ids for d, ids in zip(decodings, found, strict=True)}
-        written = {text: _write_text(run, users, text, summaries) for text in texts}
-        logps: dict[Cell, PairLogps] = {}
-        for cell in scored:
-            generator = Generator(run.generator, models[cell.generator].generator, run.mesh)
-            ids = written[cell.text]
-            logps[cell] = generator.score(ids, pairs, _pick_length(run, ids), follow())
-    lengths = PairLengths(jnp.asarray(real.chosen.lengths), jnp.asarray(real.rejected.lengths))
-    rows, before = [], {}
-    for cell in cells:
-        reference = references[cell]
-        known = logps[reference] if reference else None
-        margins = pair_margins(logps[cell], lengths, known, objective=objective)
-        mask = counted[cell.text.condition]
-        result = _make_result(cell.text, written[cell.text], np.asarray(margins), mask)
-        if cell.generator == BEFORE_RL:
-            before[result.condition] = result
-        else:
-            rows.append(result)
-    return Evaluation(rows, before, summaries[TRAINED, "greedy"])
-
-
-def _list_cells(told: Sequence[Condition]) -> list[Cell]:
-    cells = []
-    for condition in told:
-        decodings = TEMPERATURES if condition.summaries_by else ("none",)
-        for decoding, name in itertools.product(decodings, condition.scored_by):
-            cells.append(Cell(Text(condition, decoding), name))
-    return cells
-
-
-def _find_reference(run: Run, cell: Cell, objective: PreferenceObjective) -> Cell | None:
-    """The cell whose log-probs the margins of another are measured from."""
-    if not objective.needs_reference:
-        return None
-    sees_text = run.config.generator.reference == "summary"
-    return Cell(cell.text if sees_text else NOTHING, BEFORE_RL)
-
-
-def _count_users(condition: Condition, users: Sequence[User]) -> Bool[np.ndarray, " users"]:
-    counts = condition.count_users
-    return np.ones(len(users), bool) if counts is None else np.array(counts(users), bool)
-
-
-def _write_text(
-    run: Run, users: Sequence[User], text: Text, summaries: dict[tuple[str, str], list[Ids]]
-) -> list[Ids]:
-    """The text about each user in tokens of the generator."""
-    words, reader = run.inference.tokenizer, run.generator.tokenizer
-    given = summaries.get((text.condition.summaries_by, text.decoding), [])
-    if reader is not words:
-        read = (words.decode(ids).strip() for ids in given)
-        given = [prompts.encode_summary(reader, text, run.config) for text in read]
-    texts = text.condition.make_texts(People(users, reader, run.config, given))
-    limit = max(_list_lengths(run))
-    return [list(ids[:limit]) for ids in texts]
-
-
-def _make_result(
-    text: Text,
-    written: Sequence[Ids],
-    margins: Float[np.ndarray, "users pairs"],
-    mask: Bool[np.ndarray, "users pairs"],
-) -> Result:
-    seen = [len(ids) for ids, row in zip(written, mask, strict=True) if row.any()]
-    score = metrics.score_pairs(margins, mask)
-    return Result(text.condition.name, text.decoding, *score, float(np.mean(seen)))
-
-
-def _pick_length(run: Run, texts: Sequence[Ids]) -> int:
-    """The padded length of texts: one of two, so that the conditions share two programs."""
-    longest = max(map(len, texts))
-    return min(length for length in _list_lengths(run) if longest <= length)
-
-
-def _list_lengths(run: Run) -> tuple[int, int]:
-    return run.config.data.summary_len, run.config.data.context_len
-
-
-def evaluate_run(
-    run: Run,
-    *,
-    step: int,
-    inference: Params,
-    generator: Params,
-    frozen: Frozen,
-    split: str = "test",
-) -> dict[str, Any]:
-    """Scores the models of a run on a split, writes the result files into its workdir and prints
-    the table.
-
-    `frozen` holds both models at the start of the main stage. At most `evaluation.max_users` users
-    are scored, the first ones. `render.write_results` says where the files lie. Raises: UserError
-    when the split holds no user."""
-    config, users = run.config, run.dataset.splits[split]
-    users = list(users[: config.evaluation.max_users or len(users)])
-    if not users:
-        raise UserError(
-            f"data.{split}_fraction: the {split} split holds no user; take another --split"
+    def score(self, cell: Cell, advance: Callable[[float], None]) -> Scored:
+        """advance: called with the finished part of the cell. Raises: UserError."""
+        start = time.time()
+        condition, reader = find_condition(cell.condition), self._find_reader(cell)
+        users, pairs = self._select(cell.signals), self._once("pairs", cell.generator)
+        first = 0.5 if condition.summaries_by else 0.0
+        texts = self._write_texts(condition, cell, reader, lambda part: advance(first * part))
+        objective = make_objective(reader.config)
+        known = None
+        if objective.needs_reference:
+            if reader.config.generator.reference == "summary":
+                known = self._score_texts(reader, reader.reference, texts, pairs)
+            else:
+                known = self._once("reference", cell.generator)
+        follow = lambda part: advance(first + (1 - first) * part)  # noqa: E731
+        logps = self._score_texts(reader, reader.weights, texts, pairs, follow)
+        whole = pairs.whole
+        lengths = PairLengths(
+            jnp.asarray(whole.chosen.lengths), jnp.asarray(whole.rejected.lengths)
         )
-    before = Models(frozen.inference, frozen.generator)
-    models = {TRAINED: Models(inference, generator), BEFORE_RL: before}
-    evaluation = evaluate(run, users, models)
-    summaries = list_summaries(run, users, evaluation.summaries)
-    results = {
-        "config": dataclasses.asdict(config),
-        "data": run.dataset.data,
-        "split": split,
-        "step": step,
-        "bayes": _find_optimum(run, users),
-        **_list_results(evaluation),
-        "examples": [
-            {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
-            for user, row in zip(users[:NUM_EXAMPLES], summaries, strict=False)
-        ],
-    }
-    if distributed.is_main_process():
-        render.write_results(config.workdir, results, summaries)
-        print(render.render(results), end="")
-    return results
+        margins = np.asarray(pair_margins(logps, lengths, known, objective=objective), np.float64)
+        counts = condition.count_users
+        counted = [True] * len(users) if counts is None else list(counts(users))
+        raw = self._once("raw", cell.generator, cell.signals)
+        told = [len(ids) if counts else None for ids, counts in zip(texts, counted, strict=True)]
+        items = list_items(users, whole, told, raw, (logps, known, margins))
+        attempted = int(whole.pair_mask.sum())
+        left = {"the condition does not apply": attempted - len(items)}
+        header = {
+            "objective": dataclasses.asdict(objective),
+            "coverage": {
+                "users": len(users),
+                "attempted": attempted,
+                "scored": len(items),
+                "left_out": {reason: n for reason, n in left.items() if n},
+            },
+            "shortened": pairs.shortened._asdict(),
+            "data_kind": self.split.kind,
+            "step": self.subject.step,
+            "seconds": round(time.time() - start, 3),
+        }
+        if not items:
+            raise UserError(f'no pair counts under the condition "{condition.name}" in these data')
+        return Scored(header, items)
 
+    def read_summaries(
+        self, writer: str, signals: str, decoding: str, advance: Callable[[float], None]
+    ) -> list[dict[str, Any]]:
+        """One item per user, from the file that keeps them; all decodings of which there is none
+        are drawn and written."""
+        key = ("summaries", writer, signals)
+        if key not in self._kept:
+            self._kept[key] = self._make_summaries(writer, signals, advance)
+        return self._kept[key][decoding]
 
-def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
-    """The best accuracy that any model could reach, by what it knows; None where unknown."""
-    compute = run.dataset.source.compute_optimum
-    return {**dict.fromkeys(BOUNDS), **(compute(users) if compute else {})}
+    def _make_summaries(
+        self, writer: str, signals: str, advance: Callable[[float], None]
+    ) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, Any] = {}
+        keys: dict[str, str] = {}
+        if distributed.is_main_process():
+            for decoding in self._decodings:
+                identity = self._identify_summaries(writer, signals, decoding)
+                keys[decoding] = records.make_key(identity)
+                path = records.find_file(self._out, records.SUMMARIES, keys[decoding])
+                if record := records.read_done(path):
+                    found[decoding] = record.items
+        found = json.loads(distributed.tell_all(json.dumps(found)))
+        missing = [decoding for decoding in self._decodings if decoding not in found]
+        if not missing:
+            return found
+        drawn = self._draw(writer, signals, missing, advance)
+        for decoding, items in zip(missing, drawn, strict=True):
+            found[decoding] = items
+            if distributed.is_main_process():
+                labels = {"writer": writer, "decoding": decoding, "signals": signals}
+                header = {"kind": "summaries", "key": keys[decoding], "status": "done"}
+                path = records.find_file(self._out, records.SUMMARIES, keys[decoding])
+                records.write(path, header | {"labels": labels}, items)
+        return found
 
+    def _draw(
+        self, writer: str, signals: str, decodings: Sequence[str], advance: Callable[[float], None]
+    ) -> list[list[dict[str, Any]]]:
+        """The signals are read once for all decodings."""
+        users, roles = self._select(signals), self.subject.roles
+        role, config = roles.inference, self._limit(roles.config)
+        params = self._once("params", self._find_writer(writer))
+        heats = [DECODINGS[decoding] for decoding in decodings]
+        summarizer = Summarizer(role, params, roles.config.seed)
+        drawn = summarizer.write(self._once("signals", signals), heats, advance)
+        texts = [encode.fit_signals(user, role.tokenizer, config).text for user in users]
+        return [
+            [
+                {
+                    "user": user.user_id,
+                    "summary": role.tokenizer.decode(ids).strip(),
+                    "tokens": len(ids),
+                    "finished": len(ids) < config.data.summary_len,
+                    "ids": ids,
+                    "signals": text,
+                }
+                for user, ids, text in zip(users, found, texts, strict=True)
+            ]
+            for found in drawn
+        ]
 
-def _list_results(evaluation: Evaluation) -> dict[str, Any]:
-    before = {name: _list_fields(row) for name, row in evaluation.before_rl.items()}
-    for fields in before.values():
-        del fields["condition"]
-    return {"rows": [_list_fields(row) for row in evaluation.rows], "before_rl": before}
+    def _write_texts(
+        self, condition: Condition, cell: Cell, reader: Reader, advance: Callable[[float], None]
+    ) -> list[Ids]:
+        """The text about each user in tokens of the generator. Between two tokenizers goes text."""
+        words, config = reader.parts.tokenizer, self._limit(reader.config)
+        given: list[Ids] = []
+        if condition.summaries_by:
+            summaries = self.read_summaries(
+                condition.summaries_by, cell.signals, cell.decoding, advance
+            )
+            given = [item["ids"] for item in summaries]
+            if words is not self.subject.roles.inference.tokenizer:
+                given = [
+                    prompts.encode_summary(words, item["summary"], config) for item in summaries
+                ]
+        texts = condition.make_texts(People(self._select(cell.signals), words, config, given))
+        limit = max(config.data.context_len, config.data.summary_len)
+        return [list(ids[:limit]) for ids in texts]
 
+    def _score_texts(
+        self,
+        reader: Reader,
+        weights: Weights,
+        texts: Sequence[Ids],
+        pairs: Pairs,
+        advance: Callable[[float], None] = lambda part: None,
+    ) -> PairLogps:
+        whole, longest = pairs.whole, max(map(len, texts), default=0)
+        reply = max(whole.chosen.lengths.max(), whole.rejected.lengths.max())
+        row = len(reader.parts.prompt) + longest + int(whole.turns.lengths.max() + reply)
+        check_room(reader, row)
+        params = self._once("params", weights)
+        generator = Generator(reader.parts, params, self.subject.roles.mesh)
+        length = self.split.data.summary_len
+        length = length if longest <= length else find_longest([longest])
+        return generator.score(texts, pairs.dealt, length, advance)
 
-def _list_fields(row: Result) -> dict[str, Any]:
-    return row._asdict() | {"stderr": None if math.isnan(row.stderr) else row.stderr}
+    def forget(self) -> None:
+        """Frees weights and batches."""
+        self._kept.clear()
+
+    # what is made once
+
+    def _once(self, kind: str, *names: Any) -> Any:
+        """What `_make_<kind>(*names)` returns, made at the first call."""
+        key = (kind, *(id(x) if isinstance(x, Weights) else x for x in names))
+        if key not in self._kept:
+            make: dict[str, Callable[..., Any]] = {
+                "identity": lambda weights: weights.identify(self._hashes),
+                "params": lambda weights: weights.load(),
+                "signals": self._deal_signals,
+                "pairs": self._deal_pairs,
+                "reference": self._make_reference,
+                "raw": self._count_raw,
+            }
+            self._kept[key] = make[kind](*names)
+        return self._kept[key]
+
+    def _deal_signals(self, signals: str) -> Dealt:
+        roles = self.subject.roles
+        users = [dataclasses.replace(user, pairs=(), readings=()) for user in self._select(signals)]
+        config, role = self._limit(roles.config), roles.inference
+        encoded, _ = encode_all(users, role.tokenizer, config)
+        rows = config.evaluation.batch_users
+        return deal_signals(encoded, role.model, role.prompt, roles.mesh, rows)
+
+    def _deal_pairs(self, generator: str) -> Pairs:
+        parts, config = self.readers[generator].parts, self._limit(self.readers[generator].config)
+        first = next(name for name, reader in self.readers.items() if reader.parts is parts)
+        if first != generator:
+            return self._once("pairs", first)
+        bare: dict[str, Any] = {"profile": "", "survey": "", "shots": (), "comments": ()}
+        users = [dataclasses.replace(user, readings=(), **bare) for user in self.split.users]
+        whole, cut = encode_all(users, parts.tokenizer, config)
+        rows, mesh = config.evaluation.batch_users, self.subject.roles.mesh
+        return Pairs(whole, deal_pairs(whole, parts.model, mesh, rows), cut)
+
+    def _make_reference(self, generator: str) -> PairLogps:
+        """Of the pairs behind no text: once for all conditions."""
+        reader = self.readers[generator]
+        first = next(n for n, r in self.readers.items() if r.reference is reader.reference)
+        if first != generator:
+            return self._once("reference", first)
+        nothing: list[Ids] = [[] for _ in self.split.users]
+        pairs = self._once("pairs", generator)
+        return self._score_texts(reader, reader.reference, nothing, pairs)
+
+    def _count_raw(self, generator: str, signals: str) -> list[int]:
+        """Tokens of each user's raw signals."""
+        reader = self.readers[generator]
+        people = People(
+            self._select(signals), reader.parts.tokenizer, self._limit(reader.config), ()
+        )
+        return [len(ids) for ids in conditions.tell_signals(people)]
+
+    def _limit(self, config: Config) -> Config:
+        """A configuration with the limits of the split, as they are given."""
+        return dataclasses.replace(config, data=self.split.data)
+
+    def _select(self, signals: str) -> list[User]:
+        return select_signals(self.split.users, signals)
+
+    def _find_reader(self, cell: Cell) -> Reader:
+        if cell.generator not in self.readers:
+            raise UserError(
+                f'"{cell.model}" has no generator "{cell.generator}": base models have no state '
+                "before training"
+            )
+        return self.readers[cell.generator]
+
+    def _find_writer(self, name: str) -> Weights:
+        if name not in self.subject.writers:
+            raise UserError(
+                f"summaries by the inference model {name}: base models have no state before "
+                "training"
+            )
+        return self.subject.writers[name]

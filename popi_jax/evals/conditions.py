@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from popi_jax.config import Config
-from popi_jax.data.encode import Ids, fit_signals
-from popi_jax.data.prompts import encode_summary
+from popi_jax.data import encode
+from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
+from popi_jax.errors import UserError, did_you_mean
+from popi_jax.evals.sweep_plan import Reads
 
 # names of the models that are scored: as trained, and as they were at the start of the main stage
 TRAINED, BEFORE_RL = "trained", "before_rl"
@@ -33,8 +35,9 @@ class Condition(NamedTuple):
     make_texts: Callable[[People], Sequence[Ids]]
     # the inference model of which `make_texts` gets summaries, once greedy and once sampled
     summaries_by: str = ""
+    reads_signals: bool = False  # whether `make_texts` shows raw signals
     count_users: Callable[[Sequence[User]], Sequence[bool]] | None = None  # None: all count
-    scored_by: tuple[str, ...] = (TRAINED,)  # the generators that are scored
+    version: int = 1  # raise it when the texts change: what was computed before is of another cell
 
 
 def tell_nothing(people: People) -> list[Ids]:
@@ -44,8 +47,7 @@ def tell_nothing(people: People) -> list[Ids]:
 def tell_signals(people: People) -> list[Ids]:
     """The raw signals, shortened as for the inference model."""
     words, config = people.tokenizer, people.config
-    texts = (fit_signals(user, words, config).text for user in people.users)
-    return [encode_summary(words, text, config) for text in texts]
+    return [encode.tell_signals(user, words, config) for user in people.users]
 
 
 def tell_summary(people: People) -> Sequence[Ids]:
@@ -59,8 +61,7 @@ def tell_summary_of_another(people: People) -> list[Ids]:
 def tell_persona(people: People) -> list[Ids]:
     """The true persona."""
     words, config = people.tokenizer, people.config
-    texts = (user.oracle.strip() for user in people.users)
-    return [encode_summary(words, text, config)[: config.data.summary_len] for text in texts]
+    return [encode.tell_persona(user, words, config) for user in people.users]
 
 
 def find_others(users: Sequence[User]) -> list[int]:
@@ -92,11 +93,30 @@ def _name_persons(users: Sequence[User]) -> list[str]:
 
 CONDITIONS = (
     Condition("no_signals", tell_nothing),
-    Condition("raw_signals", tell_signals),
+    Condition("raw_signals", tell_signals, reads_signals=True),
     Condition("summary_before_rl", tell_summary, summaries_by=BEFORE_RL),
     Condition("summary", tell_summary, summaries_by=TRAINED),
     Condition(
         "other_user_summary", tell_summary_of_another, summaries_by=TRAINED, count_users=have_others
     ),
-    Condition("oracle", tell_persona, count_users=have_persona, scored_by=(TRAINED, BEFORE_RL)),
+    Condition("oracle", tell_persona, count_users=have_persona),
 )
+
+
+def find_condition(name: str) -> Condition:
+    """Raises: UserError."""
+    for condition in CONDITIONS:
+        if condition.name == name:
+            return condition
+    names = [condition.name for condition in CONDITIONS]
+    raise UserError(
+        f'unknown condition "{name}", allowed are {", ".join(names)}.{did_you_mean(name, names)}'
+    )
+
+
+def list_reads() -> dict[str, Reads]:
+    """What each condition asks for."""
+    return {
+        c.name: Reads(c.reads_signals or bool(c.summaries_by), bool(c.summaries_by))
+        for c in CONDITIONS
+    }

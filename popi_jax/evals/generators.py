@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from popi_jax import distributed
-from popi_jax.arrays import PairLogps, Params, Tokens, UserBatch
+from popi_jax.arrays import PairLogps, Params, Tokens
 from popi_jax.config import Config
-from popi_jax.data import batches, encode, prompts
+from popi_jax.data import batches, prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
@@ -114,20 +114,6 @@ class Generator(NamedTuple):
 
     def place(self, tokens: Tokens) -> Tokens:
         return place_whole(tokens, self.mesh, self.role.model.rules)
-
-
-def encode_users(
-    run: Run, users: Sequence[User], config: Config
-) -> tuple[UserBatch, encode.Truncations]:
-    """All users in one batch of numpy arrays, signals in tokens of the inference model, prompts and
-    replies in those of the generator; and what of the latter had to be shortened."""
-    bare = [dataclasses.replace(user, readings=()) for user in users]
-    made, cut = batches.encode_all(bare, run.generator.tokenizer, config)
-    if run.inference.tokenizer is not run.generator.tokenizer:
-        alone = [dataclasses.replace(user, pairs=()) for user in bare]
-        read, _ = batches.encode_all(alone, run.inference.tokenizer, config)
-        made = made._replace(context=read.context)
-    return made, cut
 
 
 def summarize_users(

@@ -59,7 +59,7 @@ class Budgets(NamedTuple):
     rollout_shards: int  # and while sampling
     rollout_signals: int  # of users of such a part: signals, and what asks for a summary
     signals: int  # the same of users of a part while training
-    contexts: int  # the generator's, each with a summary of full length
+    contexts: int  # the generator's: each with a summary of full length, or what else it reads
     summaries: int  # one of each user
     pairs: int  # prompts, and both replies to each
     answers: int  # the replies alone

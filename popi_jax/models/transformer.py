@@ -64,6 +64,7 @@ class TransformerConfig:
     attn_logit_softcap: float | None = None  # c: scores become c tanh(scores / c)
     final_logit_softcap: float | None = None  # the same for the logits of tokens
     rope_scaling: RopeScaling | None = None
+    extra_rows: int = 0  # of the embedding behind the vocabulary: tokens that are read, never drawn
     sliding_window: int | None = (
         None  # positions that a token of a local layer sees, its own included
     )
@@ -270,7 +271,8 @@ class Transformer(nn.Module):
             ids = packing.take(ids.reshape(places.valid.shape), places.slot_of)
         shape, names = (c.vocab_size, c.embed_dim), ("vocab", "vocab_embed")
         normal = nn.initializers.normal(c.embed_dim**-0.5)
-        embedding = Table("embedding", shape, names, normal, name="embed")()
+        rows = (c.vocab_size + c.extra_rows, c.embed_dim)
+        embedding = Table("embedding", rows, names, normal, name="embed")()
         x = look_up(embedding, ids, c.rules, c.dtype)
         if c.embed_scale:
             x = x * jnp.asarray(c.embed_dim**0.5, c.dtype)
@@ -370,8 +372,9 @@ def lay_out_for_rollout(params: dict, cfg: TransformerConfig) -> dict:
 def get_head(params: dict, cfg: TransformerConfig) -> Float[Array, "D V"]:
     """The LM head, in the compute type: the transposed embedding when tied."""
     tree = variables(params)["params"]
-    kernel = tree["embed"]["embedding"].T if cfg.tied_embeddings else tree["lm_head"]["kernel"]
-    return kernel.astype(cfg.dtype)
+    if not cfg.tied_embeddings:
+        return tree["lm_head"]["kernel"].astype(cfg.dtype)
+    return tree["embed"]["embedding"][: cfg.vocab_size].T.astype(cfg.dtype)
 
 
 def init_boxed(key: Array, cfg: TransformerConfig) -> dict:

@@ -14,7 +14,12 @@ ASSUMED = (
     '"serial" adds the four up, "overlapped" is\n'
     "the longest of them; texts and summaries have their longest lengths"
 )
-TITLES = {"joint": "both roles", "inference": "the inference model", "generator": "the generator"}
+TITLES = {
+    "joint": "both roles",
+    "inference": "the inference model",
+    "generator": "the generator",
+    "supervised": "the inference model by likelihood",
+}
 
 
 def render_heading(plan: Plan, target: str) -> str:
@@ -22,10 +27,11 @@ def render_heading(plan: Plan, target: str) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.trained))
     what = "adapters of" if c.inference.lora.rank else "parameters of"
     model = c.model.checkpoint.rpartition("/")[2] or "random weights"
+    read = f"{c.inference.group_size} summaries" if plan.samples else "1 text"
     return (
         f"{c.name}, {model}: {count / 1e9:.2f} billion {what} each role, {plan.model.dtype}, "
         f"remat {c.model.remat}\n"
-        f"an update: {c.batch.users} users x {c.inference.group_size} summaries x "
+        f"an update: {c.batch.users} users x {read} x "
         f"{c.batch.pairs} pairs, {c.batch.microbatches} microbatches; "
         f"signals {c.data.context_len}, summary {c.data.summary_len}, prompt {c.data.turn_len}, "
         f"reply {c.data.answer_len} tokens\n"
@@ -56,7 +62,8 @@ def _render_memory(fit: Fit) -> list[str]:
     lines = [f"{'memory per device':<34}{unit}"]
     sizes = [*m.state.items(), ("temporaries", m.temporaries)]
     lines += [f"  {name:<28}{size / one:>9.2f}" for name, size in sizes]
-    lines[-1] += f"   among them at times {m.cache / one:.2f} of keys and values while sampling"
+    if m.cache:
+        lines[-1] += f"   among them at times {m.cache / one:.2f} of keys and values while sampling"
     if m.results > 0.005 * one:
         lines.append(f"  {'results beside arguments':<28}{m.results / one:>9.2f}")
     lines.append(f"  {'total':<28}{m.total / one:>9.2f}")
@@ -114,7 +121,7 @@ def count_tokens(plan: Plan) -> int:
     """Of the users' texts in an update: signals, prompts, both replies and what is sampled."""
     c = plan.config
     pairs = c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
-    summaries = c.inference.group_size * c.data.summary_len
+    summaries = c.inference.group_size * c.data.summary_len if plan.samples else plan.told_len
     return c.batch.users * (c.data.context_len + pairs + summaries)
 
 

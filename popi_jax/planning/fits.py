@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from popi_jax.config import Mode
 from popi_jax.errors import UserError
 from popi_jax.flops import count_scope_flops
+from popi_jax.phases import Mode
 from popi_jax.planning import hlo, plan
 from popi_jax.planning.plan import Plan
 from popi_jax.planning.program import Access, Collective, Traffic, read_module
@@ -215,9 +215,10 @@ def count_torus_axes(mesh: Mesh) -> dict[str, int]:
 def check_layout(planned: Plan, turns: list[Turn]) -> list[Check]:
     """What the layout promises, looked for in the compiled program. A check that does not find the
     scopes that it looks at does not hold."""
-    found = [_check_scopes(turn) for turn in turns]
+    found = [_check_scopes(planned, turn) for turn in turns]
     if planned.mesh.size > 1:
-        found.append(_check_sampling(planned, turns))
+        if sampling := [x for x in turns if "sampling" in planned.list_scopes(x.name)]:
+            found.append(_check_sampling(planned, sampling))
         if planned.count_shards(planned.model.rules.vocab_embed) > 1:
             found += [_check_head(planned, turn) for turn in turns]
     rules = planned.model.rules
@@ -227,8 +228,8 @@ def check_layout(planned: Plan, turns: list[Turn]) -> list[Check]:
     return found
 
 
-def _check_scopes(turn: Turn) -> Check:
-    missing = [name for name in plan.TURN_SCOPES[turn.name] if name not in turn.scopes]
+def _check_scopes(planned: Plan, turn: Turn) -> Check:
+    missing = [name for name in planned.list_scopes(turn.name) if name not in turn.scopes]
     text = f"scopes of the {turn.name} turn that the program does not name"
     return Check(not missing, f"{text}: {', '.join(missing) or 'none'}")
 

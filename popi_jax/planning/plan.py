@@ -18,15 +18,17 @@ from jax.sharding import Mesh
 from popi_jax import run
 from popi_jax.arrays import Params, UserBatch
 from popi_jax.checkpoints import hub
-from popi_jax.config import Config, Mode
+from popi_jax.config import Config
 from popi_jax.config_rules import check_mesh, resolve_mesh
 from popi_jax.errors import UserError, did_you_mean
 from popi_jax.models.decode import Sampling
 from popi_jax.models.fused_attention import choose_kernel
 from popi_jax.models.presets import PRESETS
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.phases import Mode
 from popi_jax.planning.target import Target
 from popi_jax.popi import update as updates
+from popi_jax.popi.plan import Kind
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.sharding import find_platform, make_mesh
 from popi_jax.training import setup
@@ -39,6 +41,7 @@ TURN_SCOPES: dict[Mode, tuple[str, ...]] = {
     "inference": ("sampling", "rewards", "inference_step"),
     "generator": ("sampling", "generator_step"),
     "joint": ("sampling", "rewards", "generator_step", "inference_step"),
+    "supervised": ("supervised_step",),
 }
 DECODE, HEAD = "decode", "head"
 
@@ -67,6 +70,23 @@ class Plan(NamedTuple):
     def number_bytes(self) -> int:
         """Of a number in the compute type."""
         return 2 if self.model.dtype == "bfloat16" else 4
+
+    @property
+    def told_len(self) -> int:
+        """Most tokens of what the generator reads of a user."""
+        if self.config.generator.reads == "summary":
+            return self.config.data.summary_len
+        return self.users.told.ids.shape[1] if self.users.told else 0
+
+    def list_scopes(self, turn: Mode) -> tuple[str, ...]:
+        """The scopes that an update must have."""
+        samples = self.config.generator.reads == "summary"
+        return tuple(x for x in TURN_SCOPES[turn] if samples or x != "sampling")
+
+    @property
+    def samples(self) -> bool:
+        """Whether some update samples summaries."""
+        return any("sampling" in self.list_scopes(turn) for turn in self.turns)
 
     def count_shards(self, axes: tuple[str, ...]) -> int:
         """Parts that an axis of an array is split in by these axes of the mesh."""
@@ -119,10 +139,11 @@ def make_plan(config: Config, target: Target) -> Plan:
         out_shardings=(setup.get_shardings(made.state), None),
         keep_unused=True,
     )
-    names: dict[tuple[bool, bool], Mode] = {
-        (False, True): "generator",
-        (True, False): "inference",
-        (True, True): "joint",
+    names: dict[Kind, Mode] = {
+        Kind(False, True): "generator",
+        Kind(True, False): "inference",
+        Kind(True, True): "joint",
+        Kind(True, False, supervised=True): "supervised",
     }
     modes = [names[kind] for kind in sorted(set(made.setup.plan.kinds))]
     return Plan(config, mesh, model, modes, update, made.state, made.frozen, made.users)
@@ -151,6 +172,8 @@ def count_bytes_per_device(tree: Any) -> int:
 
 def count_cache_bytes(plan: Plan) -> int:
     """Bytes per device of the keys and values of the signals and of the samples, while sampling."""
+    if not plan.samples:
+        return 0
     model, c = plan.model, plan.config
     users = c.batch.users // c.batch.microbatches / plan.count_shards(model.rollout_rules.batch)
     slots = c.data.context_len + TEMPLATE + c.inference.group_size * c.data.summary_len

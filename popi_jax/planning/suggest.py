@@ -88,7 +88,7 @@ def estimate_temporaries(planned: Plan) -> dict[str, float]:
     model, c, shards = planned.model, planned.config, planned.count_shards
     rules, number = model.rules, planned.number_bytes
     users = c.batch.users / c.batch.microbatches / shards(rules.batch) / shards(rules.seq)
-    texts = c.data.summary_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
+    texts = planned.told_len + c.batch.pairs * (c.data.turn_len + 2 * c.data.answer_len)
     tokens = {
         "rewards": users * (c.inference.group_size - 1) * texts,
         "generator step": users * texts,

@@ -32,10 +32,12 @@ class Judge(enum.Enum):
 
 
 class Kind(NamedTuple):
-    """Which roles an update trains."""
+    """Which roles an update trains; supervised: the inference model by likelihood, on
+    `UserBatch.taught`, else by reward."""
 
     inference: bool
     generator: bool
+    supervised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class GeneratorPlan:
     role: RolePlan
     objective: PreferenceObjective
     reference: Reference
+    # False: it reads `UserBatch.told`, nothing where that is None, and no summary is sampled
+    reads_summaries: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

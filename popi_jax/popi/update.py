@@ -2,6 +2,7 @@
 inside the program (POPI, arXiv 2510.17881 v1)."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,13 @@ from popi_jax.popi.inference_step import inference_step
 from popi_jax.popi.plan import Judge, Kind, Reference, UpdatePlan
 from popi_jax.popi.rollout import Sampler, splice
 from popi_jax.popi.scorer import Scorer, repeat_ids
+from popi_jax.popi.supervised_step import supervised_step
 
 # the named scopes of an update, which planning/ reads from the compiled program
-SCOPES = ("sampling", "rewards", "reference", "generator_step", "inference_step")
+SCOPES = (
+    *("sampling", "rewards", "reference"),
+    *("generator_step", "inference_step", "supervised_step"),
+)
 Updated = tuple[RoleState, RoleState, Metrics]  # inference, generator
 
 
@@ -50,7 +55,7 @@ def popi_update(
     kinds = sorted(set(plan.kinds))  # what never occurs is not compiled
     scoring = PairScoring(plan, scorer)
     # jitted, so that finding the names of the metrics and compiling share one tracing
-    branches = [jax.jit(partial(update_roles, kind, scoring, sampler)) for kind in kinds]
+    branches = [jax.jit(pick_update(kind, scoring, sampler)) for kind in kinds]
     operands = (state, frozen, users, jax.random.fold_in(state.key, state.step))
     made = [jax.eval_shape(branch, *operands)[2] for branch in branches]
     idle = {name: Mean(jnp.zeros(()), jnp.zeros(())) for names in made for name in sorted(names)}
@@ -67,10 +72,19 @@ def popi_update(
     return TrainState(inference, generator, state.step + 1, state.key), metrics
 
 
+def pick_update(kind: Kind, scoring: "PairScoring", sampler: Sampler) -> Callable[..., Updated]:
+    """The update of a kind: (state, frozen, users, key) -> Updated."""
+    if kind.supervised:
+        return partial(teach_inference, kind, scoring)
+    if scoring.plan.generator.reads_summaries:
+        return partial(update_roles, kind, sampler, scoring)
+    return partial(update_told_generator, kind, scoring)
+
+
 def update_roles(
     kind: Kind,
-    scoring: "PairScoring",
     sampler: Sampler,
+    scoring: "PairScoring",
     state: TrainState,
     frozen: Frozen,
     users: UserBatch,
@@ -90,7 +104,7 @@ def update_roles(
     rollouts = sampler.sample(writer, users, key, group_size)
     contexts = splice(plan.generator_prefix, rollouts.summaries, rollouts.finished)
     reference = scoring.score_reference(frozen, contexts, users)
-    metrics = {f"turn/{role}": metric(jnp.float32(on)) for role, on in kind._asdict().items()}
+    metrics = count_turns(kind)
     sampled = jnp.sum(rollouts.summaries.lengths).astype(jnp.float32)
     metrics["sampled_tokens"] = Mean(sampled, jnp.float32(1.0))
     if kind.generator:
@@ -119,6 +133,52 @@ def update_roles(
     return inference, generator, metrics
 
 
+def update_told_generator(
+    kind: Kind,
+    scoring: "PairScoring",
+    state: TrainState,
+    frozen: Frozen,
+    users: UserBatch,
+    key: Key[Array, ""],
+) -> Updated:
+    """The generator takes a preference step on the users' pairs behind what the batch tells of
+    them. Nothing is sampled."""
+    del key
+    contexts = scoring.make_told_contexts(users)
+    reference = scoring.score_reference(frozen, contexts, users)
+    inputs = (state.generator, frozen.generator, reference, contexts, users)
+    with jax.named_scope("generator_step"):
+        generator, metrics, _ = generator_step(
+            *inputs, plan=scoring.plan.generator, scorer=scoring.scorer
+        )
+    return state.inference, generator, count_turns(kind) | metrics
+
+
+def teach_inference(
+    kind: Kind,
+    scoring: "PairScoring",
+    state: TrainState,
+    frozen: Frozen,
+    users: UserBatch,
+    key: Key[Array, ""],
+) -> Updated:
+    """The inference model takes a likelihood step on the summaries that the batch teaches. Nothing
+    is sampled."""
+    del key
+    role, scorer = scoring.plan.inference.role, scoring.scorer
+    with jax.named_scope("supervised_step"):
+        inference, metrics = supervised_step(
+            state.inference, frozen.inference, users, role=role, scorer=scorer
+        )
+    return inference, state.generator, count_turns(kind) | metrics
+
+
+def count_turns(kind: Kind) -> Metrics:
+    """Which roles this update trains, as metrics."""
+    trained = {"inference": kind.inference, "generator": kind.generator}
+    return {f"turn/{role}": metric(jnp.float32(on)) for role, on in trained.items()}
+
+
 def choose_judge(state: TrainState, frozen: Frozen, plan: UpdatePlan) -> Params:
     """The generator whose margins are the reward."""
     if plan.inference.judge is Judge.FROZEN:
@@ -138,6 +198,13 @@ class PairScoring:
     def make_empty_contexts(self, users: UserBatch) -> Tokens:
         """The generator's contexts with an empty summary: [users 1 seq]."""
         return repeat_ids(self.plan.generator_prefix, (users.index.shape[0], 1))
+
+    def make_told_contexts(self, users: UserBatch) -> Tokens:
+        """The generator's contexts with what the batch tells of the users: [users 1 seq]."""
+        if users.told is None:
+            return self.make_empty_contexts(users)
+        told = jax.tree.map(lambda x: x[:, None], users.told)
+        return splice(self.plan.generator_prefix, told, jnp.zeros(told.lengths.shape, bool))
 
     @jax.named_scope("reference")
     def score_reference(

@@ -134,4 +134,5 @@ def read_rows(workdir: str, first: int, last: int) -> list[tuple[int, Row]]:
 
 
 def trains_inference(plan: UpdatePlan) -> bool:
-    return any(kind.inference for kind in plan.kinds)
+    """By reward: only then are summaries sampled in groups."""
+    return any(kind.inference and not kind.supervised for kind in plan.kinds)

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from popi_jax.arrays import Frozen, TrainState
 from popi_jax.config import Config
+from popi_jax.data.encode import get_told_len
 from popi_jax.losses.logprobs import CHUNK
 from popi_jax.models.layout import UNSPLIT, count_shards
 from popi_jax.models.packing import Level
@@ -71,7 +72,7 @@ def count_slots(config: Config, prompts: PromptTokens) -> int:
     """Slots of the largest tree of one gradient pass: see packing.py."""
     d, b, group = config.data, config.batch, config.inference.group_size
     asked = len(prompts.summary_turn) + group * d.summary_len
-    shared = len(prompts.generator_prefix) + d.summary_len
+    shared = len(prompts.generator_prefix) + max(d.summary_len, get_told_len(config))
     pairs = shared + b.pairs * (d.turn_len + 2 * d.answer_len)
     most = b.users // b.microbatches * max(d.context_len + asked, pairs)
     if config.warmup.steps:

@@ -6,8 +6,8 @@ from popi_jax.arrays import Frozen, Params, TrainState
 from popi_jax.checkpoints import manager
 from popi_jax.errors import UserError
 from popi_jax.models.transformer import join_adapters
-from popi_jax.run import Run
-from popi_jax.training import choices, reference, setup
+from popi_jax.run import Roles, Run
+from popi_jax.training import reference, setup
 
 
 class Restored(NamedTuple):
@@ -19,7 +19,7 @@ class Restored(NamedTuple):
     frozen: Frozen
 
 
-def restore_role(run: Run, role: str, step: int | None = None) -> tuple[int, Params]:
+def restore_role(run: Roles | Run, role: str, step: int | None = None) -> tuple[int, Params]:
     """Returns (step, whole model) of one role, laid out on the mesh; no step: the newest readable.
 
     It is the average of the parameters where the run keeps one; adapters are joined with their
@@ -35,13 +35,7 @@ def restore_run(run: Run, step: int | None = None) -> Restored:
     Raises: UserError when it cannot be read, or the run has not reached its main stage."""
     workdir = run.config.workdir
     base = reference.read_base(run.config, run.inference.model, run.mesh)
-    own = manager.restore_frozen(
-        workdir, setup.own_params(choices.plan_run(run).plan, _get_shapes(run))
-    )
-    if own is None:
-        raise UserError(
-            f'config.workdir: the run in "{workdir}" is still in its warm-up; continue the training'
-        )
+    frozen = restore_start(run, base)
     found, inference = _restore_whole(run, "inference", step, base)
     other, generator = _restore_whole(run, "generator", step, base)
     if found != other:
@@ -50,16 +44,38 @@ def restore_run(run: Run, step: int | None = None) -> Restored:
             f"step {found}, of the other {other}; try again if the run is being trained, else "
             f"name one with --step, or continue the training"
         )
-    return Restored(found, inference, generator, reference.stand_on_base(own, base))
+    return Restored(found, inference, generator, frozen)
 
 
-def _restore_whole(run: Run, role: str, step: int | None, base: Params) -> tuple[int, Params]:
+def restore_start(run: Roles | Run, base: Params) -> Frozen:
+    """Both models at the start of the main stage. base: what `reference.read_base` returns.
+
+    Raises: UserError as `restore_run`."""
+    config, shapes = run.config, _get_shapes(run)
+    own = manager.restore_frozen(
+        config.workdir,
+        Frozen(
+            {} if config.inference.lora.rank else shapes.inference.params,
+            {} if config.generator.lora.rank else shapes.generator.params,
+        ),
+    )
+    if own is None:
+        raise UserError(
+            f'config.workdir: the run in "{config.workdir}" is still in its warm-up; continue the '
+            "training"
+        )
+    return reference.stand_on_base(own, base)
+
+
+def _restore_whole(
+    run: Roles | Run, role: str, step: int | None, base: Params
+) -> tuple[int, Params]:
     shapes = getattr(_get_shapes(run), role).params
     found, params = manager.restore_params(run.config.workdir, role, shapes, step)
     scale = setup.adapter_scale(getattr(run.config, role))
     return found, join_adapters(base, params, scale=scale) if scale else params
 
 
-def _get_shapes(run: Run) -> TrainState:
+def _get_shapes(run: Roles | Run) -> TrainState:
     roles = setup.plan_warmup_roles(run.config)  # the parameters have the same shapes in all stages
     return setup.abstract_state(run.inference.model, roles, run.mesh, run.config)

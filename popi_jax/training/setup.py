@@ -13,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
 from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
-from popi_jax.config import Config, GeneratorConfig, InferenceConfig, Phase, parse_phases
+from popi_jax.config import Config, GeneratorConfig, InferenceConfig
+from popi_jax.data.batches import teaches
+from popi_jax.data.encode import get_told_len
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective
@@ -22,6 +24,7 @@ from popi_jax.models.layout import count_shards, spec
 from popi_jax.models.lora import init_lora_boxed
 from popi_jax.models.packing import Budget, Budgets
 from popi_jax.models.transformer import TransformerConfig, init_boxed, logical_names, unbox
+from popi_jax.phases import Phase, parse_phases
 from popi_jax.popi.plan import (
     GeneratorPlan,
     InferencePlan,
@@ -63,6 +66,8 @@ def plan_kinds(phases: tuple[Phase, ...]) -> tuple[Kind, ...]:
         cycle = [inference] * phase.num_inference + [generator] * phase.num_generator
         if phase.mode == "joint":
             cycle = [Kind(True, True)]
+        if phase.mode == "supervised":
+            cycle = [Kind(True, False, supervised=True)]
         kinds += [cycle[number % len(cycle)] for number in range(phase.steps)]
     return tuple(kinds)
 
@@ -92,7 +97,7 @@ def plan_update(
     plan = UpdatePlan(
         kinds,
         config.warmup.steps,
-        GeneratorPlan(roles.generator, objective, reference),
+        GeneratorPlan(roles.generator, objective, reference, config.generator.reads == "summary"),
         plan_inference(config, roles.inference),
         prompts.generator_prefix,
     )
@@ -193,12 +198,15 @@ def plan_budgets(
         return fill.contexts.budget(users, shards) + users * len(prompts.summary_turn)
 
     users, summary_len = count_users(shards), config.data.summary_len
+    told = users * summary_len
+    if config.generator.reads != "summary":
+        told = fill.told.budget(users, shards)
     return Budgets(
         shards=shards,
         rollout_shards=rollout_shards,
         rollout_signals=count_signals(rollout_shards),
         signals=count_signals(shards),
-        contexts=users * (len(prompts.generator_prefix) + summary_len),
+        contexts=users * len(prompts.generator_prefix) + told,
         summaries=math.ceil(users * summary_len * summary_fill),
         pairs=fill.pairs.budget(users, shards),
         answers=fill.answers.budget(users, shards),
@@ -364,6 +372,8 @@ def abstract_users(config: Config, model: TransformerConfig, mesh: Mesh) -> User
         rejected=tokens(users, pairs, d.answer_len),
         pair_mask=array(users, pairs, dtype=jnp.bool_),
         pair_number=array(users, pairs),
+        told=tokens(users, told_len) if (told_len := get_told_len(config)) else None,
+        taught=tokens(users, d.summary_len) if teaches(config) else None,
     )
 
 

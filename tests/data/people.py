@@ -98,12 +98,14 @@ def take(dataset: Any, count: int) -> list[Any]:
 
 def write_users(users: Iterable[User], path: Path) -> None:
     """Writes own data, one line per held-out pair: the inverse of `jsonl.load`, but for stated,
-    readings, split and "#2" of a draw."""
+    readings, split, groups of a pair and "#2" of a draw."""
     lines = []
     for user in users:
         fields = dataclasses.asdict(user)
         signals = {name: fields[name] for name in ("profile", "survey", "comments")}
         record = {"user_id": user.user_id, "oracle": user.oracle}
         record["signals"] = {**signals, "fewshot": fields["shots"]}
-        lines += [json.dumps({**record, **pair}, ensure_ascii=False) for pair in fields["pairs"]]
+        groups = {"groups": user.groups}
+        rows = [{**record, **pair, **groups} for pair in fields["pairs"]]
+        lines += [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

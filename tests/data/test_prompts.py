@@ -53,6 +53,12 @@ def config(summary: str = "", answer: str = "") -> SimpleNamespace:
     return SimpleNamespace(model=model, data=SimpleNamespace(pair_layout="paired"))
 
 
+def test_no_model_sees_the_groups():
+    grouped = dataclasses.replace(USER, groups={"age": "SECRET"})
+    for layout in ("paired", "grouped"):
+        assert prompts.render_signals(grouped, layout) == prompts.render_signals(USER, layout)
+
+
 def written(tokenizer: tokenizer_lib.Tokenizer, ids: list[int]) -> str:
     return "".join(
         CONTROL[i] if i < len(CONTROL) else tokenizer._control.id_to_token(i) for i in ids

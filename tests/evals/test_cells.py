@@ -1,6 +1,4 @@
 import dataclasses
-import itertools
-import math
 from functools import partial
 
 import jax
@@ -8,60 +6,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popi_jax import files
 from popi_jax.arrays import Tokens
+from popi_jax.checkpoints.content import Hashes
 from popi_jax.data import batches, encode, prompts, tokenizer
 from popi_jax.data.records import User
-from popi_jax.evals import cells, conditions, generators
-from popi_jax.evals.cells import Evaluation, Models
-from popi_jax.evals.conditions import CONDITIONS, Condition
+from popi_jax.errors import UserError
+from popi_jax.evals import cells, conditions, generators, records
+from popi_jax.evals.cells import Split, Unit
+from popi_jax.evals.subjects import Reader, Subject, Weights, open_subject
+from popi_jax.evals.sweep_plan import DECODINGS, Cell
 from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.popi.scorer import Scorer
-from popi_jax.run import RoleParts, Run, list_banned
+from popi_jax.run import RoleParts, list_banned
 from tests.tiny_run import TinyRun, shared_run
 
-
-class Bar:
-    """Stands in for the progress bar."""
-
-    def __init__(self, total: int, *, label: str, enabled: bool) -> None:
-        self.total, self.steps = total, [0]
-        BARS.append(self)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, step: int) -> None:
-        self.steps.append(step)
+ITEM = (
+    *("user", "person", "pair", "chosen", "rejected", "reference_chosen", "reference_rejected"),
+    *("chosen_len", "rejected_len", "margin", "context_tokens", "signal_tokens", "groups"),
+)
 
 
-BARS: list[Bar] = []
+def open_unit(tiny: TinyRun, users: list, out, subject: Subject | None = None) -> Unit:
+    config = tiny.run.config
+    subject = subject or open_subject(str(tiny.workdir), config, tiny.run.mesh)
+    split = Split(users, subject.roles.config.data, {"users": len(users)}, "sample")
+    hashes = Hashes(out / "hashes.json", files.write_whole)
+    return Unit(subject, split, subject.readers, list(DECODINGS), str(out), hashes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bar():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "Progress", Bar)
-        yield
+def name(condition: str, decoding: str = "none", **other: str) -> Cell:
+    reads = condition == "raw_signals" or decoding != "none"
+    fields = {"model": "m", "data": "own", "signals": "all" if reads else "none"}
+    fields |= {"condition": condition, "decoding": decoding, "generator": "trained"}
+    return Cell(**(fields | other))
 
 
-def evaluate(
-    tiny: TinyRun, trained: Models, users: list, told: tuple = CONDITIONS, run: Run | None = None
-) -> Evaluation:
-    before = Models(tiny.frozen.inference, tiny.frozen.generator)
+ALL = [
+    name("no_signals"),
+    name("raw_signals"),
+    *(
+        name(condition, decoding)
+        for condition in ("summary_before_rl", "summary", "other_user_summary")
+        for decoding in DECODINGS
+    ),
+    name("oracle"),
+    name("oracle", generator="before_rl"),
+]
+
+
+def score(tiny: TinyRun, unit: Unit, cell: Cell) -> list[dict]:
+    parts: list[float] = []
     with jax.set_mesh(tiny.run.mesh):
-        models = {"trained": trained, "before_rl": before}
-        return cells.evaluate(run or tiny.run, users, models, told)
-
-
-def use_trained(tiny: TinyRun) -> Models:
-    return Models(tiny.now.inference.params, tiny.now.generator.params)
-
-
-def use_frozen(tiny: TinyRun) -> Models:
-    return Models(tiny.frozen.inference, tiny.frozen.generator)
+        scored = unit.score(cell, parts.append)
+    assert parts == sorted(parts) and parts[-1] == 1.0
+    return scored.items
 
 
 def count_programs() -> tuple[int, int]:
@@ -69,10 +68,13 @@ def count_programs() -> tuple[int, int]:
     return generators.draw_summaries._cache_size(), generators.score_tree._cache_size()
 
 
-def check_bar(num_passes: int) -> None:
-    """The newest bar ends full."""
-    assert BARS[-1].total == 100 * num_passes == BARS[-1].steps[-1]
-    assert BARS[-1].steps == sorted(BARS[-1].steps)
+def nats_of(items: list[dict]) -> float:
+    return float(np.logaddexp(0, [-item["margin"] for item in items]).mean())
+
+
+def seen_of(items: list[dict]) -> float:
+    """Context tokens, mean over users."""
+    return float(np.mean(list({item["user"]: item["context_tokens"] for item in items}.values())))
 
 
 @pytest.fixture(scope="module")
@@ -88,32 +90,34 @@ def users(tiny) -> list:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny, users) -> Evaluation:
-    before = count_programs()
-    found = evaluate(tiny, use_trained(tiny), users)
-    # summaries; texts as long as summaries and as long as signals
-    assert count_programs() == (before[0] + 1, before[1] + 2)
-    # summaries of two models, ten cells, and the reference without a text
-    check_bar(2 + 10 + 1)
-    return found
+def unit(tiny, users, tmp_path_factory) -> Unit:
+    return open_unit(tiny, users, tmp_path_factory.mktemp("sweep"))
 
 
-def test_conditions_and_decodings(evaluated, users):
-    found = [(row.condition, row.decoding) for row in evaluated.rows]
-    both = ["summary_before_rl", "summary", "other_user_summary"]
-    assert found == [
-        ("no_signals", "none"),
-        ("raw_signals", "none"),
-        *itertools.product(both, ["greedy", "sampled"]),
-        ("oracle", "none"),
-    ]
-    assert {row.n for row in evaluated.rows} == {sum(len(user.pairs) for user in users)}
+@pytest.fixture(scope="module")
+def evaluated(tiny, unit) -> dict[Cell, list[dict]]:
+    return {cell: score(tiny, unit, cell) for cell in ALL}
 
 
-def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, tiny, users):
+@pytest.fixture(scope="module")
+def summaries(tiny, unit, evaluated) -> list[list[int]]:
+    found = unit.read_summaries("trained", "all", "greedy", lambda part: None)
+    return [item["ids"] for item in found]
+
+
+def test_items_are_the_pairs_of_the_users(evaluated, users):
+    expected = [(user.user_id, pair.record_id) for user in users for pair in user.pairs[:3]]
+    for items in evaluated.values():
+        assert [(item["user"], item["pair"]) for item in items] == expected
+        assert tuple(items[0]) == ITEM
+
+
+def test_margins_are_those_of_each_user_behind_the_user_s_text(
+    evaluated, summaries, tiny, users, unit
+):
     """Nats of each condition, from contexts made here by hand, all users in one batch, on one
-    device."""
-    cfg, words = tiny.run.config, tiny.run.generator.tokenizer
+    device. Texts have the limits of the run, not the longest of its training users."""
+    cfg, words = unit.subject.roles.config, tiny.run.generator.tokenizer
     whole = dataclasses.replace(
         cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users))
     )
@@ -131,7 +135,6 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, tiny, 
         return np.asarray(logps.chosen - logps.rejected, np.float64)[:, 0]
 
     nothing = [[] for _ in users]
-    summaries = evaluated.summaries
     header = len(prompts.render_inference_context(words, ""))  # the inference model reads them so
     raw = [encode.fit_signals(user, words, cfg).context[header:] for user in users]
     oracle = [words.encode(user.oracle)[: cfg.data.summary_len] for user in users]
@@ -141,92 +144,135 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(evaluated, tiny, 
         values = cfg.generator.beta * (margins(params, texts) - reference)
         return float(np.logaddexp(0, -values)[batch.batch.pair_mask].mean())
 
-    rows = {(row.condition, row.decoding): row for row in evaluated.rows}
     close = partial(pytest.approx, rel=1e-4)
-    assert rows["no_signals", "none"].nats == close(nats(now, nothing))
-    assert rows["raw_signals", "none"].nats == close(nats(now, raw))
-    assert rows["summary", "greedy"].nats == close(nats(now, summaries))
-    assert rows["other_user_summary", "greedy"].nats == close(
-        nats(now, [*summaries[1:], summaries[0]])
-    )
-    assert rows["oracle", "none"].nats == close(nats(now, oracle))
-    assert evaluated.before_rl["oracle"].nats == close(nats(before, oracle))
-    assert len({round(row.nats, 3) for row in evaluated.rows}) == len(
-        rows
-    )  # or the comparison would say little
-    assert rows["no_signals", "none"].context_tokens == 0
-    assert rows["raw_signals", "none"].context_tokens == pytest.approx(
-        np.mean([len(text) for text in raw])
-    )
-    assert rows["summary", "greedy"].context_tokens == pytest.approx(
-        np.mean([len(text) for text in summaries])
-    )
-    assert rows["oracle", "none"].context_tokens == pytest.approx(
-        np.mean([len(text) for text in oracle])
-    )
+    told = {
+        name("no_signals"): nothing,
+        name("raw_signals"): raw,
+        name("summary", "greedy"): summaries,
+        name("other_user_summary", "greedy"): [*summaries[1:], summaries[0]],
+        name("oracle"): oracle,
+    }
+    for cell, texts in told.items():
+        assert nats_of(evaluated[cell]) == close(nats(now, texts)), cell
+        assert seen_of(evaluated[cell]) == pytest.approx(np.mean([len(text) for text in texts]))
+        assert [i["signal_tokens"] for i in evaluated[cell][::3]] == [len(text) for text in raw]
+    assert nats_of(evaluated[ALL[-1]]) == close(nats(before, oracle))
+    # or the comparison would say little
+    assert len({round(nats_of(items), 5) for items in evaluated.values()}) == len(ALL)
+    chosen = [item["chosen"] - item["rejected"] for item in evaluated[name("oracle")]]
+    mask = batch.batch.pair_mask
+    np.testing.assert_allclose(chosen, margins(now, oracle)[mask], rtol=1e-3, atol=1e-4)
 
 
-def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(tiny, users):
+def test_a_generator_that_did_not_change_cannot_tell_without_a_summary(tiny, users, tmp_path):
     """Exactly: the reference is scored by the same program. And what was trained is read in the
     right place."""
-    evaluation = evaluate(tiny, use_frozen(tiny), users[:8])
-    rows = {(row.condition, row.decoding): row for row in evaluation.rows}
-    assert rows["no_signals", "none"][2:4] == (0.5, 0.0)
-    assert rows["no_signals", "none"].nats == pytest.approx(math.log(2), rel=1e-12)
-    for decoding in ("greedy", "sampled"):
-        assert rows["summary", decoding][2:] == rows["summary_before_rl", decoding][2:]
-    assert rows["summary", "sampled"].nats != rows["summary", "greedy"].nats
-    assert evaluation.before_rl["oracle"] == rows["oracle", "none"]
-    assert rows["oracle", "none"].nats != rows["no_signals", "none"].nats
-
-
-def test_what_cannot_be_asked_is_left_out(tiny, users):
-    """A single user has no other one; a user without a persona has no oracle."""
-    alone = [dataclasses.replace(users[0], oracle="")]
-    evaluation = evaluate(tiny, use_frozen(tiny), alone)
-    assert {row.condition for row in evaluation.rows} == {
-        "no_signals",
-        "raw_signals",
-        "summary_before_rl",
-        "summary",
+    unit = open_unit(tiny, users[:8], tmp_path)
+    items = score(tiny, unit, name("no_signals", generator="before_rl"))
+    assert {item["margin"] for item in items} == {0.0}
+    assert {item["margin"] for item in score(tiny, unit, name("no_signals"))} != {0.0}
+    told = {
+        decoding: score(tiny, unit, name("summary", decoding, generator="before_rl"))
+        for decoding in DECODINGS
     }
-    assert evaluation.before_rl == {}
-    assert all(math.isnan(row.stderr) for row in evaluation.rows)
-    check_bar(2 + 6 + 1)
+    assert nats_of(told["sampled"]) != nats_of(told["greedy"])
 
 
-def test_oracle_counts_only_users_who_have_one(tiny, users):
+def read_summaries(out, decoding: str) -> list[dict]:
+    found = [records.read(path) for path in (out / records.SUMMARIES).iterdir()]
+    (kept,) = [r.items for r in found if r.header["labels"]["decoding"] == decoding]
+    return kept
+
+
+def test_summaries_are_kept_and_read(tiny, users, tmp_path, monkeypatch):
+    """All decodings are drawn at once."""
+    greedy, sampled = (name("summary", decoding) for decoding in ("greedy", "sampled"))
+    first = score(tiny, open_unit(tiny, users[:8], tmp_path), greedy)
+    kept = read_summaries(tmp_path, "greedy")
+    assert [item["user"] for item in kept] == [user.user_id for user in users[:8]]
+    assert kept[0]["signals"].startswith("profile")
+    assert read_summaries(tmp_path, "sampled") != kept
+    monkeypatch.setattr(cells, "Summarizer", None)  # not asked again
+    again = open_unit(tiny, users[:8], tmp_path)
+    assert score(tiny, again, greedy) == first
+    assert score(tiny, again, sampled) != first
+    score(tiny, again, name("other_user_summary", "greedy"))
+    with pytest.raises(TypeError):
+        score(tiny, again, name("summary_before_rl", "greedy"))
+
+
+def test_what_cannot_be_asked_is_told(tiny, users, tmp_path):
+    """A single user has no other one; a user without a persona has no oracle."""
+    unit = open_unit(tiny, [dataclasses.replace(users[0], oracle="")], tmp_path)
+    for cell in (name("oracle"), name("other_user_summary", "greedy")):
+        with pytest.raises(UserError, match=f'no pair counts under the condition "{cell[3]}"'):
+            score(tiny, unit, cell)
+    for cell, told in (
+        (name("orakle"), 'unknown condition "orakle".*Did you mean "oracle"'),
+        (name("raw_signals", signals="comments"), "no user of these data has comments"),
+        (name("no_signals", generator="first"), 'no generator "first"'),
+    ):
+        with pytest.raises(UserError, match=told):
+            unit.identify(cell)
+
+
+def test_oracle_counts_only_users_who_have_one(tiny, users, tmp_path):
     some = [
         dataclasses.replace(user, oracle="" if i % 2 else user.oracle)
         for i, user in enumerate(users[:8])
     ]
-    evaluation = evaluate(tiny, use_frozen(tiny), some)
-    (oracle,) = [row for row in evaluation.rows if row.condition == "oracle"]
-    assert oracle.n == sum(len(user.pairs) for user in some[::2])
-    limit = tiny.run.config.data.summary_len
-    lengths = [len(tiny.run.generator.tokenizer.encode(user.oracle)) for user in some[::2]]
-    assert oracle.context_tokens == pytest.approx(np.mean([min(n, limit) for n in lengths]))
+    unit = open_unit(tiny, some, tmp_path)
+    with jax.set_mesh(tiny.run.mesh):
+        scored = unit.score(name("oracle"), lambda part: None)
+    assert [item["user"] for item in scored.items[::3]] == [user.user_id for user in some[::2]]
+    coverage = scored.header["coverage"]
+    left = {"the condition does not apply": 12}
+    assert coverage == {"users": 8, "attempted": 24, "scored": 12, "left_out": left}
 
 
-def test_a_new_condition_is_one_value_and_compiles_nothing(tiny, users, evaluated):
-    def tell_profile(people: conditions.People) -> list[list[int]]:
-        return [people.tokenizer.encode(user.profile)[:20] for user in people.users]
-
+def test_cells_of_one_shape_compile_nothing(tiny, unit, users, evaluated, tmp_path):
     before = count_programs()
-    told = (*CONDITIONS, Condition("profile", tell_profile))
-    evaluation = evaluate(tiny, use_trained(tiny), users, told)
+    again = open_unit(tiny, users, tmp_path)
+    for cell in (name("no_signals"), name("summary", "greedy"), name("oracle")):
+        assert score(tiny, again, cell) == evaluated[cell]
     assert count_programs() == before
-    assert evaluation.rows[:-1] == evaluated.rows
-    row = evaluation.rows[-1]
-    assert (row.condition, row.decoding, row.n) == ("profile", "none", evaluated.rows[0].n)
-    words = tiny.run.generator.tokenizer
-    lengths = [min(len(words.encode(user.profile)), 20) for user in users]
-    assert row.context_tokens == pytest.approx(np.mean(lengths)) and np.mean(lengths) > 1
-    assert row.nats not in [other.nats for other in evaluated.rows]
-    check_bar(2 + 11 + 1)
 
 
-def test_two_roles_with_different_models_and_tokenizers(tiny, users, evaluated, monkeypatch):
+def test_keys_name_what_changes_an_answer(tiny, users, unit, tmp_path):
+    """And neither the place of the run, nor the devices, nor the size of a batch."""
+    key = lambda unit, cell: records.make_key(unit.identify(cell))  # noqa: E731
+    assert len({key(unit, cell) for cell in ALL}) == len(ALL)
+    config, mesh = tiny.run.config, tiny.run.mesh
+    other = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, batch_users=3),
+        model=dataclasses.replace(config.model, remat="full"),
+    )
+    here = open_subject(str(tiny.workdir), other, mesh)
+    copy = tmp_path / "copy"
+    import shutil
+
+    shutil.copytree(tiny.workdir, copy)
+    there = open_subject(str(copy), config, mesh)
+    for subject in (here, there):
+        same = open_unit(tiny, users, tmp_path, subject)
+        assert [key(same, cell) for cell in ALL] == [key(unit, cell) for cell in ALL]
+    fewer = open_unit(tiny, users[:5], tmp_path)
+    beta = subject.readers["trained"].config
+    beta = dataclasses.replace(beta, generator=dataclasses.replace(beta.generator, beta=0.2))
+    readers = {"trained": subject.readers["trained"]._replace(config=beta)}
+    for changed in (fewer, open_unit(tiny, users, tmp_path, subject._replace(readers=readers))):
+        assert key(changed, name("no_signals")) != key(unit, name("no_signals"))
+    weights = next(copy.glob("checkpoints/7/generator/ocdbt.process_0/d/*"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    changed = open_unit(tiny, users, tmp_path, open_subject(str(copy), config, mesh))
+    assert key(changed, name("no_signals")) != key(unit, name("no_signals"))
+    assert key(changed, ALL[-1]) == key(unit, ALL[-1])  # it reads the reference alone
+
+
+def test_two_roles_with_different_models_and_tokenizers(
+    tiny, users, summaries, tmp_path, monkeypatch
+):
     """A summary goes to the generator as text."""
     config, written = tiny.run.config, tiny.run.inference.tokenizer
     texts = prompts.list_training_texts(users[:5], config)
@@ -238,43 +284,36 @@ def test_two_roles_with_different_models_and_tokenizers(tiny, users, evaluated, 
     sampling = tiny.run.generator.sampling._replace(
         end_id=words.eos_id, banned=list_banned(words, model), max_len=6
     )
-    run = tiny.run._replace(generator=RoleParts(model, words, prefix, sampling))
     params = jax.jit(lambda key: unbox(init_boxed(key, model)))(jax.random.key(3))
+    subject = open_subject(str(tiny.workdir), config, tiny.run.mesh)
+    weights = Weights(lambda hashes: ["other"], lambda: params)
+    parts = RoleParts(model, words, prefix, sampling)
+    reader = Reader(subject.roles.config, parts, weights, weights)
+    subject = subject._replace(readers=subject.readers | {"other": reader})
     contexts = []
-    draw = generators.draw_replies
+    scored = generators.score_tree
 
-    class SeenGenerator(generators.Generator):
-        def score(self, texts, *rest):
-            contexts.extend(texts)
-            return super().score(texts, *rest)
+    def see_contexts(params, tree, **static):
+        ids, lengths = jax.device_get(tree.context)
+        contexts.extend(row[:n].tolist() for row, n in zip(ids, lengths, strict=True))
+        return scored(params, tree, **static)
 
-    def see_context(params, context, *rest, **static):
-        ids, lengths = jax.device_get(context)
-        contexts.append(ids[0, : lengths[0]].tolist())
-        return draw(params, context, *rest, **static)
-
-    monkeypatch.setattr(cells, "Generator", SeenGenerator)
-    monkeypatch.setattr(generators, "draw_replies", see_context)
-    (summary,) = [c for c in CONDITIONS if c.name == "summary"]
-    models = Models(tiny.now.inference.params, params)
-    with jax.set_mesh(run.mesh):
-        both = {"trained": models, "before_rl": models}
-        evaluation = cells.evaluate(run, users[:8], both, (summary,))
-        rows = generators.list_summaries(run, users[:8], evaluation.summaries)
-        generator = generators.Generator(run.generator, params, run.mesh)
-        del contexts[8 * 2 :]  # greedy and sampled; then those of the reference, which are empty
-        text = prompts.encode_summary(words, rows[0]["summary"], run.config)
-        (answer,) = generator.reply(text, "tea?", sampling=sampling, num=1, seed=0)
-    assert evaluation.summaries == evaluated.summaries[:8]  # signals are in words of the writer
-    expected = [prompts.encode_summary(words, row["summary"], run.config) for row in rows]
-    assert contexts[:8] == expected != evaluation.summaries
-    assert [row["summary"] for row in rows] == [
-        written.decode(ids).strip() for ids in evaluation.summaries
+    monkeypatch.setattr(generators, "score_tree", see_contexts)
+    unit = open_unit(tiny, users[:8], tmp_path, subject)
+    items = score(tiny, unit, name("summary", "greedy", generator="other"))
+    kept = read_summaries(tmp_path, "greedy")
+    assert [item["ids"] for item in kept] == summaries[:8]  # signals are in words of the writer
+    assert [item["summary"] for item in kept] == [
+        written.decode(ids).strip() for ids in summaries[:8]
     ]
-    row = evaluation.rows[0]
-    assert row.context_tokens == pytest.approx(np.mean([len(ids) for ids in expected]))
-    assert contexts[-1] == [*prefix, *expected[0]]
-    assert isinstance(answer, str)
+    expected = [prompts.encode_summary(words, item["summary"], config) for item in kept]
+    assert expected != summaries[:8]
+    assert contexts[:8] == [[*prefix]] * 8  # of the reference
+    assert sorted(contexts[8:]) == sorted([*prefix, *ids] for ids in expected)
+    assert seen_of(items) == pytest.approx(np.mean([len(ids) for ids in expected]))
+    margin = items[0]["chosen"] - items[0]["rejected"]
+    reference = items[0]["reference_chosen"] - items[0]["reference_rejected"]
+    assert items[0]["margin"] == pytest.approx(config.generator.beta * (margin - reference))
 
 
 def name_users(ids: list[str]) -> list[User]:

@@ -1,10 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from popi_jax.evals import cells, render
-from popi_jax.evals.cells import Evaluation, Result
+from popi_jax.evals import render, results
+from popi_jax.evals.records import CellRecord
 
 ROW = {
     "condition": "summary",
@@ -67,8 +68,8 @@ def test_made_data_are_called_made_and_real_data_are_not():
 
 
 def write(workdir: Path, step: int, split: str = "test") -> None:
-    results = RESULTS | {"step": step, "split": split}
-    render.write_results(str(workdir), results, [{"user_id": "u1", "summary": f"é{step}"}])
+    found = RESULTS | {"step": step, "split": split}
+    render.write_results(str(workdir), found, [{"user_id": "u1", "summary": f"é{step}"}])
 
 
 def read_step(path: Path) -> int:
@@ -108,9 +109,15 @@ def test_results_of_a_run_that_is_gone_are_replaced(tmp_path, left):
 
 
 def test_an_unknown_error_is_null_in_json():
-    row = Result("summary", "greedy", 0.5, float("nan"), 8, 0.7, 3.0)
-    assert cells._list_results(Evaluation([row], {"oracle": row}, [])) == {
-        "rows": [row._asdict() | {"stderr": None}],
-        "before_rl": {"oracle": {"decoding": "greedy", "accuracy": 0.5, "stderr": None, "n": 8}
-        | {"nats": 0.7, "context_tokens": 3.0}},
-    }  # fmt: skip
+    """That of a single user."""
+    labels = {"condition": "summary", "decoding": "greedy", "generator": "trained"}
+    items = [{"user": "a", "margin": margin, "context_tokens": 3} for margin in (1.0, 1.0, -1.0)]
+    before = labels | {"condition": "oracle", "generator": "before_rl"}
+    found = [CellRecord({"labels": each}, items) for each in (labels, before)]
+    nats = pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 3)
+    row = {"decoding": "greedy", "accuracy": pytest.approx(2 / 3), "stderr": None, "n": 3}
+    row |= {"nats": nats, "context_tokens": 3.0}
+    assert results._list_results(found) == {
+        "rows": [{"condition": "summary"} | row],
+        "before_rl": {"oracle": row},
+    }

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from configs.schedules import SCHEDULES
 from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.errors import UserError
@@ -101,6 +102,18 @@ def test_a_plan_has_what_a_run_gives_to_its_update(tmp_path: Path) -> None:
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(made.users) == shapes(batch)
     assert made.frozen.stored is not None or made.frozen.generator
+
+
+@pytest.mark.parametrize("row", ["raw_context", "supervised"])
+def test_a_baseline_samples_nothing(row: str, toy: target.Target) -> None:
+    rows = [f"{name}={value}" for name, value in SCHEDULES[row].items()]
+    planned = plan.make_plan(tiny_config(*rows), toy)
+    found = fits.read_fit(planned, toy, fits.compile_plan(planned))
+    assert all(check.holds for check in found.checks), found.checks
+    (turn,) = found.turns
+    assert "sampling" not in turn.scopes and found.memory.cache == 0
+    assert planned.told_len == (64 if row == "raw_context" else SUMMARY_LEN)
+    assert ("1 text x 2 pairs" in fit_report.render(planned, found)) and turn.flops > 0
 
 
 def test_memory_time_and_layout_of_a_compiled_update(compiled: Compiled) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from popi_jax.arrays import Frozen, TrainState
-from popi_jax.config import parse_phases
+from popi_jax.phases import parse_phases
 from popi_jax.popi.plan import Kind, Reference
 from popi_jax.popi.scorer import repeat_ids
 from popi_jax.popi.update import popi_update

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from configs.base import compose
 from popi_jax import sharding
 from popi_jax.arrays import Demonstrations, Frozen, Tokens, TrainState, UserBatch, WarmupBatch
-from popi_jax.config import Config, from_config_dict, parse_phases
+from popi_jax.config import Config, from_config_dict
 from popi_jax.models.decode import Sampling
 from popi_jax.models.packing import Budgets
 from popi_jax.models.transformer import TransformerConfig
+from popi_jax.phases import parse_phases
 from popi_jax.popi.generator_step import generator_step
 from popi_jax.popi.inference_step import inference_step
 from popi_jax.popi.plan import RolePlan

@@ -73,7 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule(name: str, tmp_path: Path) -> None:
-    train_twice(shorten(f"prism:scale=laptop,schedule={name}", tmp_path / "run"))
+    own = {field: value for field, value in SCHEDULES[name].items() if field == "batch.pairs"}
+    train_twice(shorten(f"prism:scale=laptop,schedule={name}", tmp_path / "run", **own))
 
 
 def find_settings(name: str) -> dict[str, object]:

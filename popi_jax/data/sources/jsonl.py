@@ -4,23 +4,24 @@ docs/data.md.
     {"user_id": "ann", "record_id": "1", "prompt": [{"role": "user", "content": "…"}], "chosen":
     "…", "rejected": "…",
      "oracle": "…", "signals": {"profile": "…", "survey": "…", "comments": [{"prompt": "…",
-     "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]}}
+     "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]},
+     "groups": {"age": "…"}}
 
-`oracle` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and not read.
-Lines of one user_id with equal signals are one user. With other signals they are a further user,
-"ann#2", in the same split: signals are drawn per person, never per prompt."""
+`oracle`, `groups` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and
+not read. Lines of one user_id with equal signals are one user. With other signals they are a
+further user, "ann#2", in the same split: signals are drawn per person, never per prompt."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from popi_jax.data.json_rows import Row, check_file, read_lines, show
-from popi_jax.data.records import SPLITS, Comment, Messages, Pair, Shot, User
+from popi_jax.data.records import SPLITS, Comment, Groups, Messages, Pair, Shot, User
 from popi_jax.data.sources.source import Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
-FIELDS = "user_id dataset record_id signals prompt chosen rejected oracle meta".split()
+FIELDS = "user_id dataset record_id signals prompt chosen rejected oracle groups meta".split()
 SIGNALS = ("profile", "survey", "fewshot", "comments")
 PLACEHOLDERS = ("EMPTY STRING", "nan", "NaN", "None")
 
@@ -62,16 +63,18 @@ def _read_records(
     """Reads a file whose users all belong to `split`, or with split "" each to the split of its
     name."""
     seen: dict[str, str] = {}
-    oracles: dict[str, tuple[str, str]] = {}
+    told: dict[str, tuple[User, str]] = {}
 
     def parse(row: Row) -> Record:
         record = _parse_record(row)
         name = record.user.user_id
         own = split or choose_split(name, cfg.validation_fraction, cfg.test_fraction)
-        oracle, first = oracles.setdefault(name, (record.user.oracle, row.where))
-        if oracle != record.user.oracle:
-            allowed = f"one oracle per user_id, {show(oracle)} at {first}"
-            raise row.make_error("oracle", record.user.oracle, allowed, "Correct it.")
+        user, first = told.setdefault(name, (record.user, row.where))
+        for field in ("oracle", "groups"):
+            found, known = getattr(record.user, field), getattr(user, field)
+            if found != known:
+                allowed = f"the same of each user_id, {show(known)} at {first}"
+                raise row.make_error(field, found, allowed, "Correct it.")
         earlier, first = split_by_name.setdefault(name, (own, row.where))
         if earlier != own:
             allowed = f"a user of one split only (also at {first})"
@@ -106,8 +109,8 @@ def read_users(path: Path, num_shots: int) -> list[User]:
 def _parse_record(row: Row) -> Record:
     row.allow_only(FIELDS)
     user = _parse_signals(row)
-    texts = (_get_text(row, name) for name in ("chosen", "rejected"))
-    pair = Pair(row.get_text("record_id"), _parse_messages(row), *texts)
+    chosen, rejected = (_get_text(row, name) for name in ("chosen", "rejected"))
+    pair = Pair(row.get_text("record_id"), _parse_messages(row), chosen, rejected)
     _check_differs(row, pair, "line")
     for i, shot in enumerate(user.shots):
         if shot.prompt == pair.prompt[-1]["content"]:
@@ -121,7 +124,13 @@ def _parse_record(row: Row) -> Record:
         if comment.prompt in asked or comment.comment in asked:
             field, allowed = f"signals.comments[{i}]", 'no text of the line\'s own "prompt"'
             raise row.make_error(field, comment.prompt, allowed, "Remove that comment.")
-    return Record(dataclasses.replace(user, oracle=_get_optional(row, "oracle")), pair)
+    oracle, groups = _get_optional(row, "oracle"), _parse_groups(row)
+    return Record(dataclasses.replace(user, oracle=oracle, groups=groups), pair)
+
+
+def _parse_groups(row: Row) -> Groups:
+    groups = row.get_object("groups") if "groups" in row.fields else Row(row.where, {})
+    return {name: _get_text(groups, name) for name in groups.fields}
 
 
 def _parse_signals(row: Row, num_shots: int | None = None) -> User:

@@ -120,6 +120,7 @@ def _read_users(
             pairs=tuple(pairs[: cfg.num_pairs]),
             oracle=preference,
             split=split,
+            groups={"topic": topic},
         )
 
     return read_array(path, parse, cfg.on_bad_row)

@@ -5,6 +5,7 @@ Scores are personal, so that pairs come from score differences inside one turn o
 reconstructs the history and never labels a pair: it is random on a tie. Order in time is
 `generated_datetime`, then the id."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from popi_jax.data.json_rows import Row, read_lines
-from popi_jax.data.records import Comment, Messages, Pair, Reading, Shot, User
+from popi_jax.data.records import Comment, Groups, Messages, Pair, Reading, Shot, User
 from popi_jax.data.sources import download
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.data.splits import choose_split
@@ -40,6 +41,7 @@ GROUPS = (
     ("location", "birth_country"),
     ("location", "reside_country"),
 )
+REGION = "special_region"  # of location: 11 regions, in the codebook; may be missing
 MODEL_USE = "lm_familiarity lm_direct_use lm_indirect_use lm_frequency_use".split()
 PREFERENCES = (
     *("values", "creativity", "fluency", "factuality"),
@@ -52,6 +54,7 @@ class Person(NamedTuple):
     self_description: str
     system_string: str
     survey: str
+    groups: Groups
 
 
 class Conversation(NamedTuple):
@@ -60,6 +63,7 @@ class Conversation(NamedTuple):
     time: str
     opening_prompt: str
     feedback: str
+    groups: Groups
 
 
 class Utterance(NamedTuple):
@@ -218,8 +222,8 @@ def _make_user(
         _normalise(t) for c in comments for t in (c.prompt, c.comment)
     }
     ranked = sorted(
-        (rank, order, p.pair)
-        for order, (_, pairs) in enumerate(targets)
+        (rank, order, dataclasses.replace(p.pair, groups=conversation.groups))
+        for order, (conversation, pairs) in enumerate(targets)
         for rank, p in enumerate(pairs)
         if not shown & {_normalise(m["content"]) for m in p.pair.prompt if m["role"] == "user"}
     )
@@ -239,6 +243,7 @@ def _make_user(
         stated=latent.stated if latent else "",
         readings=tuple(latent.readings[c] for c in shots if c in latent.readings) if latent else (),
         split=choose_split(user_id, cfg.validation_fraction, cfg.test_fraction),
+        groups=person.groups,
     )
 
 
@@ -260,7 +265,7 @@ def _read_table(
 def _parse_person(row: Row) -> Person:
     user_id = row.get_text("user_id")
     texts = (_clean(row, "self_description"), _clean(row, "system_string"))
-    return Person(user_id, *texts, render_survey(row))
+    return Person(user_id, *texts, render_survey(row), _read_groups(row))
 
 
 def render_survey(row: Row) -> str:
@@ -291,6 +296,7 @@ def _parse_conversation(row: Row, people: dict[str, Person]) -> Conversation:
         row.get_text("generated_datetime"),
         _clean(row, "opening_prompt"),
         _clean(row, "open_feedback"),
+        _keep_told({"conversation_type": _clean(row, "conversation_type", absent=True)}),
     )
     if conversation.user_id not in people:
         allowed, fix = f"a user of {FILES[0]}", "Add the survey row or remove this one."
@@ -343,9 +349,24 @@ def _parse_latent(row: Row, people: dict[str, Person]) -> Latent:
     return Latent(oracle, stated, readings)
 
 
-def _clean(row: Row, name: str) -> str:
+def _clean(row: Row, name: str, *, absent: bool = False) -> str:
+    """absent: the field may be missing."""
+    if absent and name not in row.fields:
+        return ""
     text = row.get_text(name, empty=True, null=True)
     return "" if _is_missing(text) else text
+
+
+def _read_groups(row: Row) -> Groups:
+    """The groups of a person, in the words of the survey; `region` is the published
+    special_region. An answer that says nothing gives no group."""
+    told = {name: _clean(row, name) for name in ANSWERS}
+    told |= {name: _clean(row.get_object(name), "simplified") for name in ("religion", "ethnicity")}
+    return _keep_told(told | {"region": _clean(row.get_object("location"), REGION, absent=True)})
+
+
+def _keep_told(groups: Groups) -> Groups:
+    return {name: value for name, value in groups.items() if value.lower() not in SILENT}
 
 
 def _is_missing(text: str) -> bool:

@@ -148,6 +148,9 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"signals": {"comments": ["x"]}}, 'field "signals.comments"'),
     ({"orcale": "x"}, 'unknown field "orcale"'),
+    ({"groups": "old"}, 'field "groups": found "old", allowed: an object'),
+    ({"groups": {"age": 30}}, 'field "groups.age": found 30'),
+    ({"groups": {"age": ""}}, 'field "groups.age"'),
 ]
 
 
@@ -169,6 +172,23 @@ def test_missing_and_repeated_are_named(tmp_path: Path) -> None:
     assert "a.jsonl:1" in error(write(tmp_path / "a.jsonl", [record(), record()]))
     message = error(write(tmp_path / "a.jsonl", [record(), record(record_id="2", oracle="wild")]))
     assert 'field "oracle"' in message and "a.jsonl:1" in message
+
+
+def test_groups_are_those_of_the_user(tmp_path: Path) -> None:
+    old = {"groups": {"age": "old", "trade": "nurse"}}
+    lines = [record(record_id=str(i), **old) for i in range(2)]
+    lines.append(record(record_id="3", signals={"profile": "another draw"}, **old))
+    users = jsonl.load(write(tmp_path / "a.jsonl", lines), options()).users
+    assert [u.user_id for u in users] == ["ann", "ann#2"]
+    assert all(u.groups == old["groups"] for u in users)
+    assert all(pair.groups == {} for u in users for pair in u.pairs)
+    assert User.from_json(users[0].to_json()) == users[0]
+    for other in ({}, {"groups": {"age": "young", "trade": "nurse"}}):
+        rows = [record(**old), record(record_id="2", **other)]
+        message = error(write(tmp_path / "a.jsonl", rows))
+        assert 'a.jsonl:2: field "groups": found' in message and "a.jsonl:1" in message
+    (read,) = jsonl.read_users(write(tmp_path / "a.jsonl", [record(**old)]), 6)
+    assert read.groups == {}  # nothing is scored
 
 
 def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
@@ -204,6 +224,7 @@ def test_what_is_written_is_read(
                 Pair(f"{i}", [{"role": "user", "content": f"{text} x"}], f"{text} 1", f"{text} 2"),
             ),
             split=choose_split(f"user {i}", 0.2, 0.2),
+            groups={"kind": profile},
         )
         for i, profile in enumerate(profiles)
     ]

@@ -75,6 +75,7 @@ def test_a_row_is_a_user(tmp_path: Path) -> None:
     ]
     assert len({p.record_id for p in user.pairs}) == 3
     assert "SECRET" not in user.to_json()
+    assert user.groups == {"topic": "topic0"}
 
 
 def test_ids_and_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:

@@ -280,6 +280,23 @@ def test_survey_tells_what_is_known(tmp_path: Path) -> None:
     )
 
 
+def test_groups_are_answers_that_say_something(tmp_path: Path) -> None:
+    rows = world(4)
+    (user,) = load(tmp_path, rows)
+    known = {"age": "25-34 years old", "gender": "Female", "english_proficiency": "Fluent"}
+    assert user.groups == known | {"religion": "Jewish"}
+    assert [pair.groups for pair in user.pairs] == [{}, {}]
+    rows["survey"][0]["location"]["special_region"] = "Latin America"
+    for number, row in enumerate(rows["conversations"]):
+        row["conversation_type"] = f"kind {number}"
+    (user,) = load(tmp_path, rows)
+    assert user.groups == known | {"religion": "Jewish", "region": "Latin America"}
+    assert [(p.chosen, p.groups) for p in user.pairs] == [
+        (f"good {n}", {"conversation_type": f"kind {n}"}) for n in (2, 3)
+    ]
+    assert User.from_json(user.to_json()) == user
+
+
 def test_system_string_is_off_by_default(tmp_path: Path) -> None:
     (user,) = load(tmp_path, world(2), use_system_string=True)
     assert user.profile == "I am user0.\nBe brief."

@@ -1,0 +1,45 @@
+"""The phases of a schedule: which role is trained for how many updates."""
+
+import re
+import typing
+from typing import Any, Literal, NamedTuple
+
+from popi_jax.errors import check_field, did_you_mean
+
+Mode = Literal["inference", "generator", "joint", "alternate", "supervised"]
+
+
+class Phase(NamedTuple):
+    """A stretch of updates; (num_inference, num_generator) is (1, 0) in "inference" and
+    "supervised", (0, 1) in "generator", (1, 1) in "joint", and (n, m) in "alternate n:m": n
+    updates, then m."""
+
+    mode: Mode
+    num_inference: int
+    num_generator: int
+    steps: int
+
+
+def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
+    """Parses the phases of a schedule, e.g. ("inference 240", "alternate 2:1 60").
+
+    Raises:
+        UserError: for anything that is not one of the five forms with whole numbers of at least 1.
+    """
+    return tuple(_parse_phase(phase, f"schedule.phases[{i}]") for i, phase in enumerate(phases))
+
+
+def _parse_phase(phase: str, name: str) -> Phase:
+    modes = typing.get_args(Mode)
+    mode: Any = (phase.split() or [""])[0]
+    rule = f"must begin with one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
+    check_field(mode in (*modes, ""), name, phase, rule)
+    form = r"(?:inference|generator|joint|supervised|alternate\s+(\d+):(\d+))\s+(\d+)"
+    match = re.fullmatch(form, phase.strip())
+    rule = 'must be like "inference 240", "generator 60", "joint 60", "alternate 2:1 60" or '
+    rule += '"supervised 60"'
+    check_field(match is not None, name, phase, rule)
+    n, m, steps = (int(number or 1) for number in typing.cast(re.Match, match).groups())
+    check_field(min(n, m, steps) >= 1, name, phase, f"{rule}, with numbers of at least 1")
+    alone = mode in ("inference", "supervised")
+    return Phase(mode, n if mode != "generator" else 0, 0 if alone else m, steps)
