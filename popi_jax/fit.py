@@ -1,5 +1,5 @@
-"""Compiles the update that `make train` would run for a TPU slice that need not be there, or for
-this machine.
+"""Compiles the update that `make train` would run, or the programs of `make eval`, for a TPU slice
+that need not be there, or for this machine.
 
 Prints the memory of a device, the work of an update and the time it takes at the rates of the chip,
 and checks the layout. What does not fit is an error with the change that would make it fit."""
@@ -21,6 +21,9 @@ SUGGEST = flags.DEFINE_bool(
 THOROUGH = flags.DEFINE_bool(
     "thorough", False, "compile as for a run: three times as long, and times nearer to it"
 )
+PROGRAM = flags.DEFINE_enum(
+    "program", "update", ["update", "evaluation"], "what is compiled: training, or make eval"
+)
 REPORT = flags.DEFINE_string("report", "", "also write the numbers to this file, as JSON")
 
 
@@ -36,7 +39,7 @@ def main(config: Config) -> None:
     import jax
 
     from popi_jax.distributed import Herald
-    from popi_jax.planning import fit_report, fits, plan
+    from popi_jax.planning import evaluation, fit_report, fits, plan
 
     target = targets.open_target(config)
     planned = plan.make_plan(config, target)
@@ -46,6 +49,17 @@ def main(config: Config) -> None:
     print(f"compiling for {target.name} ...", file=sys.stderr, flush=True)
     herald = Herald()
     herald.keep("error: the compiler crashed, as told above; with --thorough it takes other ways")
+    if PROGRAM.value == "evaluation":
+        try:
+            scored = evaluation.fit(planned, target)
+        except fits.DoesNotFit as failure:
+            herald.withdraw()
+            print(evaluation.render_misfit(planned, target.name, failure))
+            sys.exit(1)
+        herald.withdraw()
+        print(evaluation.render(scored))
+        write_report(evaluation.to_json(scored))
+        return
     try:
         found = fits.fit(planned, target)
         herald.withdraw()
@@ -55,11 +69,14 @@ def main(config: Config) -> None:
         print(suggest_change(config, target, failure.available))
         sys.exit(1)
     print(fit_report.render(planned, found))
-    if REPORT.value:
-        numbers = fit_report.to_json(planned, found)
-        Path(REPORT.value).write_text(json.dumps(numbers, indent=2) + "\n")
+    write_report(fit_report.to_json(planned, found))
     if not all(check.holds for check in found.checks):
         sys.exit(1)
+
+
+def write_report(numbers: dict[str, Any]) -> None:
+    if REPORT.value:
+        Path(REPORT.value).write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def suggest_change(config: Config, target: Any, available: float) -> str:

@@ -59,6 +59,7 @@ ALSO = {
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
     "planning/plan.py": {"arrays", "checkpoints", "models", "popi", "run", "training"},
+    "planning/evaluation.py": {"arrays", "models", "popi", "training"},
 }
 FLAX = {"models/transformer.py"}
 HEAVY = {

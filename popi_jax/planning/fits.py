@@ -86,7 +86,7 @@ class Program(NamedTuple):
 def fit(planned: Plan, target: Target) -> Fit:
     """Raises: DoesNotFit: when the compiler finds that memory does not suffice, or the arguments
     alone are too many."""
-    state, available = plan.count_state_bytes(planned), _read_available(target)
+    state, available = plan.count_state_bytes(planned), read_available(target)
     if available and sum(state.values()) > available:
         raise DoesNotFit(sum(state.values()), available, state)
     return read_fit(planned, target, compile_plan(planned))
@@ -114,7 +114,7 @@ def read_fit(planned: Plan, target: Target, program: Program) -> Fit:
     state, sizes, available = (
         plan.count_state_bytes(planned),
         program.sizes,
-        _read_available(target),
+        read_available(target),
     )
     memory = Memory(
         state,
@@ -139,7 +139,8 @@ def read_fit(planned: Plan, target: Target, program: Program) -> Fit:
     )
 
 
-def _read_available(target: Target) -> float:
+def read_available(target: Target) -> float:
+    """Bytes that a program may take of a device; 0: not known."""
     if target.chip in CHIPS:
         return CHIPS[target.chip].usable_bytes
     stats = target.devices[0].memory_stats() or {}

@@ -55,6 +55,8 @@ class Plan(NamedTuple):
     state: Any
     frozen: Any
     users: UserBatch
+    prompt: tuple[int, ...]  # what asks for a summary: as many tokens as a template has, about
+    sampling: Sampling  # of summaries
 
     @property
     def trained(self) -> Params:
@@ -146,7 +148,9 @@ def make_plan(config: Config, target: Target) -> Plan:
         Kind(True, False, supervised=True): "supervised",
     }
     modes = [names[kind] for kind in sorted(set(made.setup.plan.kinds))]
-    return Plan(config, mesh, model, modes, update, made.state, made.frozen, made.users)
+    return Plan(
+        config, mesh, model, modes, update, made.state, made.frozen, made.users, ids, sampling
+    )
 
 
 def count_state_bytes(plan: Plan) -> dict[str, int]:

@@ -10,10 +10,11 @@ import pytest
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data import dealing
-from popi_jax.evals import dealt, generators
+from popi_jax.evals import dealt
 from popi_jax.evals.generators import Generator, Summarizer
 from popi_jax.models import decode
 from popi_jax.models.layout import Rules
+from popi_jax.popi import evaluation
 from popi_jax.popi.rollout import splice
 from popi_jax.popi.scorer import Scorer, repeat_ids
 from popi_jax.run import RoleParts
@@ -94,14 +95,14 @@ def test_logps_are_those_of_a_padded_computation(params, padded, devices: int, r
 def test_nothing_is_padded_outside_of_attention(params, monkeypatch) -> None:
     """Most places hold a token: the budgets are those of the batches."""
     budgets = []
-    score_answers = generators.score_answers
+    score_answers = evaluation.score_answers
 
     def see(params, tree, *, model, budget):
         slots = sum(part.ids[0].size for part in tree) * tree.context.ids.shape[0]
         budgets.append((budget.tokens, slots))
         return score_answers(params, tree, model=model, budget=budget)
 
-    monkeypatch.setattr(generators, "score_answers", see)
+    monkeypatch.setattr(evaluation, "score_answers", see)
     jax.clear_caches()
     score(params, 1, 6)
     lengths = (BATCH.chosen.lengths, BATCH.rejected.lengths)
@@ -126,7 +127,7 @@ def write(
 @pytest.fixture(scope="module")
 def drawn(params: dict) -> list[list[list[int]]]:
     """Greedy, sampled and hotter summaries, each drawn alone with all its padding."""
-    key = jax.random.fold_in(jax.random.key(3), generators.SUMMARY_KEY)
+    key = jax.random.fold_in(jax.random.key(3), evaluation.SUMMARY_KEY)
     keys = decode.sample_keys(key, jnp.asarray(BATCH.index), 1)
     found = []
     for heat in (0.0, 1.0, 1.4):
