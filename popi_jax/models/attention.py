@@ -294,22 +294,27 @@ def _attend_chunk(
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     for number, keys in enumerate(seen):
         n, s = keys.k.shape[2:4]
-        own = number == len(seen) - 1
-        queries = q.reshape(batch, kv_heads, n, rows // n, head_dim)
-        x = product("BKnmH,BKnsH->BKnms", queries, keys.k)
+        own, each = number == len(seen) - 1, nodes // n
+        # without axes of length 1, with which the compiler for CPUs makes slower programs
+        lead = (batch, kv_heads, n) if n > 1 else (batch, kv_heads)
+        queries = q.reshape(*lead, rows // n, head_dim)
+        x = product("...mH,...sH->...ms", queries, keys.k.reshape(*lead, s, head_dim))
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
         if own or window is not None:
-            mask = keys.valid[:, :, None, None, :]  # [B n nodes/n t s]
+            mask = keys.valid[:, :, None, None, :]  # [B n each t s]
             if own:
                 mask &= (jnp.arange(s)[None, :] <= first + jnp.arange(t)[:, None])[None, None, None]
             if window is not None:
-                back = q_positions.reshape(batch, n, nodes // n, t, 1)
+                back = q_positions.reshape(batch, n, each, t, 1)
                 mask &= back - keys.positions[:, :, None, None, :] < window
-            bias = jnp.where(mask, 0.0, -1e30)[:, None, :, :, None]
-            x = (x.reshape(batch, kv_heads, n, nodes // n, groups, t, s) + bias).reshape(x.shape)
+            mask = jnp.broadcast_to(mask, (batch, n, each, t, s))
+            inner = [(size, kept) for size, kept in ((each, each), (groups, 1)) if size > 1]
+            sizes, kept = (tuple(axis) for axis in zip(*inner, strict=True)) if inner else ((), ())
+            bias = jnp.where(mask, 0.0, -1e30).reshape(batch, 1, *lead[2:], *kept, t, s)
+            x = (x.reshape(*lead, *sizes, t, s) + bias).reshape(x.shape)
         else:
-            x = x + jnp.where(keys.valid, 0.0, -1e30)[:, None, :, None, :]
+            x = x + jnp.where(keys.valid, 0.0, -1e30).reshape(batch, 1, *lead[2:], 1, s)
         scores.append(x)
 
     def flat(x: Array) -> Array:
@@ -323,6 +328,7 @@ def _attend_chunk(
     for x, keys in zip(scores, seen, strict=True):
         weights = jnp.exp(x - top.reshape(*x.shape[:-1], 1))
         total = total + flat(jnp.sum(weights, axis=-1))
-        values = product("BKnms,BKnsH->BKnmH", weights.astype(keys.v.dtype), keys.v)
-        y = y + values.reshape(y.shape)
+        values = keys.v.reshape(*x.shape[:-2], *keys.v.shape[3:])
+        sums = product("...ms,...sH->...mH", weights.astype(keys.v.dtype), values)
+        y = y + sums.reshape(y.shape)
     return (y / total[..., None]).astype(q.dtype).reshape(q.shape)
