@@ -16,6 +16,7 @@ from popi_jax.errors import UserError
 _CUT = "\ufdd0"  # a Unicode noncharacter: reserved for such a use, and replaced where data hold it
 
 
+_KNOWN_TEXTS = 1024  # about users, that are kept encoded: each is asked for several times
 _LETTER = "x"  # stands for a summary: texts are encoded as they go on after a letter
 # what signals may end with
 _ENDS = ("x", "x.", "x)", "1", "é", "x\n", "")
@@ -89,12 +90,17 @@ def render_inference_context(
     instruction: model.summary_instruction. Followed by `render_summary_turn` these are the ids of
     the whole message. Where the tokenizer joins the signals with it in an unusual way, they are
     encoded apart."""
-    signals, turn = _clean(signals), _render_request(tokenizer, instruction)
+    return [*_render_signals(tokenizer, _clean(signals), instruction)]
+
+
+@functools.lru_cache(_KNOWN_TEXTS)
+def _render_signals(tokenizer: Tokenizer, signals: str, instruction: str) -> tuple[int, ...]:
+    turn = _render_request(tokenizer, instruction)
     (whole,) = tokenizer.render([{"role": "user", "content": signals + instruction}], cut=_CUT)
     if whole[-len(turn) :] == turn:
-        return whole[: -len(turn)]
+        return tuple(whole[: -len(turn)])
     apart = [{"role": "user", "content": signals + _CUT + instruction}]
-    return tokenizer.render(apart, cut=_CUT)[0]
+    return tuple(tokenizer.render(apart, cut=_CUT)[0])
 
 
 def render_summary_turn(tokenizer: Tokenizer, cfg: Any) -> list[int]:
@@ -149,7 +155,12 @@ def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
 
 def encode_summary(tokenizer: Tokenizer, text: str, cfg: Any) -> list[int]:
     """Returns a text about the user as it stands in the place of the summary z."""
-    return tokenizer.encode(text, _write_prefix(tokenizer, cfg.model.answer_instruction))
+    return [*_encode_summary(tokenizer, text, cfg.model.answer_instruction)]
+
+
+@functools.lru_cache(_KNOWN_TEXTS)
+def _encode_summary(tokenizer: Tokenizer, text: str, told: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, _write_prefix(tokenizer, told)))
 
 
 @functools.lru_cache(16)

@@ -26,7 +26,7 @@ def restore_role(run: Roles | Run, role: str, step: int | None = None) -> tuple[
     base. Raises: UserError when it cannot be read."""
     adapted = setup.adapter_scale(getattr(run.config, role))
     base = reference.read_base(run.config, run.inference.model, run.mesh) if adapted else {}
-    return _restore_whole(run, role, step, base)
+    return _restore_whole(run, role, step, base, _get_shapes(run))
 
 
 def restore_run(run: Run, step: int | None = None) -> Restored:
@@ -35,9 +35,10 @@ def restore_run(run: Run, step: int | None = None) -> Restored:
     Raises: UserError when it cannot be read, or the run has not reached its main stage."""
     workdir = run.config.workdir
     base = reference.read_base(run.config, run.inference.model, run.mesh)
-    frozen = restore_start(run, base)
-    found, inference = _restore_whole(run, "inference", step, base)
-    other, generator = _restore_whole(run, "generator", step, base)
+    shapes = _get_shapes(run)
+    frozen = _restore_start(run, base, shapes)
+    found, inference = _restore_whole(run, "inference", step, base, shapes)
+    other, generator = _restore_whole(run, "generator", step, base, shapes)
     if found != other:
         raise UserError(
             f'config.workdir: in "{workdir}" the newest readable checkpoint of one model is of '
@@ -51,7 +52,11 @@ def restore_start(run: Roles | Run, base: Params) -> Frozen:
     """Both models at the start of the main stage. base: what `reference.read_base` returns.
 
     Raises: UserError as `restore_run`."""
-    config, shapes = run.config, _get_shapes(run)
+    return _restore_start(run, base, _get_shapes(run))
+
+
+def _restore_start(run: Roles | Run, base: Params, shapes: TrainState) -> Frozen:
+    config = run.config
     own = manager.restore_frozen(
         config.workdir,
         Frozen(
@@ -68,10 +73,10 @@ def restore_start(run: Roles | Run, base: Params) -> Frozen:
 
 
 def _restore_whole(
-    run: Roles | Run, role: str, step: int | None, base: Params
+    run: Roles | Run, role: str, step: int | None, base: Params, shapes: TrainState
 ) -> tuple[int, Params]:
-    shapes = getattr(_get_shapes(run), role).params
-    found, params = manager.restore_params(run.config.workdir, role, shapes, step)
+    own = getattr(shapes, role).params
+    found, params = manager.restore_params(run.config.workdir, role, own, step)
     scale = setup.adapter_scale(getattr(run.config, role))
     return found, join_adapters(base, params, scale=scale) if scale else params
 
