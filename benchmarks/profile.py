@@ -94,10 +94,10 @@ def profile_program(
     import jax
 
     from benchmarks import measure
-    from benchmarks.programs import make_programs
+    from benchmarks.programs import Compute, make_programs
 
     work = WORKLOADS[name.partition("/")[0]]
-    made = make_programs(work, geometry, {name.partition("/")[2]}, remat=remat)
+    made = make_programs(work, geometry, {name.partition("/")[2]}, how=Compute(remat=remat))
     if not made:
         known_names = (program.name for program in make_programs(work, TINY))
         raise LookupError(f'"{name}": must be one of {", ".join(known_names)}')

@@ -15,6 +15,7 @@ from configs.base import compose
 from popi_jax.arrays import Frozen, PairLogps, Rollouts, Tokens, TrainState, UserBatch
 from popi_jax.config import Config, from_config_dict
 from popi_jax.models.decode import Sampling
+from popi_jax.models.fused_attention import choose_kernel
 from popi_jax.models.packing import Budgets
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.generator_step import generator_step
@@ -105,9 +106,22 @@ def make_users(work: Workload, vocab_size: int, seed: int = 0) -> UserBatch:
     )
 
 
-def make_setup(work: Workload, geometry: Geometry, remat: str = "dots") -> Setup:
+class Compute(NamedTuple):
+    """How a model computes, the same for both roles."""
+
+    remat: str = "dots"
+    dtype: str = "float32"
+    attention: str = "chunked"  # config.model.attention
+    platform: str = "cpu"  # that this is for
+
+
+PLAIN = Compute()
+
+
+def make_setup(work: Workload, geometry: Geometry, how: Compute = PLAIN) -> Setup:
     cfg = make_config(work, {"dpo": "generator", "grpo": "inference", "popi": "joint"}[work.kind])
-    model = TransformerConfig(**geometry._asdict(), dtype="float32", remat=remat)
+    kernel = choose_kernel(how.attention, how.platform)
+    model = TransformerConfig(**geometry._asdict(), dtype=how.dtype, remat=how.remat, kernel=kernel)
     prompts = PromptTokens(tuple(range(2, 2 + PREFIX_LEN)), tuple(range(2, 2 + TURN_LEN)))
     sampling = Sampling(1.0, max(work.summary_len, 2), END, banned=(END,))
     # so many users that no log-probs are stored
@@ -138,11 +152,11 @@ def make_rollouts(work: Workload, vocab_size: int) -> Rollouts:
 
 
 def make_programs(
-    work: Workload, geometry: Geometry, names: Container[str] | None = None, *, remat: str = "dots"
+    work: Workload, geometry: Geometry, names: Container[str] | None = None, *, how: Compute = PLAIN
 ) -> list[Program]:
     """The programs of a workload, none compiled yet. names: of all that are to be made, of which at
     most one trains: it gets the state itself, so that memory holds no second one."""
-    setup = make_setup(work, geometry, remat)._replace(shared=names is None)
+    setup = make_setup(work, geometry, how)._replace(shared=names is None)
     wanted = lambda name: names is None or name in names  # noqa: E731
     if work.kind == "dpo":
         made = _make_preference_programs(setup)

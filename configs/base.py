@@ -1,7 +1,8 @@
 """What every file of configs/ begins with: the defaults of popi_jax/config.py, overwritten by rows.
 
 Order: the defaults, then MODELS[model], SCALES[scale], SCHEDULES[schedule], the lines of the file
-itself, and last the flags `--config.a.b=value`. A released model on a laptop has smaller batches.
+itself, and last the flags `--config.a.b=value`. A released model on a laptop has smaller batches,
+a generator that is trained alone from random weights a larger learning rate.
 A layer may only overwrite fields that are declared: another name or type raises."""
 
 import dataclasses
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.models import MODELS
 from configs.scales import RELEASED_ON_LAPTOP, SCALES, detect, find_row
-from configs.schedules import SCHEDULES
+from configs.schedules import FROM_RANDOM, SCHEDULES
 from popi_jax.config import Config
 from popi_jax.errors import UserError, did_you_mean
 
@@ -61,4 +62,6 @@ def compose(arg: str) -> ConfigDict:
     c.update_from_flattened_dict(SCHEDULES[chosen.schedule])
     if c.model.checkpoint:
         c.warmup.steps = 0
+    else:
+        c.update_from_flattened_dict(FROM_RANDOM.get(chosen.schedule, {}))
     return c

@@ -27,3 +27,9 @@ SCHEDULES: dict[str, dict[str, object]] = {
     # both roles in each update, after the inference model has learned to be worth conditioning on
     "joint": {"schedule.phases": ("inference 420", "joint 80")},
 }
+
+# over rows that train a generator alone from random weights: the rate that the inference model has,
+# as the generator is all that learns
+FROM_RANDOM: dict[str, dict[str, object]] = {
+    name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")
+}

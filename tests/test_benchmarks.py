@@ -8,7 +8,18 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import bench, compare, growth, measure, operations, padding, profile, restart
+from benchmarks import (
+    accelerator,
+    bench,
+    compare,
+    growth,
+    measure,
+    operations,
+    padding,
+    profile,
+    programs,
+    restart,
+)
 from benchmarks.growth_chart import choose_step
 from benchmarks.programs import make_users
 from benchmarks.workloads import TINY, WORKLOADS, Workload
@@ -53,6 +64,32 @@ def test_bench_writes_json_and_prints_a_table(
         bench, "time_programs", lambda plan, rounds: result | {"compilations_in_timed_rounds": 1}
     )
     assert bench.main([f"--out={out}", "--no-padding"]) == 1
+
+
+def test_accelerator_compares_attention_and_times_programs(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's counterpart in place of the kernel; a product of matrices as the program."""
+    import jax
+    import jax.numpy as jnp
+
+    def make(work: Workload, geometry: object, names: set, how: programs.Compute) -> list:
+        step = jax.jit(lambda carry, x: (carry + 1, x @ x))
+        return [programs.Program("one", step, jnp.zeros(3), (jnp.ones((8, 8)),))]
+
+    monkeypatch.setattr(programs, "make_programs", make)
+    monkeypatch.setattr(accelerator, "TREES", {"two": ((1, 6), (2, 4))})
+    monkeypatch.setattr(accelerator, "HEADS", (2, 1, 8))
+    out = tmp_path / "lines.jsonl"
+    flags = "--steps=attention,update,score", "--sizes=2x3", "--rounds=2", "--batch=2"
+    assert accelerator.main([f"--out={out}", "--implementation=xla", *flags]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [line for line in lines if "error" in line]
+    ways = [line for line in lines if "tree" in line]
+    assert len(ways) == 3 and all(line[x] < 0.02 for line in ways for x in ("dq", "dk", "dv", "y"))
+    timed = [line for line in lines if "mfu" in line]
+    assert [line["pairs"] for line in timed] == [6, 6, 512, 512]
+    assert timed[0]["tflop"] == pytest.approx(2 * 8**3 / 1e12)
 
 
 def test_unknown_workload_is_told_with_those_allowed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,11 @@ def test_rows_overwrite_in_order() -> None:
     c = base.compose("model=small,scale=v5e-8,schedule=short")
     assert (c.model.embed_dim, c.mesh.fsdp, c.mesh.tensor, c.warmup.steps) == (128, 2, 4, 60)
     assert base.compose("model=pretrained,schedule=short").warmup.steps == 0
+    rates = [
+        base.compose(f"model={model},schedule=raw_context").generator.learning_rate
+        for model in ("tiny", "pretrained")
+    ]
+    assert rates == [5e-4, 1e-6]
 
 
 def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,13 @@ import numpy as np
 
 from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import batches, prompts
-from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, get_told_len, round_up
+from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, round_up
 from popi_jax.data.prepared import Dataset
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import ITEM_SEPARATOR, User
 from popi_jax.errors import UserError
 
 _WRONG_SLOTS = 8  # most wrong items that are added to a summary for the generator
-_RAW = 0.5  # of the generator's contexts hold raw signals, where it will be trained behind them
 _TASKS = WarmupBatch._fields
 
 Rngs = list[np.random.Generator]
@@ -114,17 +113,13 @@ def list_summary_items(users: Iterable[User]) -> tuple[str, ...]:
 
 def _make_generator_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> Demonstrations:
     """Answering: behind a context that tells of the user stand K = `batch.pairs` random prompts
-    with their chosen replies. A generator that will read raw signals sees them in part of the
-    contexts: as the inference model does in other runs, it learns to read before it is trained."""
+    with their chosen replies."""
     d, examples = parts.cfg.data, list[Example]()
     for user, rng in zip(parts.encoded.take(members), rngs, strict=True):
         context = parts.prefix + _tell(user, parts, rng)[: d.summary_len]
-        if parts.cfg.generator.reads == "signals" and rng.random() < _RAW:
-            context = parts.prefix + user.told
         picks = rng.permutation(len(user.turns))[: parts.cfg.batch.pairs]
         examples.append((context, [(user.turns[k], user.chosen[k]) for k in picks]))
-    most = max(d.summary_len, get_told_len(parts.cfg))
-    lengths = len(parts.prefix) + most, d.turn_len, d.answer_len
+    lengths = len(parts.prefix) + d.summary_len, d.turn_len, d.answer_len
     return _pad_examples(examples, parts.cfg.batch.pairs, lengths, parts.tokenizer.pad_id)
 
 

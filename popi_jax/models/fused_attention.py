@@ -105,7 +105,7 @@ def cudnn(
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
     """One call per level: the queries of a node with the keys of its ancestors, copied for each
-    node, and its own. Not run on a GPU yet; "xla" is the same on any processor."""
+    node, and its own. "xla" is the same on any processor."""
     if softcap is not None:
         raise ValueError("cuDNN has no softcap")
     # the kernel has no gradient of odd lengths
