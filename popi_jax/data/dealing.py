@@ -18,7 +18,8 @@ def group_by_length(
     A group begins where a whole batch of `rows` examples is much shorter than the longest of the
     group before, so that short texts are not padded to the longest of all."""
     order = np.argsort(-lengths, kind="stable")
-    groups, begin = [], 0
+    groups: list[np.ndarray] = []
+    begin = 0
     for start in range(rows, len(order) - rows + 1, rows):
         shorter = lengths[order[start]] <= _SHORTER * lengths[order[begin]]
         if shorter and len(groups) + 1 < _MOST:

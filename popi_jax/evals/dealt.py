@@ -77,8 +77,9 @@ def deal_pairs(users: UserBatch, model: TransformerConfig, mesh: Mesh, most_rows
             both = jax.tree.map(lambda *x: np.stack(x, axis=2), *replies)
             batch = (_take(turns, row, pairs, turn_len), both)
             placed.append(place_whole(batch, mesh, model.rules))
-        held = (dealing.find_heaviest(x, dealt, shards) for x in (loads, answers))
-        budget = Budget(*map(dealing.round_up, held), shards, holds=True)
+        held = [dealing.find_heaviest(x, dealt, shards) for x in (loads, answers)]
+        tokens, scored = map(dealing.round_up, held)
+        budget = Budget(tokens, scored, shards, holds=True)
         groups.append(Group(dealt, placed, budget))
     return Dealt(groups, turns.lengths.shape)
 

@@ -49,7 +49,7 @@ class Summarizer(NamedTuple):
 
         A draw depends on the seed, the number of the user and the temperature alone. `advance` is
         called with the finished part after each batch."""
-        sampling = self.role.sampling._replace(temperature=tuple(temperatures))
+        sampling = self.role.sampling._replace(temperatures=tuple(temperatures))
         fixed = {"model": self.role.model, "turn": self.role.prompt, "sampling": sampling}
         calls, dealt = [], []
         for group in signals.groups:

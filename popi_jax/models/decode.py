@@ -24,14 +24,14 @@ class Sampling(NamedTuple):
     They change what is drawn, never the log-probs that are reported: those are of the whole
     distribution at `temperature`, as the scoring pass computes them."""
 
-    # 0 is greedy; log-probs are then those at temperature 1. Several: one of each sample of a group
-    temperature: float | tuple[float, ...]
+    temperature: float  # 0 is greedy; log-probs are then those at temperature 1
     max_len: int  # tokens, end token included
     end_id: int
     banned: tuple[int, ...] = ()  # never drawn: control tokens and the padding of the vocabulary
     top_k: int = 0  # only the k likeliest; 0 = all
     top_p: float = 1.0  # only the likeliest that sum to p at least (nucleus, arXiv 1904.09751)
     min_p: float = 0.0  # only those of this part of the likeliest at least (arXiv 2407.01082)
+    temperatures: tuple[float, ...] = ()  # in its place: one of each sample of a group
 
 
 class Prefix(NamedTuple):
@@ -206,20 +206,19 @@ def heat(
     logits: Float[Array, "batch group vocab"], sampling: Sampling
 ) -> Float[Array, "batch group vocab"]:
     """Logits over the temperature of their sample; those of a greedy one as they are."""
-    given = sampling.temperature
-    if isinstance(given, tuple):
-        return logits / jnp.array([t or 1.0 for t in given], jnp.float32)[None, :, None]
-    return logits if given == 0.0 else logits / given
+    if sampling.temperatures:
+        heats = [t or 1.0 for t in sampling.temperatures]
+        return logits / jnp.array(heats, jnp.float32)[None, :, None]
+    return logits / sampling.temperature if sampling.temperature else logits
 
 
 def draw_tokens(
     logits: Float[Array, "batch group vocab"], keys: Key[Array, "batch group"], sampling: Sampling
 ) -> tuple[Int[Array, "batch group"], Float[Array, "batch group"]]:
     """One token per row, and its log-prob (nats) in the whole distribution at the temperature."""
-    z, given = cut_logits(logits, sampling), sampling.temperature
-    group = z.shape[1]
-    heats = given if isinstance(given, tuple) else (given,) * group
-    hot = [number for number, heat in enumerate(heats) if heat > 0.0]
+    z, group = cut_logits(logits, sampling), logits.shape[1]
+    heats = sampling.temperatures or (sampling.temperature,) * group
+    hot = [number for number, t in enumerate(heats) if t > 0.0]
     draw = jax.vmap(jax.vmap(jax.random.categorical))
     if len(hot) == group:
         token = draw(keys, z)

@@ -84,7 +84,7 @@ def list_programs(planned: plan.Plan) -> list[Program]:
 
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     drawing = {"model": model, "turn": planned.prompt, "budget": None}
-    drawing["sampling"] = planned.sampling._replace(temperature=DECODINGS)
+    drawing["sampling"] = planned.sampling._replace(temperatures=DECODINGS)
     drawn = (weights, tokens(users, d.context_len), array(users), seed)
     return [
         Program("sampling of summaries", evaluation.draw_summaries, drawn, drawing),

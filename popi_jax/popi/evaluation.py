@@ -37,7 +37,7 @@ def draw_summaries(
     gets all. The key of a draw is folded from the number of the user."""
     key = jax.random.fold_in(jax.random.key(seed), SUMMARY_KEY)
     keys = decode.sample_keys(key, index, 1)
-    keys = jnp.broadcast_to(keys, (*index.shape, len(sampling.temperature)))
+    keys = jnp.broadcast_to(keys, (*index.shape, len(sampling.temperatures)))
     weights = lay_out_for_rollout(params, model)
     asked = repeat_ids(turn, index.shape)
     drawn = decode.sample(
