@@ -340,6 +340,9 @@ class Unit:
     def _count_raw(self, generator: str, signals: str) -> list[int]:
         """Tokens of each user's raw signals."""
         reader = self.readers[generator]
+        first = next(name for name, other in self.readers.items() if other.parts is reader.parts)
+        if first != generator:
+            return self._once("raw", first, signals)
         people = People(
             self._select(signals), reader.parts.tokenizer, self._limit(reader.config), ()
         )
