@@ -88,8 +88,8 @@ def test_signals_longer_than_any_of_training_are_read(tiny, monkeypatch):
     seen = []
 
     def spy(self, users, temperature, advance):
-        seen.append(int(users[0].context.lengths[0]))
-        return [[]]
+        seen.append(int(users.groups[0].placed[0][0].lengths[0]))
+        return [[[]]]
 
     monkeypatch.setattr(generators.Summarizer, "write", spy)
     user = dataclasses.replace(tiny.run.dataset.splits["test"][0], profile="tea " * 330, shots=())
