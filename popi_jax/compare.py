@@ -44,7 +44,8 @@ def main(config: Config) -> None:
     out = _OUT.value or os.path.join(config.workdir, "baselines")
     workdirs = {row: _find_workdir(config, row) for row in TRAINED if row in (*rows, "popi")}
     for row, workdir in workdirs.items():
-        _train(row, workdir)
+        own = row in ("popi", "prompt_aware")  # the last one reads prompts from the beginning
+        _train(row, workdir, "" if own else config.workdir)
 
     from popi_jax import distributed
     from popi_jax.evals.comparison import compare
@@ -58,8 +59,9 @@ def _find_workdir(config: Config, row: str) -> str:
     return os.path.join(config.workdir, "baselines", row) if TRAINED[row] else config.workdir
 
 
-def _train(row: str, workdir: str) -> None:
-    """Trains a row in a process of its own, which goes on where an earlier one ended."""
+def _train(row: str, workdir: str, warm_start: str) -> None:
+    """Trains a row in a process of its own, which goes on where an earlier one ended; a new one
+    takes over the warm-up of the run."""
     name, _, options = flags.FLAGS.config.partition(":")
     kept = [option for option in options.split(",") if option]
     if TRAINED[row]:
@@ -69,6 +71,7 @@ def _train(row: str, workdir: str) -> None:
     overrides = [arg for arg in overrides if not arg.startswith("--config.workdir")]
     command = [sys.executable, "-m", "popi_jax.train", f"--config={name}:{','.join(kept)}"]
     command += [*overrides, f"--config.workdir={workdir}", "--noevaluate"]
+    command += [f"--warm_start={warm_start}"] if warm_start else []
     print(f"{row}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:

@@ -11,6 +11,9 @@ from absl import flags
 from popi_jax import cli
 from popi_jax.config import Config
 
+_WARM_START = flags.DEFINE_string(
+    "warm_start", "", "WORKDIR of a run with the same warm-up, which a new run takes over"
+)
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "score the test users at the end")
 
 
@@ -28,7 +31,7 @@ def main(config: Config) -> None:
     mesh = dict(run.mesh.shape)
     logging.info("%s: %d device(s), mesh %s", config.name, jax.device_count(), mesh)
     try:
-        trained = loop.train(run)
+        trained = loop.train(run, warm_start=_WARM_START.value)
     except loop.Stopped as stopped:
         if distributed.is_main_process():
             print(stopped, file=sys.stderr)

@@ -54,7 +54,10 @@ ALLOWED = {
 # single files that may import more than their folder
 ALSO = {
     "checkpoints/hub.py": {"distributed"},
-    "training/loop.py": {"checkpoints", "distributed", "metric_writer", "progress", "run"},
+    "training/loop.py": {
+        *("checkpoints", "config_rules", "distributed", "errors", "metric_writer", "progress"),
+        "run",
+    },
     "training/choices.py": {"distributed", "files", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},

@@ -1,6 +1,7 @@
 """The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the
 jitted programs."""
 
+import dataclasses
 import json
 import math
 import time
@@ -12,23 +13,25 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from popi_jax import distributed
+from popi_jax import config_rules, distributed
 from popi_jax.arrays import Frozen, Metrics, Params, TrainState
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config
 from popi_jax.data.batches import derive_data_seed, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
+from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.models.transformer import join_adapters
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
-from popi_jax.run import Run
+from popi_jax.run import Roles, Run
 from popi_jax.sharding import place_batch
 from popi_jax.training import choices, reference, setup
 from popi_jax.training.places import Update
 from popi_jax.training.remat import find_memory
+from popi_jax.training.restore import restore_start
 
 SHOWN = {
     "warmup/generator_nll": "generator nll",
@@ -38,6 +41,14 @@ SHOWN = {
     "inference/reward": "reward",
     "inference/accuracy": "accuracy",
 }  # metric -> its name beside the progress bar
+
+
+# settings that the warm-up depends on, by their beginnings, but for those that change nothing
+_OF_WARMUP = ("seed", "data.", "model.", "warmup.", "dataset.", "batch.pairs")
+_OF_PLACES = (
+    *("data.path", "data.prepared", "data.download", "data.workers"),
+    *("model.remat", "model.attention"),
+)
 
 
 class Stopped(Exception):
@@ -75,6 +86,9 @@ class StagedBatches:
         self._step += 1
         return batch
 
+    def skip_warmup(self) -> None:
+        self._step = self._warmup_steps
+
     def get_state(self) -> bytes:
         warmup, main = self._warmup.get_state(), self._main.get_state()
         return json.dumps({"step": self._step, "warmup": warmup, "main": main}).encode()
@@ -108,8 +122,11 @@ def open_batches(run: Run) -> StagedBatches:
     return StagedBatches(warmup, main, cfg.warmup.steps)
 
 
-def train(run: Run) -> Trained:
+def train(run: Run, *, warm_start: str = "") -> Trained:
     """Runs or continues both stages to their end.
+
+    warm_start: the WORKDIR of a run with the same warm-up, whose models at the end of it a new run
+    takes over.
 
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
@@ -133,6 +150,9 @@ def train(run: Run) -> Trained:
     restored = checkpoints.restore_latest(manager, shape_at, batches)
     if restored is None:
         step, state = 0, make_first_state(run, warmup_roles if warmup_steps else main_roles)
+        if warm_start and warmup_steps:
+            step, state = warmup_steps, take_warmup(run, warm_start, state)
+            batches.skip_warmup()
     else:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
@@ -197,6 +217,30 @@ def make_first_state(run: Run, roles: setup.Roles) -> TrainState:
         partial(setup.new_state, roles=roles), out_shardings=layout, donate_argnums=(0, 1)
     )
     return begin(start("inference"), start("generator"), jax.random.key(cfg.seed))
+
+
+def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
+    """The state at the end of the warm-up of the run in the workdir `other`.
+
+    Raises: UserError where that run had another warm-up, or has not ended it."""
+    stored = checkpoints.read_config(other)
+    if stored is None:
+        raise UserError(f'--warm_start: no run in "{other}"')
+    ours, theirs = map(config_rules.flatten, (json.loads(run.config_json), stored))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if not name.startswith(_OF_WARMUP) or name in _OF_PLACES:
+            continue
+        if ours.get(name) != theirs.get(name):
+            told = f'"{other}" had {name} = {theirs.get(name)!r}, this run {ours.get(name)!r}'
+            raise UserError(f"--warm_start: {told}; their warm-ups differ")
+    there = Roles(
+        dataclasses.replace(run.config, workdir=other), run.mesh, run.inference, run.generator
+    )
+    found = restore_start(there, {})
+    inference = state.inference._replace(params=found.inference)
+    generator = state.generator._replace(params=found.generator)
+    step = jnp.int32(run.config.warmup.steps)
+    return state._replace(inference=inference, generator=generator, step=step)
 
 
 def use_models(trained: Trained, config: Config) -> tuple[Params, Params]:

@@ -66,14 +66,15 @@ def test_rows_are_trained_by_the_command_for_training(tmp_path, monkeypatch):
     arguments = ["--config=smoke:scale=laptop,schedule=short", "--config.seed=3", "--rows=popi"]
     monkeypatch.setattr("sys.argv", ["compare", *arguments, f"--config.workdir={tmp_path}"])
     with flags_set("--config=smoke:scale=laptop,schedule=short"):
-        compare._train("popi", str(tmp_path))
-        compare._train("raw_context", str(tmp_path / "x"))
+        compare._train("popi", str(tmp_path), "")
+        compare._train("raw_context", str(tmp_path / "x"), "work/run")
         with pytest.raises(UserError, match="row population: its training ended with status 1"):
-            compare._train("population", str(tmp_path / "y"))
+            compare._train("population", str(tmp_path / "y"), "work/run")
     own = ["--config=smoke:scale=laptop,schedule=short", "--config.seed=3"]
     assert asked[0][3:] == [*own, f"--config.workdir={tmp_path}", "--noevaluate"]
     assert asked[1][3] == "--config=smoke:scale=laptop,schedule=raw_context"
-    assert asked[1][-2:] == [f"--config.workdir={tmp_path / 'x'}", "--noevaluate"]
+    there = f"--config.workdir={tmp_path / 'x'}"
+    assert asked[1][-3:] == [there, "--noevaluate", "--warm_start=work/run"]
 
 
 def test_an_unknown_row_is_told(tmp_path):

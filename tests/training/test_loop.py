@@ -197,10 +197,10 @@ SETTINGS = {
 LAST = 34
 
 
-def start(workdir: Path, **changed: Any) -> subprocess.Popen:
+def start(workdir: Path, *more: str, **changed: Any) -> subprocess.Popen:
     settings = SETTINGS | {"workdir": workdir} | changed
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags]
+    command = [sys.executable, "-m", "popi_jax.train", "--config=smoke:scale=laptop", *flags, *more]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": CHEAP}
     with workdir.with_suffix(".err").open(
@@ -227,9 +227,9 @@ def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) ->
     return end(process, workdir)
 
 
-def train_only(workdir: Path) -> None:
+def train_only(workdir: Path, *more: str) -> None:
     """Runs to the last checkpoint; what the evaluation does is not tested here."""
-    process = start(workdir)
+    process = start(workdir, *more)
     while process.poll() is None and not (workdir / "checkpoints" / str(LAST)).exists():
         time.sleep(0.05)
     process.kill()
@@ -237,8 +237,16 @@ def train_only(workdir: Path) -> None:
     assert (workdir / "checkpoints" / str(LAST)).exists(), errors
 
 
+def read_rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert_same_models(a, b)
+
+
+def assert_same_models(a: Path, b: Path) -> None:
     for role in manager.ROLES:
         (step, params), (other_step, others) = (
             manager.restore_params(str(w), role) for w in (a, b)
@@ -270,6 +278,19 @@ def test_a_killed_run_continues_as_if_it_never_was(uninterrupted: Path, tmp_path
     assert 4 <= max(steps) < LAST
     train_only(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_takes_over_the_warm_up_of_another(uninterrupted: Path, tmp_path: Path) -> None:
+    """To the same end, without any step of its own; another warm-up is refused."""
+    take_over = f"--warm_start={uninterrupted}"
+    train_only(tmp_path, take_over)
+    own, whole = (read_rows(workdir) for workdir in (tmp_path, uninterrupted))
+    assert own == whole[SETTINGS["warmup.steps"] :]
+    assert_same_models(tmp_path, uninterrupted)
+    other = tmp_path / "other"
+    status, errors = end(start(other, take_over, seed=5), other)
+    assert status == 2 and "had seed = 0, this run 5; their warm-ups differ" in errors
+    assert not list((other / "checkpoints").iterdir())
 
 
 def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:
