@@ -188,7 +188,7 @@ def measure_load(start: str) -> Load:
     ("start", "most"),
     [
         ("popi_jax.popi.update", Load(19, 3300, 7)),
-        ("popi_jax.training.loop", Load(57, 11000, 8)),
+        ("popi_jax.training.loop", Load(58, 11200, 9)),
         ("popi_jax.train", Load(76, 14000, 13)),  # it ends with a sweep of its run
     ],
 )
