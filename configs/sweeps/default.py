@@ -9,5 +9,4 @@ def get_sweep(arg: str = "") -> dict[str, object]:
         "data": ["own"],
         "decodings": ["greedy", "sampled"],
         "baseline": "no_signals",
-        "grids": [{}, {"conditions": ["oracle"], "generators": ["before_rl"]}],
     }

@@ -261,7 +261,7 @@ def _record_failures(out: str, failed: Sequence[Found]) -> None:
         records.write_failure(out, each.cell.labels(), each.reason)
         reasons.setdefault(each.reason, []).append(each.cell)
     for reason, cells in reasons.items():
-        more = f" (and {len(cells) - 1} cells like it)" if len(cells) > 1 else ""
+        more = f" (and {len(cells) - 1} more)" if len(cells) > 1 else ""
         logging.error("failed: %s%s: %s", _tell(cells[0]), more, reason)
 
 
