@@ -169,7 +169,7 @@ def test_exit_status_of_a_run_that_was_stopped(
 ) -> None:
     from popi_jax import train
 
-    def stop(run: Run) -> None:
+    def stop(run: Run, *, warm_start: str) -> None:
         raise Stopped(int(number), 3)
 
     run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None)
