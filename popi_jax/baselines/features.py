@@ -2,7 +2,7 @@
 nothing of the user."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from popi_jax.arrays import Params, UserBatch
-from popi_jax.baselines.pairs import encode_pairs, join_users
+from popi_jax.baselines.pairs import check_users, encode_pairs, join_users
 from popi_jax.data.records import User
 from popi_jax.distributed import is_main_process
 from popi_jax.models import packing
@@ -46,6 +46,14 @@ class Scale(NamedTuple):
 
     mean: Float[Array, " embed"]
     std: Float[Array, " embed"]
+
+
+def compute_splits(
+    run: Run, params: Params, users: Mapping[str, Sequence[User]]
+) -> dict[str, Features]:
+    """Features of the users of train, validation and test. Raises: UserError when one is empty."""
+    check_users(users["train"], users["validation"], users["test"])
+    return {name: compute_features(run, params, some, name) for name, some in users.items()}
 
 
 def compute_features(run: Run, params: Params, users: Sequence[User], label: str = "") -> Features:

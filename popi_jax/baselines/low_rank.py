@@ -23,15 +23,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from popi_jax.arrays import PairLogps, Params
-from popi_jax.baselines.features import (
-    Features,
-    PairStates,
-    compute_features,
-    measure_scale,
-    place_features,
-)
-from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users, make_items, measure_nats
+from popi_jax.arrays import PairLogps
+from popi_jax.baselines.features import Features, PairStates, measure_scale, place_features
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, make_items, measure_nats
 from popi_jax.data.records import User
 from popi_jax.distributed import is_main_process
 from popi_jax.progress import Progress
@@ -130,26 +124,6 @@ def _descend(loss: Any, start: Any, tx: optax.GradientTransformation, steps: int
     return jax.lax.scan(step, (start, tx.init(start)), None, length=steps)[0][0]
 
 
-def fit_and_score(
-    run: Run,
-    frozen_generator_params: Params,
-    train_users: Sequence[User],
-    validation_users: Sequence[User],
-    test_users: Sequence[User],
-    seed: int,
-    settings: Settings = Settings(),  # noqa: B008
-) -> Fit:
-    """Trains on the training users, chooses rank and penalties on the validation users, and scores
-    the test users: generic, with equal weights, and with weights fitted to their shots."""
-    check_users(train_users, validation_users, test_users)
-    users = {"train": train_users, "validation": validation_users, "test": test_users}
-    found = {
-        name: compute_features(run, frozen_generator_params, some, name)
-        for name, some in users.items()
-    }
-    return fit_features(run, found, test_users, seed, settings)
-
-
 def fit_features(
     run: Run,
     found: dict[str, Features],
@@ -157,7 +131,9 @@ def fit_features(
     seed: int,
     settings: Settings = Settings(),  # noqa: B008
 ) -> Fit:
-    """The same from the features of each split."""
+    """From the features of each split: trains on the training users, chooses rank and penalties on
+    the validation users, and scores the test users: generic, with equal weights, and with weights
+    fitted to their shots."""
     scale = measure_scale(found["train"])
     placed = {name: place_features(part, scale, run) for name, part in found.items()}
     valid, mask = placed["validation"], found["validation"].pairs.mask

@@ -26,14 +26,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Key
 
 from popi_jax.arrays import PairLogps, Params
-from popi_jax.baselines.features import (
-    Features,
-    PairStates,
-    compute_features,
-    measure_scale,
-    place_features,
-)
-from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users, make_items, measure_nats
+from popi_jax.baselines.features import Features, PairStates, measure_scale, place_features
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, make_items, measure_nats
 from popi_jax.data.records import User
 from popi_jax.distributed import is_main_process
 from popi_jax.popi.scorer import split_microbatches
@@ -184,26 +178,6 @@ def score(
     return decode(params, pairs.states, latent), decode(params, pairs.states, 0.0 * latent)
 
 
-def fit_and_score(
-    run: Run,
-    frozen_generator_params: Params,
-    train_users: Sequence[User],
-    validation_users: Sequence[User],
-    test_users: Sequence[User],
-    seed: int,
-    settings: Settings = Settings(),  # noqa: B008
-) -> Fit:
-    """Trains on the training users, chooses the weight of the KL and the epochs on the validation
-    users, and scores the test users: generic, z = 0, and with z given their shots."""
-    check_users(train_users, validation_users, test_users)
-    users = {"train": train_users, "validation": validation_users, "test": test_users}
-    found = {
-        name: compute_features(run, frozen_generator_params, some, name)
-        for name, some in users.items()
-    }
-    return fit_features(run, found, test_users, seed, settings)
-
-
 def fit_features(
     run: Run,
     found: dict[str, Features],
@@ -211,7 +185,9 @@ def fit_features(
     seed: int,
     settings: Settings = Settings(),  # noqa: B008
 ) -> Fit:
-    """The same from the features of each split."""
+    """From the features of each split: trains on the training users, chooses the weight of the KL
+    and the epochs on the validation users, and scores the test users: generic, z = 0, and with z
+    given their shots."""
     scale = measure_scale(found["train"])
     placed = {name: place_features(part, scale, run, MINIBATCHES) for name, part in found.items()}
     valid = placed["validation"]

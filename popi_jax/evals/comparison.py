@@ -9,8 +9,8 @@ from etils import epath
 from popi_jax import distributed, files
 from popi_jax.arrays import Params
 from popi_jax.baselines import low_rank, soft_prompt, variational
-from popi_jax.baselines.features import Features, compute_features
-from popi_jax.baselines.pairs import FITTED, GENERIC, Fit, check_users
+from popi_jax.baselines.features import Features, compute_splits
+from popi_jax.baselines.pairs import FITTED, GENERIC, Fit
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config
 from popi_jax.errors import UserError
@@ -172,15 +172,11 @@ class Fitting:
         splits, seed = self._run.dataset.splits, self._run.config.seed
         users = {"train": splits["train"], "validation": splits["validation"]}
         users["test"] = self._users.users
-        check_users(*users.values())
         self._frozen = self._frozen or restore_run(self._run).frozen.generator
         if name not in REWARDS:
             given = (users["train"], users["validation"], users["test"], seed)
             return soft_prompt.fit_and_score(self._run, self._frozen, *given)
-        self._features = self._features or {
-            part: compute_features(self._run, self._frozen, some, part)
-            for part, some in users.items()
-        }
+        self._features = self._features or compute_splits(self._run, self._frozen, users)
         return REWARDS[name](self._run, self._features, users["test"], seed)
 
     def _write(

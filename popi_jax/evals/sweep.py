@@ -27,7 +27,7 @@ from popi_jax.evals.subjects import Reader, Subject, open_reader, open_subject
 from popi_jax.evals.sweep_plan import BASE, OWN, Cell, Sweep, list_cells, split_name, take_share
 from popi_jax.progress import Progress
 
-DONE, TODO, FAILED = "done", "todo", "failed"
+DONE, TO_COMPUTE, FAILED = "done", "todo", "failed"
 
 
 class Place(NamedTuple):
@@ -86,7 +86,7 @@ def compute_cells(
 
     A cell that fails is told and recorded with its reason, and the others go on."""
     found = _look(units, out)
-    todo = [f for f in found if f.cell in own and f.status == TODO]
+    todo = [f for f in found if f.cell in own and f.status == TO_COMPUTE]
     shown = distributed.is_main_process()
     if shown and (todo or dry_run):
         have = sum(f.status == DONE for f in found)
@@ -227,7 +227,7 @@ def _look_at(cell: Cell, unit: Unit | UserError, out: str) -> Found:
         there = records.read_done(records.find_file(out, records.CELLS, key))
     except UserError as e:
         return Found(cell, "", FAILED, str(e))
-    return Found(cell, key, DONE if there else TODO)
+    return Found(cell, key, DONE if there else TO_COMPUTE)
 
 
 def _compute(each: Found, unit: Unit, out: str, advance: Callable[[float], None]) -> Outcome:
@@ -267,7 +267,7 @@ def _record_failures(out: str, failed: Sequence[Found]) -> None:
 
 def _conclude(found: Found, unit: Unit | UserError) -> Outcome:
     step = unit.subject.step if isinstance(unit, Unit) else None
-    status = "missing" if found.status == TODO else found.status
+    status = "missing" if found.status == TO_COMPUTE else found.status
     return Outcome(found.cell, found.cell.labels(step), found.key, status, found.reason)
 
 

@@ -8,16 +8,27 @@ import numpy as np
 import pytest
 
 from popi_jax.baselines import low_rank, pairs, soft_prompt, variational
+from popi_jax.baselines.features import compute_splits
 from popi_jax.baselines.user_prompts import UserModel
+from popi_jax.data.records import SPLITS
 from tests.tiny_run import TinyRun, shared_run
+
+
+def fit_rewards(fit_features, run, params, *users, seed: int, settings) -> pairs.Fit:
+    found = compute_splits(run, params, dict(zip(SPLITS, users, strict=True)))
+    return fit_features(run, found, users[2], seed, settings)
+
 
 FITS = {
     "low_rank": partial(
-        low_rank.fit_and_score,
+        fit_rewards,
+        low_rank.fit_features,
         settings=low_rank.Settings((1, 2), (0.3,), (1e-4,), steps=5, fit_steps=3),
     ),
     "variational": partial(
-        variational.fit_and_score, settings=variational.Settings((0.01,), 1, 1, latent=2, hidden=4)
+        fit_rewards,
+        variational.fit_features,
+        settings=variational.Settings((0.01,), 1, 1, latent=2, hidden=4),
     ),
     "individual": partial(
         soft_prompt.fit_and_score,
