@@ -59,13 +59,17 @@ def out(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "out")
 
 
+class Asked(BaseException):
+    """Nothing that a sweep takes for a failure of a cell."""
+
+
 def forbid(monkeypatch) -> list[str]:
     """Computing is noted, and fails."""
     asked: list[str] = []
 
     def score(self, cell, advance):
         asked.append(cell.condition)
-        raise KeyboardInterrupt
+        raise Asked
 
     monkeypatch.setattr(cells.Unit, "score", score)
     return asked
@@ -82,7 +86,7 @@ def test_what_is_there_is_not_computed_again(tiny, out, monkeypatch):
         make_sweep(tiny).grids[0].conditions
     )
     assert {len(record.items) for record in found} == {12}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Asked):
         run(tiny, out, make_sweep(tiny, conditions=("no_signals", "raw_signals")))
     assert asked == ["raw_signals"]
 
