@@ -7,7 +7,9 @@ import pytest
 
 from popi_jax.data.sources.made_people import compute_bayes_optimum
 from popi_jax.errors import UserError
+from popi_jax.evals import results as evaluation
 from popi_jax.evals.results import evaluate_run
+from popi_jax.evals.sweep import Outcome
 from popi_jax.run import open_run
 from popi_jax.training import restore
 from tests.tiny_run import (
@@ -135,3 +137,11 @@ def test_an_empty_split_is_told(tiny):
     empty = tiny.run._replace(dataset=tiny.run.dataset._replace(splits={"test": ()}))
     with pytest.raises(UserError, match="data.test_fraction: the test split holds no user"):
         evaluate_run(empty, step=STEP, inference={}, generator={}, frozen=tiny.frozen)
+
+
+def test_only_process_0_reads_the_files_of_cells(tmp_path, monkeypatch):
+    """Another process may come there before the last of them is written."""
+    monkeypatch.setattr(evaluation.distributed, "is_main_process", lambda: False)
+    monkeypatch.setattr(evaluation.distributed, "tell_all", lambda text: '{"rows": [1]}' + text)
+    outcome = Outcome(cell=None, labels={}, key="not-there-yet", status="done")
+    assert evaluation._list_results([outcome], str(tmp_path)) == {"rows": [1]}

@@ -2,6 +2,7 @@
 the workdir of the run, and its results.json."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from popi_jax.evals.cells import Unit
 from popi_jax.evals.conditions import BEFORE_RL, CONDITIONS, TRAINED, list_reads
 from popi_jax.evals.records import CellRecord
 from popi_jax.evals.subjects import Subject, Weights, open_subject
-from popi_jax.evals.sweep import FAILED, compute_cells, make_split, read_records
+from popi_jax.evals.sweep import FAILED, Outcome, compute_cells, make_split, read_records
 from popi_jax.evals.sweep_plan import DECODINGS, DEFAULT, OWN, Cell, Sweep, list_cells
 from popi_jax.run import Run
 
@@ -57,7 +58,6 @@ def evaluate_run(
     outcomes = compute_cells(dict.fromkeys(cells, unit), out, own=cells)
     if bad := [outcome for outcome in outcomes if outcome.status == FAILED]:
         raise UserError(f"the evaluation failed: {bad[0].cell.condition}: {bad[0].reason}")
-    found = read_records(outcomes, out)
     items = unit.read_summaries(TRAINED, "all", "greedy", lambda part: None)
     summaries = [
         {"user_id": item["user"], "summary": item["summary"], "tokens": item["tokens"]}
@@ -69,7 +69,7 @@ def evaluate_run(
         "split": split,
         "step": step,
         "bayes": _find_optimum(run, users.users),
-        **_list_results(found),
+        **_list_results(outcomes, out),
         "examples": [
             {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
             for user, row in zip(users.users[:NUM_EXAMPLES], summaries, strict=False)
@@ -117,15 +117,20 @@ def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
     return {**dict.fromkeys(BOUNDS), **(compute(users) if compute else {})}
 
 
-def _list_results(found: Sequence[CellRecord]) -> dict[str, Any]:
-    rows, before = [], {}
-    for record in found:
-        row = _score(record)
-        if record.header["labels"]["generator"] == BEFORE_RL:
-            before[row.pop("condition")] = row
-        else:
-            rows.append(row)
-    return {"rows": rows, "before_rl": before}
+def _list_results(outcomes: Sequence[Outcome], out: str) -> dict[str, Any]:
+    """Process 0 reads the files and tells all: it may still be writing the last of them when
+    another process comes here, and disks that are shared show files late."""
+    told = ""
+    if distributed.is_main_process():
+        rows, before = [], {}
+        for record in read_records(outcomes, out):
+            row = _score(record)
+            if record.header["labels"]["generator"] == BEFORE_RL:
+                before[row.pop("condition")] = row
+            else:
+                rows.append(row)
+        told = json.dumps({"rows": rows, "before_rl": before})
+    return json.loads(distributed.tell_all(told))
 
 
 def _score(record: CellRecord) -> dict[str, Any]:
