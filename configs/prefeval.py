@@ -16,7 +16,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "prefeval"
     c.data.source = "prefeval"
     c.data.path = "data/prefeval"
-    c.data.split_by = "topic"
     c.data.num_pairs = 3
     if c.model.checkpoint:
         c.data.context_len = max(c.data.context_len, 1536)

@@ -12,20 +12,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from popi_jax import config_rules
+from popi_jax.config_data import DataConfig
 from popi_jax.config_rules import (
     ABOVE_ZERO,
     AXIS,
     BELOW_HALF,
     BELOW_ONE,
     EVEN,
-    FOLDER,
     FRACTION,
-    HAS_END,
     JSON_OBJECT,
     LOGICAL_AXES,
     MESH_AXES,
     NAME,
-    PLACE,
     ROLLOUT_RULES,
     RULES,
     at_least,
@@ -37,48 +35,6 @@ from popi_jax.errors import UserError
 from popi_jax.phases import parse_phases
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    source: str = setting("prism", "data set", one_of("prism", "prefeval", "jsonl"), data=True)
-    path: str = setting(
-        "data/prism", "folder (of jsonl: file) of the published files", PLACE, free=True
-    )
-    prepared: str = setting(
-        "data/prepared", "folder of the copies, one per content and options", FOLDER, free=True
-    )
-    download: bool = setting(True, "fetch missing files where the source publishes them", free=True)
-    on_bad_row: str = setting("error", "skip: list it", one_of("error", "skip"), data=True)
-    split_by: str = setting("user", "topic: of prefeval only", one_of("user", "topic"), data=True)
-    validation_fraction: float = setting(0.03, "of users", BELOW_ONE, data=True)
-    test_fraction: float = setting(0.12, "of users", BELOW_ONE, data=True)
-    num_shots: int = setting(6, "most past pairs in a user's signals", at_least(0), data=True)
-    num_pairs: int = setting(8, "most held-out pairs kept of a user", at_least(1), data=True)
-    pair_mode: str = setting(
-        "best_vs_worst",
-        "which replies to one prompt make pairs (prism)",
-        one_of("best_vs_worst", "best_vs_rest", "all_pairs"),
-        data=True,
-    )
-    score_margin: int = setting(1, "least gap of scores of 100 (prism)", at_least(1), data=True)
-    pair_layout: str = setting(
-        "paired", "of past pairs; grouped: rejected replies last", one_of("paired", "grouped")
-    )
-    prompt_aware: bool = setting(
-        False, "a summary is of one pair, whose prompt the inference model reads behind the signals"
-    )
-    turns: str = setting("first", "of a conversation (prism)", one_of("first", "all"), data=True)
-    use_system_string: bool = setting(
-        False, "signals hold the person's system string, almost an oracle (prism)", data=True
-    )
-    sample_people: int = setting(4600, "people of the PRISM-format sample", at_least(1))
-    context_len: int = setting(2048, "most tokens of an inference context (signals)", at_least(1))
-    turn_len: int = setting(256, "most tokens of a prompt with its headers", at_least(1))
-    answer_len: int = setting(512, "most tokens of a reply, end token included", HAS_END)
-    summary_len: int = setting(128, "most tokens of a summary, end token included", HAS_END)
-    # not free: the position of an iterator with workers means nothing to one without
-    workers: int = setting(0, "processes that prepare batches; 0 = threads", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,9 +182,6 @@ def check_together(config: "Config") -> None:
     rule += f"{d.validation_fraction}; their sum must be below 1"
     held_out = d.validation_fraction + d.test_fraction
     _require(config, held_out < 1, "data.test_fraction", rule)
-    rule = f'is possible for the source prefeval only, not for data.source = "{d.source}"; '
-    rule += "use data.split_by=user"
-    _require(config, d.split_by == "user" or d.source == "prefeval", "data.split_by", rule)
     rule = f"must be at most data.num_pairs = {d.num_pairs}, the pairs that are kept of a user"
     _require(config, b.pairs <= d.num_pairs, "batch.pairs", rule)
     rule = "must be 1 with data.prompt_aware: a summary is for one prompt"

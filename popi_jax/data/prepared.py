@@ -26,7 +26,7 @@ from popi_jax.errors import UserError, did_you_mean
 
 # all data sets; the values of data.source in config.py are those that stand in for no other
 SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
-FORMAT = 3  # raise it whenever a source or `User` changes what it makes of the same files
+FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 
@@ -78,6 +78,7 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
             was trained on the sample goes on with it, without another try to download the files.
     Raises: UserError."""
     source, folder = _find(cfg, allow_sample, trained_on)
+    cfg = _choose_form(cfg, source)
     sums = {
         str(path.relative_to(folder)) if path != folder else path.name: download.hash_file(path)
         for path in source.files(folder)
@@ -89,12 +90,29 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     if not home.exists():
         logging.info("Preparing %s from %s into %s", cfg.source, folder, home)
         loaded = source.load(folder, cfg)
+        loaded = dataclasses.replace(loaded, users=list(loaded.users))
         _check_splits(loaded, folder, cfg)
         _write(loaded, home)
     stats = json.loads((home / "stats.json").read_text())
     if skipped := stats["rows"]["skipped"]:
         logging.warning("%d bad rows were skipped: see %s", skipped, home / "bad_rows.jsonl")
     return Dataset(source, folder, home, _read(home, stats), stats)
+
+
+def _choose_form(cfg: Any, source: Source) -> Any:
+    """`cfg` with the form and the way of splitting that "" stands for. Raises: UserError for one
+    that the source does not have."""
+    chosen = {}
+    for field, allowed in (("form", source.forms), ("split_by", source.splits)):
+        value = getattr(cfg, field) or allowed[0]
+        if value not in allowed:
+            words = ", ".join(filter(None, allowed)) or "none"
+            hint = did_you_mean(value, allowed)
+            raise UserError(
+                f'field "data.{field}": found "{value}", allowed for {source.name}: {words}.{hint}'
+            )
+        chosen[field] = value
+    return dataclasses.replace(cfg, **chosen)
 
 
 def find_source(name: str, kind: str = "") -> Source:
@@ -142,7 +160,7 @@ def _check_splits(loaded: Loaded, folder: Path, cfg: Any) -> None:
             change = f"Raise data.{split}_fraction (now {fraction}), or set it to 0"
             if split == "train":
                 change = "Lower the fractions"
-            told = f"{folder}: the {split} split of {len(loaded.users)} users is empty"
+            told = f"{folder}: the {split} split of {len(list(loaded.users))} users is empty"
             raise UserError(f"{told}. {change}, or add users.")
 
 

@@ -20,7 +20,7 @@ from popi_jax.data import prepared
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources import download, jsonl
 from popi_jax.data.sources.made_people import write_sample
-from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError
 from tests.data.people import make_config, write_users
@@ -280,12 +280,18 @@ def test_a_new_data_set_is_one_file_and_its_place_in_the_list(
         return Loaded(users, [])
 
     options_read = ("validation_fraction", "test_fraction")
-    new = Source("names", "published", "CC0", options_read, lambda path: [path], load)
+    new = Source(
+        "names", "published", Card("Names", "", "", "CC0"), options_read, lambda path: [path], load
+    )
     monkeypatch.setattr(prepared, "SOURCES", (*prepared.SOURCES, new))
     (tmp_path / "names.txt").write_text(" ".join(f"n{i}" for i in range(40)))
     cfg = options(tmp_path, source="names", path=str(tmp_path / "names.txt"))
     dataset = prepared.prepare(cfg, allow_sample=False)
-    assert (dataset.name, dataset.data, dataset.source.licence) == ("names", "published", "CC0")
+    assert (dataset.name, dataset.data, dataset.source.licence) == (
+        "names",
+        "published",
+        "Names: CC0",
+    )
     assert sum(len(users) for users in dataset.splits.values()) == 40
     assert dataset.splits["train"][0].profile.startswith("I am n")
     assert dataset.prepared.parent == tmp_path / "prepared" / "names"

@@ -17,7 +17,7 @@ from typing import Any
 
 from popi_jax.data.json_rows import Row, check_file, read_lines, show
 from popi_jax.data.records import SPLITS, Comment, Groups, Messages, Pair, Shot, User
-from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
@@ -217,7 +217,12 @@ def _check_real(row: Row, name: str, text: str) -> str:
 SOURCE = Source(
     name="jsonl",
     kind="own",
-    licence="Own data: the licence is that of the person who provided them.",
+    card=Card(
+        title="Own data",
+        citation="",
+        page="",
+        licence="the licence is that of the person who provided them.",
+    ),
     options=("on_bad_row", "validation_fraction", "test_fraction", "num_shots", "num_pairs"),
     files=list_files,
     load=load,

@@ -19,7 +19,7 @@ import numpy as np
 from popi_jax import files
 from popi_jax.data.records import ITEM_SEPARATOR, User
 from popi_jax.data.sources import download, prism
-from popi_jax.data.sources.source import Source
+from popi_jax.data.sources.source import Card, Source
 
 NUM_ACTIVE = 3  # attributes that a person cares about
 UTILITY = 2.5  # of a reply that suits an active attribute, over one that does not (log-odds)
@@ -379,12 +379,13 @@ def compute_bayes_optimum(users: Iterable[User]) -> dict[str, float]:
 SOURCE = Source(
     name="sample",
     kind="sample",
-    licence="The made data are part of popi_jax and add no conditions.",
+    card=Card("Made people", "", "", "they are part of popi_jax and add no conditions."),
     options=prism.SOURCE.options,
     files=prism.list_files,
     load=prism.load,
     find=find_sample,
     stands_in_for="prism",
     lists_items=True,
+    shared_replies=True,
     compute_optimum=compute_bayes_optimum,
 )

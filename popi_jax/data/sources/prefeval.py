@@ -12,7 +12,7 @@ from typing import Any
 
 from popi_jax.data.json_rows import Row, read_array
 from popi_jax.data.records import Comment, Pair, User
-from popi_jax.data.sources.source import Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError, did_you_mean
 
@@ -157,11 +157,15 @@ def _read_key(row: Row, seen: dict[tuple[str, str], str]) -> tuple[str, str]:
 SOURCE = Source(
     name="prefeval",
     kind="published",
-    licence=(
-        "PrefEval (arXiv 2502.09597): CC-BY-NC-4.0, so weights trained on it are for "
-        "non-commercial use."
+    card=Card(
+        title="PrefEval (arXiv 2502.09597)",
+        citation="Zhao et al., Do LLMs Recognize Your Preferences?, 2025",
+        page=PAGE,
+        licence="CC-BY-NC-4.0, so weights trained on it are for non-commercial use.",
+        forbids="commercial use",
     ),
     options=("on_bad_row", "split_by", "validation_fraction", "test_fraction", "num_pairs"),
     files=list_files,
     load=load,
+    splits=("topic", "user"),
 )

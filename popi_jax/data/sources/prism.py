@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from popi_jax.data.json_rows import Row, read_lines
 from popi_jax.data.records import Comment, Groups, Messages, Pair, Reading, Shot, User
 from popi_jax.data.sources import download
-from popi_jax.data.sources.source import FilesMissing, Loaded, Source
+from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
@@ -33,6 +33,7 @@ SHA256 = {
 FILES = tuple(SHA256)
 LATENTS = "latents.jsonl"  # only beside made data: the truth behind each user
 
+MISSING = ("", "EMPTY STRING")
 SILENT = ("", "prefer not to say", "unsure")  # answers that say nothing
 ANSWERS = "age gender employment_status education marital_status english_proficiency".split()
 GROUPS = (
@@ -94,7 +95,7 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
 
     Raises: FilesMissing when there are none and none can be had; UserError when some are missing.
     """
-    folder = Path(cfg.path).expanduser()
+    folder = Path(cfg.path)
     missing = [name for name in FILES if not (folder / name).exists()]
     if not missing:
         return folder
@@ -166,10 +167,12 @@ def list_pairs(turns: dict[int, list[Utterance]], cfg: Any) -> list[ScoredPair]:
     history: Messages = []
     for turn in range(len(turns) if cfg.turns == "all" else 1):
         replies = sorted(turns.get(turn, []), key=lambda u: u.position)
-        if not replies or _is_missing(replies[0].prompt):
+        if not replies or MISSING.__contains__(replies[0].prompt):
             break  # what follows has no history
         prompt = history + [{"role": "user", "content": replies[0].prompt}]
-        distinct = {u.response: u for u in reversed(replies) if not _is_missing(u.response)}
+        distinct = {
+            u.response: u for u in reversed(replies) if not MISSING.__contains__(u.response)
+        }
         pairs = []
         for a, b in _compare([*distinct.values()], cfg.pair_mode):
             margin = a.score - b.score
@@ -178,7 +181,9 @@ def list_pairs(turns: dict[int, list[Utterance]], cfg: Any) -> list[ScoredPair]:
                 pair = Pair(record_id, prompt, a.response, b.response)
                 pairs.append(ScoredPair(pair, turn, margin))
         found += sorted(pairs, key=lambda p: (-p.margin, p.pair.record_id))
-        continued = [u.response for u in replies if u.in_history and not _is_missing(u.response)]
+        continued = [
+            u.response for u in replies if u.in_history and not MISSING.__contains__(u.response)
+        ]
         if not continued:
             break
         history = prompt + [{"role": "assistant", "content": continued[0]}]
@@ -354,7 +359,7 @@ def _clean(row: Row, name: str, *, absent: bool = False) -> str:
     if absent and name not in row.fields:
         return ""
     text = row.get_text(name, empty=True, null=True)
-    return "" if _is_missing(text) else text
+    return "" if MISSING.__contains__(text) else text
 
 
 def _read_groups(row: Row) -> Groups:
@@ -369,10 +374,6 @@ def _keep_told(groups: Groups) -> Groups:
     return {name: value for name, value in groups.items() if value.lower() not in SILENT}
 
 
-def _is_missing(text: str) -> bool:
-    return text in ("", "EMPTY STRING")
-
-
 def _normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -385,15 +386,16 @@ def _order_in_time(conversation: Conversation) -> tuple[str, int, str]:
 SOURCE = Source(
     name="prism",
     kind="published",
-    licence=(
-        "PRISM (arXiv 2404.16019): human-written texts CC-BY-4.0; model responses CC-BY-NC-4.0 "
-        "under the terms of their providers, so weights trained on them are for non-commercial "
-        "use. Do not try to identify participants."
+    card=Card(
+        title="PRISM (arXiv 2404.16019)",
+        citation="Kirk et al., The PRISM Alignment Dataset, 2024, doi 10.57967/hf/2113",
+        page=PAGE,
+        licence="human texts CC-BY-4.0; model responses CC-BY-NC-4.0 and under the terms of their "
+        "providers, so weights trained on them are for non-commercial use.",
+        forbids="commercial use; identifying participants",
     ),
-    options=(
-        *("on_bad_row", "validation_fraction", "test_fraction", "num_shots", "num_pairs"),
-        *("pair_mode", "score_margin", "turns", "use_system_string"),
-    ),
+    options="on_bad_row validation_fraction test_fraction num_shots num_pairs pair_mode "
+    "score_margin turns use_system_string".split(),
     files=list_files,
     load=load,
     find=find_folder,

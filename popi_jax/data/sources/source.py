@@ -1,7 +1,8 @@
 """What the package knows of a data set. A new one is a file beside this one that holds a `SOURCE`,
 and its place in `SOURCES` of data/prepared.py."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +14,35 @@ class FilesMissing(UserError):
     """The files of a source are neither there nor to be had."""
 
 
-class Loaded(NamedTuple):
-    """What a source makes of its files: users, and the message of each row that was set aside."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a source makes of its files. `users` may be read once; the others are complete when all
+    users have been read, so that a large set needs no memory."""
 
-    users: list[User]
-    bad_rows: list[str]
+    users: Iterable[User]
+    bad_rows: list[str]  # the message of each row that was set aside
+    # known peculiarities of a published set: reason -> how many rows were left out for it
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    # what was found in the files, under the names of `Card.counts`
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Card(NamedTuple):
+    """What those must know who use a data set, or models that were trained on it."""
+
+    title: str  # "PRISM (arXiv 2404.16019)"
+    citation: str  # authors, title, year
+    page: str  # where it is published: "huggingface.co/datasets/..."
+    licence: str  # one sentence, and what it means for weights; "none stated: ..."
+    forbids: str = ""  # "" where the licence forbids nothing that training does
+    counts: dict[str, int] = {}  # as published: {"rows": 600}
+    not_published: str = ""  # what is unknown, so that ours is a choice
 
 
 def take_path(cfg: Any, download: bool) -> Path:
     """Returns `data.path`; nothing is downloaded."""
     del download
-    return Path(cfg.path).expanduser()
+    return Path(cfg.path)
 
 
 class Source(NamedTuple):
@@ -32,13 +51,22 @@ class Source(NamedTuple):
 
     name: str  # the value of data.source
     kind: str  # published | own | sample: made by a program
-    licence: str  # what those must know who use models that were trained on it
-    options: tuple[str, ...]  # the fields of `cfg` that `load` reads
+    card: Card
+    options: Sequence[str]  # the fields of `cfg` that `load` reads
     files: Callable[[Path], list[Path]]  # those in a folder, or the file itself, that `load` reads
     load: Callable[[Path, Any], Loaded]
     # (cfg, whether it may download) -> the folder or file; FilesMissing lets a sample stand in
     find: Callable[[Any, bool], Path] = take_path
+    forms: tuple[str, ...] = ("",)  # values of data.form, the first is meant by ""
+    splits: tuple[str, ...] = ("user",)  # values of data.split_by, the first is meant by ""
     stands_in_for: str = ""  # of a sample: the source in whose format it is
     lists_items: bool = False  # whether oracle summaries are lists of items, not free text
+    # replies come from a small pool that all people share, so equal ones are no leak
+    shared_replies: bool = False
     # users -> the best accuracy that any model could reach on them, by what it knows
     compute_optimum: Callable[[Iterable[User]], dict[str, float]] | None = None
+
+    @property
+    def licence(self) -> str:
+        """One sentence for `make data` and model cards."""
+        return f"{self.card.title}: {self.card.licence}"
