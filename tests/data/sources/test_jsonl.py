@@ -1,6 +1,7 @@
 """Own data: grouping, splits, every rule of the format, and writing what was read."""
 
 import copy
+import gzip
 import json
 import types
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from popi_jax.data.records import Comment, Pair, Shot, User
 from popi_jax.data.sources import jsonl
@@ -231,3 +234,72 @@ def test_what_is_written_is_read(
     path = tmp_path_factory.mktemp("written") / "a.jsonl"
     write_users(users, path)
     assert jsonl.load(path, options()).users == users
+
+
+def test_a_real_name_is_never_that_of_a_draw(tmp_path: Path) -> None:
+    draws = [{"profile": f"draw {n}"} for n in range(2)]
+    names = ["ann", "ann#2", "ann#pair1", "ann%232", "ann#2", "100%"]
+    records = [
+        record(user_id=name, record_id=f"{i}/{n}", signals=signals, oracle="")
+        for i, name in enumerate(names)
+        for n, signals in enumerate(draws)
+    ]
+    users = jsonl.load(write(tmp_path / "a.jsonl", records), options()).users
+    ids = [user.user_id for user in users]
+    assert len(set(ids)) == len(ids) == 2 * len(set(names))
+    people = {i.split("#")[0] for i in ids}  # as an evaluation takes them
+    assert len(people) == len(set(names)) and {"ann", "ann#2"} <= set(ids)
+    by_id = {user.user_id: user for user in users}
+    assert [p.record_id for p in by_id["ann#2"].pairs] == ["0/1"]  # the second draw of ann
+    assert [p.record_id for p in by_id["ann%232"].pairs] == ["1/0", "4/0"]  # the real ann#2
+    (read,) = jsonl.read_users(write(tmp_path / "b.jsonl", records[2:3]), 6)
+    assert read.user_id == "ann#2"  # nothing is drawn
+
+
+def test_conversations_are_kept(tmp_path: Path) -> None:
+    signals = copy.deepcopy(RECORD["signals"])
+    signals["fewshot"][0]["conversation"] = "c1"
+    signals["comments"][0]["conversation"] = "c2"
+    made = record(signals=signals, conversation="c3")
+    (user,) = jsonl.load(write(tmp_path / "a.jsonl", [made]), options()).users
+    found = (user.shots[0].conversation, user.comments[0].conversation, user.pairs[0].conversation)
+    assert found == ("c1", "c2", "c3")
+
+
+def write_table(path: Path, records: list[dict[str, Any]]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def write_packed(path: Path, records: list[dict[str, Any]]) -> Path:
+    write(path, records)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+def test_every_format_gives_the_same_users(tmp_path: Path) -> None:
+    records = [record(user_id=f"u{i}", record_id=str(i)) for i in range(20)]
+    del records[3]["oracle"], records[3]["signals"]["survey"]
+    records[0]["groups"] = {"age": "old"}
+    expected = jsonl.load(write(tmp_path / "a.jsonl", records), options()).users
+    table = jsonl.load(write_table(tmp_path / "a.parquet", records), options()).users
+    packed = jsonl.load(write_packed(tmp_path / "a.jsonl.gz", records), options()).users
+    assert expected == table == packed and {user.oracle for user in expected} == {"calm", ""}
+    assert jsonl.read_users(tmp_path / "a.parquet", 6) == jsonl.read_users(tmp_path / "a.jsonl", 6)
+
+
+def test_a_folder_may_hold_any_format_once(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [record(user_id="a")])
+    write_packed(tmp_path / "validation.jsonl.gz", [record(user_id="b")])
+    write_table(tmp_path / "test.parquet", [record(user_id="c")])
+    (tmp_path / "README.md").write_text("not read")
+    names = ["train.jsonl", "validation.jsonl.gz", "test.parquet"]
+    assert [path.name for path in jsonl.list_files(tmp_path)] == names
+    users = jsonl.load(tmp_path, options()).users
+    assert [(u.user_id, u.split) for u in users] == [
+        ("a", "train"),
+        ("b", "validation"),
+        ("c", "test"),
+    ]
+    write(tmp_path / "test.jsonl", [record(user_id="d")])
+    assert "found test.jsonl, test.parquet, allowed: one of them" in error(tmp_path)
