@@ -53,7 +53,7 @@ class FakeHub:
         if name not in self.large:
             return told
         oid = self.large[name] or hashlib.sha256(content).hexdigest()
-        return told | {"lfs": {"oid": oid, "size": len(content), "pointerSize": 100}}
+        return told | {"lfs": {"oid": oid, "sha256": oid, "size": len(content), "pointerSize": 100}}
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content."""
@@ -77,7 +77,8 @@ class FakeHub:
             tag = hashlib.sha1(files[file]).hexdigest()
             return 200, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}, files[file]
         tree = [self.describe(name, content) for name, content in files.items()]
-        info = {"id": repository, "sha": commit, "siblings": []}
+        siblings = [{"rfilename": file["path"], "blobId": file["oid"], **file} for file in tree]
+        info = {"id": repository, "sha": commit, "siblings": siblings}
         content = json.dumps(tree if verb == "tree" else info).encode()
         return 200, {"Content-Type": "application/json"}, content
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,10 @@ def _list_published(repository: str, commit: str) -> dict[str, Any]:
     """Returns path -> what the hub says of the file; {} without a network, where the cache
     serves."""
     import huggingface_hub as hf
-    from huggingface_hub.hf_api import RepoFile
 
     try:
-        tree = hf.HfApi().list_repo_tree(
-            repository, repo_type="dataset", revision=commit, recursive=True
-        )
-        return {item.path: item for item in tree if isinstance(item, RepoFile)}
+        info = hf.HfApi().dataset_info(repository, revision=commit, files_metadata=True)
+        return {file.rfilename: file for file in info.siblings or ()}
     except hf.errors.HfHubHTTPError:
         raise
     except Exception:  # of the network, of a library that may change
@@ -144,7 +142,7 @@ def _check_sum(path: Path, found: str, published: Any, known: str) -> None:
     """Raises UserError unless a file in the cache is the one that the hub holds (its sha256,
     or of small files the id of its git blob) and that the source knows."""
     expected = known or (published.lfs.sha256 if published and published.lfs else "")
-    if not expected and published:
+    if not expected and published and published.blob_id:
         content = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         expected = published.blob_id
@@ -159,8 +157,8 @@ def _place(folder: Path, cached: Path, record: dict[str, Any]) -> None:
     file system allows: a new or empty folder appears whole, in another files are replaced one by
     one."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".download-", dir=folder.parent))
+        part = folder.parent / f".download-{uuid.uuid4().hex}"
+        part.mkdir(parents=True)
     except OSError as e:
         raise UserError(f"{folder}: cannot be made ({e.strerror}); see data.path.") from None
     try:
@@ -171,7 +169,6 @@ def _place(folder: Path, cached: Path, record: dict[str, Any]) -> None:
             except OSError:  # another disk
                 shutil.copyfile(cached / name, part / name)
         (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        part.chmod(0o777 & ~_read_umask())  # mkdtemp's is for one user alone
         try:
             part.rename(folder)
         except OSError:  # holds something
@@ -180,12 +177,6 @@ def _place(folder: Path, cached: Path, record: dict[str, Any]) -> None:
                 (part / name).replace(folder / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _explain(repository: str, revision: str, e: Exception) -> Exception:

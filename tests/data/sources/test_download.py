@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_what_cannot_be_had_is_told_with_the_way_out(
     told = refusal(folder, download.DownloadFailed)
     assert f"ask at {served.address}/datasets/org/people, then set HF_TOKEN" in told
     served.stop()
+    monkeypatch.setattr(sys.modules[__name__], "NAME", "org/other")  # of which nothing is known
     told = refusal(folder, download.DownloadFailed)
     assert f"{served.address} cannot be reached (" in told and "--repo-type dataset" in told
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
