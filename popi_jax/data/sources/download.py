@@ -86,6 +86,8 @@ def download_files(folder: Path, url: str, sha256: dict[str, str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".download-", dir=folder.parent))
     try:
+        for name in sha256:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
         found = {name: _fetch(f"{url}/{name}", part / name) for name in sha256}
         for name, expected in sha256.items():
             if expected and found[name] != expected:
@@ -95,6 +97,7 @@ def download_files(folder: Path, url: str, sha256: dict[str, str]) -> None:
         (part / RECORD).write_text(json.dumps(origin, indent=2) + "\n")
         folder.mkdir(exist_ok=True)
         for name in (RECORD, *sha256):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).replace(folder / name)
     finally:
         shutil.rmtree(part)

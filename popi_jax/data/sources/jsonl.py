@@ -7,8 +7,8 @@ docs/data.md.
      "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]},
      "groups": {"age": "…"}}
 
-`oracle`, `groups`, the parts of `signals` and `conversation` (the id of the conversation that a line,
-a comment or an example is from) may be left out; `dataset` and `meta` are allowed and not read.
+`oracle`, `groups`, the parts of `signals` and `conversation` (the id of the conversation that a
+line, a comment or an example is from) may be left out; `dataset` and `meta` are not read.
 Lines of one user_id with equal signals are one user. With other signals they are a further user,
 "ann#2", in the same split: signals are drawn per person, never per prompt. The mark "#" is kept for
 that: in an id of the file it is written "%23" (and "%" as "%25"), so that a real "ann#2" is another
