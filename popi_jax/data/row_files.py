@@ -1,5 +1,5 @@
-"""Reads the rows of a file, one after the other: JSON lines, a JSON array or parquet; JSON also
-with .gz.
+"""Reads the rows of a file, one after the other: JSON lines, a JSON array, CSV or parquet; all but
+parquet also with .gz.
 
 What the rows hold is checked in json_rows.py. A file that is damaged, or is none of its kind, stops
 the program; a row that is (not JSON, a key given twice, NaN) is returned as the complaint about
@@ -7,7 +7,9 @@ it, so that the caller may set it aside."""
 
 import codecs
 import contextlib
+import csv
 import gzip
+import io
 import itertools
 import json
 import zlib
@@ -43,12 +45,12 @@ class Decoder(NamedTuple):
 
 
 def read_values(path: Path) -> Iterator[Value]:
-    """Yields where each row of a file stands ("path:line" in JSON lines, "path: row n" in an array
-    and parquet, from 1), and its JSON value, or a UserError in its place.
+    """Yields where each row of a file stands ("path:line" in JSON lines and CSV, "path: row n" in
+    an array and parquet, from 1), and its JSON value, or a UserError in its place.
 
-    The name tells the format: .parquet, .json (an array of objects, or JSON lines), any other one
-    is JSON lines (UTF-8; blank lines are passed over). Memory: a line of JSON lines, an item of an
-    array, a row group of parquet.
+    The name tells the format: .parquet, .csv (cells are texts, named by the first line), .json (an
+    array of objects, or JSON lines), any other one is JSON lines (UTF-8; blank lines are passed
+    over). Memory: a line of JSON lines, an item of an array, a row group of parquet.
     Raises: UserError when the file is missing, damaged, of another kind or without any row."""
     name = check_file(path).name.lower()
     head = _read_head(path)
@@ -56,6 +58,8 @@ def read_values(path: Path) -> Iterator[Value]:
     if plain.endswith(".parquet"):
         values = _read_parquet(path)
         allowed = "a parquet file with at least one row"
+    elif plain.endswith(".csv"):
+        values, allowed = _read_csv(path), "CSV with a line of names and at least one more"
     elif plain.endswith(".json") and head.removeprefix(BOM).lstrip()[:1] != b"{":
         values, allowed = _read_array(path), "a JSON array with at least one object"
     else:
@@ -180,6 +184,32 @@ def _decode_line(line: bytes, where: str, decoder: Decoder) -> Any:
         return Fault(f"{where}: not JSON at column {e.colno} ({e.msg}). {fix}")
     except (ValueError, RecursionError) as e:
         return Fault(f"{where}: not JSON ({clean(str(e))}). {fix}")
+
+
+def _read_csv(path: Path) -> Iterator[Value]:
+    """Yields the records of a CSV file; a record may have several lines, the first is named."""
+    csv.field_size_limit(1 << 30)
+    with _open(path) as f:
+        reader = csv.reader(io.TextIOWrapper(f, "utf-8-sig", newline=""), strict=True)
+        try:
+            names = next(reader, [])
+            if twice := [name for name in names if names.count(name) > 1]:
+                told = f"the column {show(twice[0])} is given twice, allowed: once. Rename one."
+                raise UserError(f"{path}:1: {told}")
+            line = reader.line_num + 1
+            for cells in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if len(cells) == len(names):
+                    yield where, dict(zip(names, cells, strict=True))
+                elif cells:
+                    told = f"found {len(cells)} cells, allowed: {len(names)}, as in line 1"
+                    yield where, Fault(f"{where}: {told}. Correct the line.")
+        except csv.Error as e:
+            fix = "Fetch the file again."
+            raise UserError(f"{path}:{reader.line_num}: not CSV ({e}). {fix}") from None
+        except UnicodeDecodeError:
+            told = f"{path}: not UTF-8 behind line {reader.line_num}. Save the file as UTF-8."
+            raise UserError(told) from None
 
 
 def _read_array(path: Path) -> Iterator[Value]:

@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from popi_jax.data.json_rows import Row, read_lines
-from popi_jax.data.leaks import LONG, SPOKEN, fold
 from popi_jax.data.records import Comment, Pair, User
-from popi_jax.data.sources import download
+from popi_jax.data.sources import chats, download
 from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError, did_you_mean
@@ -120,7 +119,7 @@ def load(folder: Path, cfg: Any) -> Loaded:
             split = topic_splits[topic]
             if cfg.split_by != "topic":  # two rows may share a preference: they share the split
                 split = choose_split(key[0], cfg.validation_fraction, cfg.test_fraction)
-            if options[key] and _holds_option(own, options[key]):
+            if options[key] and chats.hold(own.comments, options[key]):
                 left_out[TOLD] += 1
             elif options[key]:
                 users.append(_make_user(key, own, options[key], topic, split, cfg))
@@ -149,10 +148,10 @@ def _match_topics(home: Path, form: str, left_out: Counter[str]) -> list[str]:
     "travel_hotel copy.json", and counts their rows.
 
     Raises: UserError when there is no topic."""
-    chats = {kind: _names(home / kind) for kind in CHATS.values()}
-    there = chats[CHATS[form]]
+    names_by_kind = {kind: _names(home / kind) for kind in CHATS.values()}
+    there = names_by_kind[CHATS[form]]
     if form == "explicit":  # needs options alone; the other folders say what is a topic
-        there = sorted({name for names in chats.values() for name in names})
+        there = sorted({name for names in names_by_kind.values() for name in names})
         there = there or _names(home / OPTIONS)
     elif not there:
         fix = f"Copy it from {HOME}/ of {PAGE}, or choose another data.form."
@@ -210,29 +209,24 @@ def _parse_signals(
 
 
 def _read_chat(row: Row, question: str) -> tuple[Comment, ...]:
-    """Returns each message of the person together with the assistant's message that it answers (""
-    at the start)."""
     chat = row.get_object("conversation")
-    comments: list[Comment] = []
-    answered = ""
+    messages: list[chats.Message] = []
     for name in sorted(chat.fields, key=lambda n: (len(n), n)):  # "0", "1", ..., "10"
         turn = chat.get_object(name)
-        said = turn.get_text("user")
-        _check_unasked(turn, "user", question, (said, answered))
-        comments.append(Comment(answered, said))
-        answered = turn.get_text("assistant")
-    if not comments:
+        messages += [(role, turn.get_text(role)) for role in ("user", "assistant")]
+        _check_unasked(turn, "user", question, tuple(text for _, text in messages[-2:]))
+    if not messages:
         raise row.make_error("conversation", {}, "at least one turn", "Correct the row.")
-    return tuple(comments)
+    return chats.make_comments(messages)
 
 
 def _read_choice(row: Row, question: str) -> tuple[Comment, ...]:
-    """Returns what the person asked, and what they said of the assistant's four options."""
+    """What the person asked, and what they said of the assistant's four options."""
     chat = row.get_object("conversation")
     names = ("query", "assistant_options", "user_selection")
     asked, offered, selected = (chat.get_text(name) for name in names)
     _check_unasked(chat, "query", question, (asked, offered, selected))
-    return Comment("", asked), Comment(offered, selected)
+    return chats.make_comments((("user", asked), ("assistant", offered), ("user", selected)))
 
 
 def _check_unasked(row: Row, field: str, question: str, texts: tuple[str, ...]) -> None:
@@ -250,26 +244,11 @@ def _read_key(row: Row, seen: dict[Key, str]) -> Key:
     return key
 
 
-def _list_texts(signals: Signals) -> list[str]:
-    """The folded texts of the signals."""
-    said = [text for c in signals.comments for text in (c.prompt, c.comment)]
-    return [fold(text) for text in (signals.profile, *said)]
-
-
-def _holds_option(signals: Signals, options: list[str]) -> bool:
-    """Says whether a reply to choose from stands in the signals."""
-    texts = _list_texts(signals)
-    whole = "\n".join(texts)
-    folded = map(fold, options)
-    return any(text in texts or (len(text) >= LONG and text in whole) for text in folded)
-
-
 def _make_user(
     key: Key, signals: Signals, options: list[str], topic: str, split: str, cfg: Any
 ) -> User:
     preference, question = key
-    persona = fold(preference)
-    said = len(persona) >= SPOKEN and persona in "\n".join(_list_texts(signals))
+    said = cfg.form == "explicit" or chats.say(signals.comments, preference)
     # not the row number: rows may move
     digest = hashlib.sha256(f"{preference}\n{question}".encode()).hexdigest()[:10]
     user_id = f"prefeval/{topic}/{digest}"
@@ -286,7 +265,7 @@ def _make_user(
         shots=(),
         comments=signals.comments,
         pairs=tuple(pairs[: cfg.num_pairs]),
-        oracle="" if said or cfg.form == "explicit" else preference,
+        oracle="" if said else preference,
         split=split,
         groups={"topic": topic},
     )
