@@ -71,6 +71,23 @@ def read_values(path: Path) -> Iterator[Value]:
     yield from itertools.chain([first], values)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object that is all of a file. Raises: UserError."""
+    _read_head(check_file(path))
+    decoder = _make_decoder()
+    with _open(path) as f:
+        text = _Text(f, path)
+        text.next_character()
+        value = _decode_item(text, decoder, "")
+        if text.next_character():
+            text.refuse("Extra data")
+    if decoder.faults:
+        raise UserError(f"{path}: {decoder.faults[0]}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found {show(value)}, allowed: an object {{...}}. Correct it.")
+    return value
+
+
 def check_file(path: Path) -> Path:
     """Returns the path of a file. Raises: UserError when it does not exist or is no file."""
     if path.is_file():
