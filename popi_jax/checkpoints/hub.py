@@ -76,8 +76,8 @@ def open_base(checkpoint: str, commit: str = "") -> Origin:
     repository, _ = split(checkpoint)
     fetch = partial(_download, checkpoint, repository, commit)
     cache = Path(constants.HF_HUB_CACHE)
-    folder = distributed.make_once(fetch, cache, "the base weights", FETCH_S)
-    return Origin(folder, repository, commit)
+    fetched = distributed.make_once(fetch, cache, "the base weights", FETCH_S)
+    return Origin(fetched, repository, commit)
 
 
 def find_cached(checkpoint: str) -> str:
