@@ -5,6 +5,7 @@ For sets whose "person" is a level or a persona that judged very many prompts. P
 order of rows in the files has no influence: rows are shuffled by a hash of their text and SEED.
 All rows are in memory, each different text once."""
 
+import dataclasses
 import hashlib
 import re
 import string
@@ -163,10 +164,17 @@ def shuffle(rows: Iterable[Preference], number: int) -> list[Preference]:
 
 
 def make_users(
-    source: str, groups: dict[tuple[str, str], list[Preference]], cut: Cut, left_out: Counter[str]
+    source: str,
+    groups: dict[tuple[str, str], list[Preference]],
+    cut: Cut,
+    left_out: Counter[str],
+    *,
+    grouped: bool,
 ) -> Iterator[User]:
     """Yields a user for each block, people and splits mixed: "elix/child#train7" is the seventh
-    block of the training rows of "child". Adds to `left_out` before the first."""
+    block of the training rows of "child". Adds to `left_out` before the first.
+
+    grouped: the person is a group for the tables of an evaluation, "level"."""
     made: list[tuple[str, str, Block]] = []
     for (split, person), rows in groups.items():
         found = cut_blocks(rows, cut)
@@ -175,7 +183,8 @@ def make_users(
         for number, block in enumerate(found.blocks, 1):
             made.append((f"{name}{number if cut.passes else ''}", split, block))
     for user_id, split, block in sorted(made, key=lambda item: _digest(str(SEED), item[0])):
-        yield _make_user(user_id, split, block)
+        level = {"level": block.pairs[0].person} if grouped else {}
+        yield dataclasses.replace(_make_user(user_id, block), split=split, groups=level)
 
 
 def name_person(person: str) -> str:
@@ -186,14 +195,14 @@ def name_person(person: str) -> str:
     return name if len(name) <= 80 else f"{name[:40]}%~{_digest(person).hex()[:12]}"
 
 
-def _make_user(user_id: str, split: str, block: Block) -> User:
-    first = block.pairs[0]
+def _make_user(user_id: str, block: Block) -> User:
     pairs = (
         Pair(f"{user_id}/{n}", [{"role": "user", "content": row.prompt}], row.chosen, row.rejected)
         for n, row in enumerate(block.pairs, 1)
     )
     shots = (Shot(row.prompt, row.chosen, row.rejected) for row in block.shots)
-    return User(user_id, "", "", tuple(shots), (), tuple(pairs), oracle=first.oracle, split=split)
+    oracle = block.pairs[0].oracle
+    return User(user_id, "", "", tuple(shots), (), tuple(pairs), oracle=oracle)
 
 
 def _take_block(queue: deque[Preference], cut: Cut) -> Block:

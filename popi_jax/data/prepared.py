@@ -20,12 +20,24 @@ from popi_jax import files
 from popi_jax.config import DataConfig
 from popi_jax.config_rules import list_settings
 from popi_jax.data.records import SPLITS, User
-from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
+from popi_jax.data.sources import (
+    download,
+    elix,
+    jsonl,
+    made_people,
+    prefeval,
+    prism,
+    review,
+    roleplay,
+)
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
 
 # all data sets; the values of data.source in config.py are those that stand in for no other
-SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
+SOURCES = (
+    *(prism.SOURCE, elix.SOURCE, review.SOURCE, roleplay.SOURCE, prefeval.SOURCE, jsonl.SOURCE),
+    made_people.SOURCE,
+)
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 VERSION = "1.0.0"
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
