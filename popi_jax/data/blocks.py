@@ -5,28 +5,23 @@ For sets whose "person" is a level or a persona that judged very many prompts. P
 order of rows in the files has no influence: rows are shuffled by a hash of their text and SEED.
 All rows are in memory, each different text once."""
 
-import dataclasses
 import hashlib
 import re
-import string
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from popi_jax.data.leaks import LONG, fold
 from popi_jax.data.records import SPLITS, Pair, Shot, User
 from popi_jax.data.splits import choose_split, split_topics
 
 SEED = 42  # of the order of the rows; that of the official code f88878c6
-LONG = 40  # letters and digits: so long a text is also looked for inside others
 
 REPEATED = "the same preference of the same person again"
 IN_OTHER_SPLIT = "equal to a pair of the test or validation split"
 TOO_FEW = "left of a person's rows after the last whole block"
 TOO_MANY = "beyond data.num_shots + data.num_pairs rows of a person"
 GIVEN_AWAY = "prompt or a reply among the past pairs of the person"
-
-_ASCII = {ord(c): None for c in string.punctuation + string.whitespace}
-_OTHER = re.compile(r"[\W_]+")
 
 
 class Preference(NamedTuple):
@@ -64,18 +59,17 @@ class Block(NamedTuple):
     pairs: tuple[Preference, ...]
 
 
+class Planned(NamedTuple):
+    user_id: str
+    split: str
+    block: Block
+
+
 class Blocks(NamedTuple):
     """Blocks of a person, and how many rows are in none of them, each pass counted."""
 
     blocks: list[Block]
     unused: dict[str, int]  # reason -> rows
-
-
-def fold(text: str) -> str:
-    """The letters and digits of a text, without case; a text that has none stays as it is."""
-    lower = text.casefold()
-    kept = lower.translate(_ASCII) if lower.isascii() else _OTHER.sub("", lower)
-    return kept or lower.strip()
 
 
 def choose_splits(
@@ -163,28 +157,41 @@ def shuffle(rows: Iterable[Preference], number: int) -> list[Preference]:
     return sorted(rows, key=lambda r: _digest(head, r.person, r.prompt, r.chosen, r.rejected))
 
 
-def make_users(
-    source: str,
-    groups: dict[tuple[str, str], list[Preference]],
-    cut: Cut,
-    left_out: Counter[str],
-    *,
-    grouped: bool,
-) -> Iterator[User]:
-    """Yields a user for each block, people and splits mixed: "elix/child#train7" is the seventh
-    block of the training rows of "child". Adds to `left_out` before the first.
-
-    grouped: the person is a group for the tables of an evaluation, "level"."""
-    made: list[tuple[str, str, Block]] = []
+def plan_users(
+    source: str, groups: dict[tuple[str, str], list[Preference]], cut: Cut, left_out: Counter[str]
+) -> list[Planned]:
+    """The users that the rows become, people and splits mixed: "elix/child#train7" is the seventh
+    block of the training rows of "child". Adds to `left_out`."""
+    made: list[Planned] = []
     for (split, person), rows in groups.items():
         found = cut_blocks(rows, cut)
         left_out.update(found.unused)
         name = f"{source}/{name_person(person)}#{split}"
         for number, block in enumerate(found.blocks, 1):
-            made.append((f"{name}{number if cut.passes else ''}", split, block))
-    for user_id, split, block in sorted(made, key=lambda item: _digest(str(SEED), item[0])):
-        level = {"level": block.pairs[0].person} if grouped else {}
-        yield dataclasses.replace(_make_user(user_id, block), split=split, groups=level)
+            made.append(Planned(f"{name}{number if cut.passes else ''}", split, block))
+    return sorted(made, key=lambda planned: _digest(str(SEED), planned.user_id))
+
+
+def make_user(planned: Planned, *, grouped: bool) -> User:
+    """grouped: the person is a group for the tables of an evaluation, "level"."""
+    user_id, split, block = planned
+    shots = (Shot(row.prompt, row.chosen, row.rejected) for row in block.shots)
+    pairs = (
+        Pair(f"{user_id}/{n}", [{"role": "user", "content": row.prompt}], row.chosen, row.rejected)
+        for n, row in enumerate(block.pairs, 1)
+    )
+    first = block.pairs[0]
+    return User(
+        user_id=user_id,
+        profile="",
+        survey="",
+        shots=tuple(shots),
+        comments=(),
+        pairs=tuple(pairs),
+        oracle=first.oracle,
+        split=split,
+        groups={"level": first.person} if grouped else {},
+    )
 
 
 def name_person(person: str) -> str:
@@ -193,16 +200,6 @@ def name_person(person: str) -> str:
     and a hash."""
     name = re.sub(r"[#%\x00-\x1f]", lambda found: f"%{ord(found[0]):02X}", person)
     return name if len(name) <= 80 else f"{name[:40]}%~{_digest(person).hex()[:12]}"
-
-
-def _make_user(user_id: str, block: Block) -> User:
-    pairs = (
-        Pair(f"{user_id}/{n}", [{"role": "user", "content": row.prompt}], row.chosen, row.rejected)
-        for n, row in enumerate(block.pairs, 1)
-    )
-    shots = (Shot(row.prompt, row.chosen, row.rejected) for row in block.shots)
-    oracle = block.pairs[0].oracle
-    return User(user_id, "", "", tuple(shots), (), tuple(pairs), oracle=oracle)
 
 
 def _take_block(queue: deque[Preference], cut: Cut) -> Block:

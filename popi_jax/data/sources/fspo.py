@@ -123,8 +123,9 @@ def load(path: Path, kind: Kind, how: Splitting, cut: Cut, on_bad_row: str) -> L
     groups, left_out = blocks.group_rows(rows, blocks.choose_splits(rows, published, how))
     counts = {"rows": len(rows) + len(bad_rows)}
     counts["levels" if kind.few_people else "people"] = len({row.person for row in rows})
-    users = blocks.make_users(kind.name, groups, cut, left_out, grouped=kind.few_people)
-    return Loaded(users, bad_rows, left_out, counts)
+    planned = blocks.plan_users(kind.name, groups, cut, left_out)
+    users = (blocks.make_user(each, grouped=kind.few_people) for each in planned)
+    return Loaded(users, bad_rows, left_out, counts, total=len(planned))
 
 
 def parse_scored(row: Row) -> Preference:
