@@ -75,6 +75,7 @@ def apply_small(c: ConfigDict, arg: str) -> None:
     """Lays limits for random weights over a configuration: they learn to write, not to personalise,
     and show that all parts work together."""
     c.data.num_pairs = c.batch.pairs = 1
+    c.data.validation_fraction = 0.1  # of the training prompts, as files may be small
     c.data.context_len = 512
     c.data.turn_len = 48
     c.data.answer_len = 48
