@@ -133,10 +133,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
             ["--config=configs/none.py"],
             "--config=configs/none.py: there is no file configs/none.py",
         ),
-        (
-            ["--config=models"],
-            "defines no get_config(arg); configurations are ",
-        ),
+        (["--config=models"], "defines no get_config(arg); configurations are "),
         (
             ["--config=prism:modle=tiny"],
             '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale',
