@@ -133,10 +133,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
             ["--config=configs/none.py"],
             "--config=configs/none.py: there is no file configs/none.py",
         ),
-        (
-            ["--config=models"],
-            "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke",
-        ),
+        (["--config=models"], "defines no get_config(arg); configurations are "),
         (
             ["--config=prism:modle=tiny"],
             '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale',
@@ -237,7 +234,7 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
         "example: python -m popi_jax.show",
         "popi_jax/config.py",
         "model=tiny",
-        "prism, smoke",
+        "roleplay, smoke",
     ):
         assert part in done.stdout
     assert (

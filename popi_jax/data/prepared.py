@@ -22,13 +22,32 @@ from popi_jax.data import leaks, prepared_files
 from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
-from popi_jax.data.sources import download, jsonl, made_people, personamem, prefeval, prism
+from popi_jax.data.sources import (
+    download,
+    elix,
+    jsonl,
+    made_people,
+    personamem,
+    prefeval,
+    prism,
+    review,
+    roleplay,
+)
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
 from popi_jax.progress import Progress
 
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
-SOURCES = (*(prism.SOURCE, prefeval.SOURCE, personamem.SOURCE, jsonl.SOURCE, made_people.SOURCE),)
+SOURCES = (
+    prism.SOURCE,
+    elix.SOURCE,
+    review.SOURCE,
+    roleplay.SOURCE,
+    prefeval.SOURCE,
+    personamem.SOURCE,
+    jsonl.SOURCE,
+    made_people.SOURCE,
+)
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 _SHOWN = 8  # leaks of a kind that an error names
