@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from popi_jax.data.json_rows import Row, read_array
+from popi_jax.data.json_rows import Row, read_lines
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
@@ -80,7 +80,7 @@ def _read_options(
             raise row.make_error(name, options[0], allowed, "Correct the row.")
         return key, options
 
-    rows, bad = read_array(path, parse, on_bad_row)
+    rows, bad = read_lines(path, parse, on_bad_row)
     return {key: [] for key in seen} | dict(rows), bad
 
 
@@ -123,7 +123,7 @@ def _read_users(
             groups={"topic": topic},
         )
 
-    return read_array(path, parse, cfg.on_bad_row)
+    return read_lines(path, parse, cfg.on_bad_row)
 
 
 def _read_comments(row: Row, question: str) -> tuple[Comment, ...]:

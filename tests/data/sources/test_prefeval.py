@@ -166,7 +166,8 @@ def test_broken_json_names_line_and_column_even_when_rows_are_skipped(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "is empty"), ("{}", "a JSON array"), ("[]", "at least one object")]
+    ("text", "words"),
+    [("", "is empty"), ("{}", 'no field "preference"'), ("[]", "at least one object")],
 )
 def test_empty_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     path = write(tmp_path, world()) / "mcq_options" / "topic0.json"
