@@ -62,6 +62,13 @@ class LeakFinder:
         self._people: dict[str, int] = {}
         self.duplicates: Counter[str] = Counter()  # split -> pairs that equal an earlier one
 
+    @property
+    def kinds(self) -> list[str]:
+        """Of KINDS, those that it looks for."""
+        passed = {"reply", "split"} if self._shared_replies else set()
+        passed |= {"person"} if self._shared_people else set()
+        return [kind for kind in KINDS if kind not in passed]
+
     def check(self, user: User) -> list[Leak]:
         """What leaks in the pairs of a user, given all users before."""
         position = len(self._users)

@@ -9,12 +9,11 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
-from tqdm import tqdm
 
 from popi_jax import files
 from popi_jax.config_data import DataConfig
@@ -23,15 +22,29 @@ from popi_jax.data import leaks, prepared_files
 from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
-from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
+from popi_jax.data.sources import (
+    download,
+    elix,
+    jsonl,
+    made_people,
+    prefeval,
+    prism,
+    review,
+    roleplay,
+)
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
+from popi_jax.progress import Progress
 
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
-SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
+SOURCES = (
+    *(prism.SOURCE, elix.SOURCE, review.SOURCE, roleplay.SOURCE, prefeval.SOURCE, jsonl.SOURCE),
+    made_people.SOURCE,
+)
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 _SHOWN = 8  # leaks of a kind that an error names
+_TOLD_AFTER = 2000  # users: so often the progress is shown
 
 
 class Dataset(NamedTuple):
@@ -141,10 +154,11 @@ def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
         shared_replies=loaded.shared_replies, shared_people=cfg.split_by == "conversation"
     )
     tally, found = _Tally(), list[Leak]()
-    shown = {"unit": " users", "total": loaded.total or None, "delay": 2, "mininterval": 1}
-    with files.make_folder(home) as part:
+    total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
+    progress = Progress(total, label=f"preparing {source.name}", unit="users")
+    with files.make_folder(home) as part, progress:
         writer = UserWriter(part / prepared_files.VERSION, home.parent.name)
-        for user in tqdm(loaded.users, desc=f"preparing {source.name}", **shown):
+        for number, user in enumerate(loaded.users, 1):
             leaking = finder.check(user)
             if leaking:
                 found += leaking
@@ -152,6 +166,8 @@ def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
             if not leaking or user.pairs:
                 tally.add(user)
                 writer.add(user)
+            if number % _TOLD_AFTER == 0:
+                progress.update(number)
         writer.close()
         if found and cfg.on_leak == "error":
             raise UserError(_tell_leaks(found, folder))
@@ -161,6 +177,7 @@ def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
         stats = tally.to_json(finder.duplicates) | {
             "rows": {"skipped": len(loaded.bad_rows)},
             "leaks": dict(Counter(leak.kind for leak in found)),
+            "looked_for": finder.kinds,
             "left_out": loaded.left_out,
             "counts": loaded.counts,
         }

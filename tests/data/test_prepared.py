@@ -406,7 +406,7 @@ def test_damage_inside_a_shard_is_told_when_it_is_read(tmp_path: Path) -> None:
     dataset = prepared.prepare(own(tmp_path), allow_sample=False)
     (shard,) = dataset.prepared.glob("1.0.0/*train*")
     content = bytearray(shard.read_bytes())
-    for i in range(len(content) // 4, len(content) // 2):
+    for i in range(100, 1100):
         content[i] ^= 0xFF
     shard.write_bytes(content)
     fresh = prepared.prepare(own(tmp_path), allow_sample=False).splits["train"]
