@@ -5,6 +5,7 @@ Order, names and poles are those of `train/profile_utils.py` in github.com/JinaL
 47-89 interests. A direction is written as 90 characters: "1" the first pole, "0" the second, "5"
 neither."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,16 +90,13 @@ AXES: tuple[Axis, ...] = (
     *(Axis(name, f"likes {name}", f"dislikes {name}", FAMILIES[2]) for name in _INTERESTS),
 )
 NEUTRAL = "5"
+_ACTIVE = re.compile("[01]")
 _HALVES = bytes.maketrans(b"051", bytes((0, 1, 2)))
 
 
 def write_phrases(directions: str) -> str:
     """The poles of the axes that are not neutral, in the order of the axes, with ", " between."""
-    return ", ".join(
-        axis.high if direction == "1" else axis.low
-        for axis, direction in zip(AXES, directions, strict=True)
-        if direction != NEUTRAL
-    )
+    return ", ".join(AXES[i].high if pole == "1" else AXES[i].low for i, pole in _find(directions))
 
 
 def mean_directions(directions: Sequence[str]) -> str:
@@ -115,7 +113,11 @@ def mean_directions(directions: Sequence[str]) -> str:
 def group_axes(directions: str) -> dict[str, str]:
     """Family -> the name of its axis that is not neutral, for families where exactly one is."""
     active: dict[str, list[str]] = {}
-    for axis, direction in zip(AXES, directions, strict=True):
-        if direction != NEUTRAL:
-            active.setdefault(axis.family, []).append(axis.name)
+    for i, _ in _find(directions):
+        active.setdefault(AXES[i].family, []).append(AXES[i].name)
     return {family: names[0] for family, names in active.items() if len(names) == 1}
+
+
+def _find(directions: str) -> list[tuple[int, str]]:
+    """The axes that are not neutral, and their poles."""
+    return [(found.start(), found[0]) for found in _ACTIVE.finditer(directions)]

@@ -4,15 +4,17 @@ known of the person who preferred one. AlignX, P-Soups and UF-P-4 have it.
 A row that is plainly right is taken quickly; any other is checked field by field, for a complaint
 that names the field."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from popi_jax.data.json_rows import Row
+from popi_jax.data.json_rows import Row, shorten
 from popi_jax.data.leaks import LONG, fold
 from popi_jax.data.records import Comment, Shot
 from popi_jax.data.row_files import check_file
+from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
@@ -24,6 +26,9 @@ PERSONA = "ground_truth_persona"
 NUM_AXES = 90
 ENDINGS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
+NO_DATA = ("SOURCE.json", "dataset_info.json", "dataset_infos.json")
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\b.*")
 _CODES = {0: "0", 0.5: "5", 1: "1"}
 _ALLOWED = f"a list of {NUM_AXES} numbers, each 0, 0.5 or 1"
 
@@ -55,29 +60,43 @@ class Record(NamedTuple):
     @property
     def number(self) -> int:
         """Of the row, or line, in its file, from 1."""
-        return int(self.where[re.search(r"\d+$", self.where).start() :])  # type: ignore[union-attr]
+        return int(self.where.rpartition(":")[2].removeprefix(" row "))
+
+
+def list_data(folder: Path) -> list[Path]:
+    """Returns the files of a folder and the folders in it that may hold rows, sorted by path."""
+    found = (path for path in folder.rglob("*") if path.name.lower().endswith(ENDINGS))
+    return sorted(p for p in found if p.is_file() and p.name not in NO_DATA)
 
 
 def list_files(folder: Path, names: Iterable[str] = ()) -> list[Path]:
-    """Returns the file itself, or those in a folder and the folders in it, sorted by their paths:
-    of the names (without ending) if any are given, else all.
+    """Returns the file itself, or those of a folder: of the names (without ending) if any are
+    given, else all.
 
-    Raises: UserError when there is none."""
+    Raises: UserError when there is none, two of one name (their rows would be read twice), or some
+    shards of a set are missing."""
     if not folder.is_dir():
         return [check_file(folder)]
-    wanted = set(names)
-    files = {
-        path: path.name[: -len(ending)]
-        for path in folder.rglob("*")
-        for ending in ENDINGS
-        if path.name.endswith(ending) and path.is_file() and path.name != "SOURCE.json"
-    }
-    found = sorted(path for path, name in files.items() if not wanted or name in wanted)
-    if not found:
-        allowed = f"files {', '.join('*' + ending for ending in ENDINGS)}"
-        allowed += f" named {', '.join(sorted(wanted))}" if wanted else ""
-        raise UserError(f"{folder}: found none of the {allowed} (field data.path).")
-    return found
+    wanted = sorted(names)
+    files = [path for path in list_data(folder) if not wanted or name_file(path) in wanted]
+    if not files:
+        named = f" named {', '.join(wanted)}" if wanted else ""
+        told = f"{folder}: found no file *{', *'.join(ENDINGS)}{named} (field data.path)"
+        raise UserError(f"{told}. Put the published files there.")
+    by_name: dict[Path, Path] = {}
+    shards: dict[Path, set[int]] = {}
+    for path in files:
+        other = by_name.setdefault(path.parent / name_file(path), path)
+        if other != path:
+            raise UserError(f"{path}: found {other.name} beside it, allowed: one of them.")
+        if shard := _SHARD.fullmatch(name_file(path)):
+            shards.setdefault(path.parent / f"{shard[1]}-of-{shard[3]}", set()).add(int(shard[2]))
+    for name, there in shards.items():
+        missing = sorted({*range(int(name.name[-5:]))} - there)
+        if missing:
+            lacking = shorten(", ".join(f"{number:05d}" for number in missing), 60)
+            raise UserError(f"{name}: shards {lacking} are missing. Fetch all of one commit.")
+    return files
 
 
 def name_file(path: Path) -> str:
@@ -92,6 +111,28 @@ def parse_row(row: Row, layout: Layout) -> Record:
 
 def make_parser(layout: Layout) -> Callable[[Row], Record]:
     return lambda row: parse_row(row, layout)
+
+
+def number_target(record: Record) -> int:
+    """The same for equal targets, whichever reply was chosen: 56 bits of a hash."""
+    replies = sorted((fold(record.chosen), fold(record.rejected)))
+    text = "\n".join((fold(record.prompt), *replies))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def split_by_prompt(record: Record, validation_fraction: float, test_fraction: float) -> str:
+    """The split of a target: the same for all that have its prompt."""
+    return choose_split(fold(record.prompt), validation_fraction, test_fraction)
+
+
+def count_parquet(paths: Iterable[Path]) -> int:
+    """How many rows the files have, 0 if that cannot be told without reading them."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return sum(parquet.read_metadata(path).num_rows for path in paths)
+    except (ArrowException, OSError):
+        return 0
 
 
 def find_answer(record: Record) -> str:
