@@ -1,10 +1,10 @@
 """Writes a large parquet file in the format of AlignX, for timing how fast data are prepared.
 
-All words are made of random syllables, so it says nothing about people or language. A row has about
-5 kB of text: 70 % of the rows have 4 comments, 70 % have 4 past pairs, the others fewer or none; 8 %
-have no demographic text; 15 % of the texts have letters or marks beyond ASCII. Every text begins
-with words of its own, so that no target occurs among the signals. The same seed makes the same
-rows, however many are asked for."""
+All words are made of random syllables, so it says nothing about people or language. A row has
+about 5 kB of text: 70 % of the rows have 4 comments, 70 % have 4 past pairs, the others fewer or
+none; 8 % have no demographic text; 15 % of the texts have letters or marks beyond ASCII. Every text
+begins with a word of its own, so that no target occurs among the signals. The same seed makes the
+same rows, however many are asked for."""
 
 import argparse
 import itertools

@@ -23,14 +23,17 @@ from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import (
+    alignx,
     download,
     elix,
     jsonl,
     made_people,
     prefeval,
     prism,
+    psoups,
     review,
     roleplay,
+    ufp4,
 )
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
@@ -39,7 +42,7 @@ from popi_jax.progress import Progress
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
 SOURCES = (
     *(prism.SOURCE, elix.SOURCE, review.SOURCE, roleplay.SOURCE, prefeval.SOURCE, jsonl.SOURCE),
-    made_people.SOURCE,
+    *(alignx.SOURCE, psoups.SOURCE, ufp4.SOURCE, made_people.SOURCE),
 )
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]

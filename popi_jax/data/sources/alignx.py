@@ -12,10 +12,8 @@ data.profile_text "directions" writes the profile from the preference directions
 those of the target for the demographic text, as that code does (its form "pba"; there the profile
 is the only signal: data.signals=profile)."""
 
-import functools
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +137,7 @@ def _stream(
         for record in _read(path, layout, cfg, found, "rows"):
             number = record.number
             if held_out and rows.number_target(record) in held_out:
-                _count(found.left_out, "the target is one of the published test files")
+                rows.count(found.left_out, "the target is one of the published test files")
                 continue
             shown = _draw(record, form_of(record), strict=cfg.form != "mixed")
             split = rows.split_by_prompt(record, cfg.validation_fraction, test_fraction)
@@ -152,15 +150,11 @@ def _read(path: Path, layout: Layout, cfg: Any, found: Loaded, name: str) -> Ite
     """Yields the rows of a file but those that give their answer away. Counts them as `name`."""
     parse = rows.make_parser(layout)
     for record in stream_rows(path, parse, cfg.on_bad_row, found.bad_rows):
-        _count(found.counts, name)
+        rows.count(found.counts, name)
         if reason := rows.find_answer(record):
-            _count(found.left_out, reason)
+            rows.count(found.left_out, reason)
         else:
             yield record
-
-
-def _count(counts: dict[str, int], name: str) -> None:
-    counts[name] = counts.get(name, 0) + 1
 
 
 def _make_chooser(form: str) -> Callable[[Record], str]:
@@ -189,7 +183,8 @@ def _draw(record: Record, form: str, *, strict: bool) -> Shown:
         text = "\n".join((record.prompt, record.chosen, record.rejected, record.demographics))
         draw = random.Random(hashlib.sha256(text.encode()).digest())
         some = [
-            draw.sample(items, min(draw.randint(0, MOST), len(items))) for items in (comments, shots)
+            draw.sample(items, min(draw.randint(0, MOST), len(items)))
+            for items in (comments, shots)
         ]
         told = told and (not any(some) or draw.random() < 0.5)
         shown = Shown(FORMS[form], told, *some)
@@ -218,9 +213,9 @@ def _make_user(
         mean = alignx_axes.mean_directions(directions) if directions else ""
         profile = alignx_axes.write_phrases(mean)
     if not (profile or comments or shots):
-        _count(found.left_out, "the row has no signals of this form")
+        rows.count(found.left_out, "the row has no signals of this form")
         return
-    _count(found.counts, shown.form)
+    rows.count(found.counts, shown.form)
     phrases = alignx_axes.write_phrases(record.directions)
     pair = Pair(
         record_id=user_id,

@@ -115,14 +115,21 @@ def make_parser(layout: Layout) -> Callable[[Row], Record]:
 
 def number_target(record: Record) -> int:
     """The same for equal targets, whichever reply was chosen: 56 bits of a hash."""
-    replies = sorted((fold(record.chosen), fold(record.rejected)))
-    text = "\n".join((fold(record.prompt), *replies))
+    return number_texts(record.prompt, record.chosen, record.rejected)
+
+
+def number_texts(prompt: str, reply: str, other: str) -> int:
+    text = "\n".join((fold(prompt), *sorted((fold(reply), fold(other)))))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def split_by_prompt(record: Record, validation_fraction: float, test_fraction: float) -> str:
     """The split of a target: the same for all that have its prompt."""
     return choose_split(fold(record.prompt), validation_fraction, test_fraction)
+
+
+def count(counts: dict[str, int], name: str, by: int = 1) -> None:
+    counts[name] = counts.get(name, 0) + by
 
 
 def count_parquet(paths: Iterable[Path]) -> int:
@@ -174,7 +181,8 @@ def _take(row: Row, layout: Layout) -> Record | None:
         persona = (fields.get(PERSONA) or "").strip()
         values = fields.get(DIRECTIONS)
         directions = "".join(map(_CODES.__getitem__, values)) if values is not None else ""
-        of_comments = of_shots = ()
+        of_comments: tuple[str, ...] = ()
+        of_shots: tuple[str, ...] = ()
         if layout.item_directions:
             of_comments = tuple(["".join(map(_CODES.__getitem__, c[DIRECTIONS])) for c in found])
             of_shots = tuple(["".join(map(_CODES.__getitem__, p[DIRECTIONS])) for p in pairs])
