@@ -78,12 +78,12 @@ def choose_splits(
     """Returns the split of each row; `published`: "train", "test" or "" for each. Rows on one
     prompt, compared by `fold`, share their split, but for those of the publisher's test file."""
     if how.by == "user":
-        people = sorted({row.person for row in rows})
+        people = sorted({row.person for row in rows if not row.left_out})
         fractions = how.validation_fraction, how.test_fraction
         of_person = {name: choose_split(name, *fractions) for name in people}
         if how.few_people:
             of_person = split_topics(people, *fractions)
-        return [of_person[row.person] for row in rows]
+        return [of_person.get(row.person, "train") for row in rows]
     test_fraction = 0.0 if how.by == "published" else how.test_fraction
     of_prompt: dict[str, str] = {}
     splits = []
@@ -103,10 +103,9 @@ def group_rows(
 
     Equal prompt and replies (`fold`) are in one split only, whoever judged them: the test split
     keeps them before validation, validation before train. Of one person a split has them once."""
-    groups: dict[tuple[str, str], list[Preference]] = {}
+    groups: dict[tuple[str, str], dict[bytes, Preference]] = {}
     left_out: Counter[str] = Counter()
     home: dict[bytes, str] = {}  # of equal prompt and replies: their split
-    seen: set[tuple[bytes, str]] = set()
     for wanted in reversed(SPLITS):
         for row, split in zip(rows, splits, strict=True):
             if split != wanted:
@@ -117,12 +116,12 @@ def group_rows(
             key = _digest(*(fold(text) for text in (row.prompt, row.chosen, row.rejected)))
             if home.setdefault(key, split) != split:
                 left_out[IN_OTHER_SPLIT] += 1
-            elif (key, row.person) in seen:
-                left_out[REPEATED] += 1
-            else:
-                seen.add((key, row.person))
-                groups.setdefault((split, row.person), []).append(row)
-    return groups, left_out
+                continue
+            own = groups.setdefault((split, row.person), {})
+            left_out[REPEATED] += key in own
+            own[key] = min(row, own.get(key, row))  # whichever comes first in the files
+    kept = {name: list(own.values()) for name, own in groups.items()}
+    return kept, Counter({reason: count for reason, count in left_out.items() if count})
 
 
 def cut_blocks(rows: Iterable[Preference], cut: Cut) -> Blocks:

@@ -2,6 +2,7 @@
 shards, or lines of JSON with gzip. Columns: official code f88878c6 and FSPO's loader."""
 
 import gzip
+import importlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -10,6 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from popi_jax.config import from_config_dict
+from popi_jax.config_data import DataConfig
+from popi_jax.data import prepared
+from popi_jax.data.records import User
+from popi_jax.data.sources.source import Loaded
+from popi_jax.errors import UserError
 
 Rows = list[dict[str, Any]]
 LEVELS = ("child", "preteen", "teenager", "young adult", "expert")
@@ -53,7 +62,7 @@ def make_review(prompts: int, *, first: int = 0) -> Rows:
 
 
 def make_roleplay(people: int, prompts: int, *, first: int = 0) -> Rows:
-    """The persona is a text, an object or the JSON of one, in turn."""
+    """Personas are objects, as parquet keeps them."""
     rows = []
     for person in range(people):
         text = f"Person {person} keeps bees and dislikes long words."
@@ -96,3 +105,34 @@ def write_published(folder: Path, train: Rows, test: Rows, shards: int = 2) -> P
     write_parquet(folder, "train", train, shards)
     write_parquet(folder, "test", test)
     return folder
+
+
+def make_options(name: str, folder: Path, **changes: Any) -> DataConfig:
+    """The data settings of `configs/<name>.py`."""
+    config = importlib.import_module(f"configs.{name}").get_config("scale=laptop")
+    config.data.update(
+        {
+            "path": str(folder),
+            "prepared": str(folder.parent / "prepared"),
+            "download": False,
+            "validation_fraction": 0.2,
+            **changes,
+        }
+    )
+    return from_config_dict(config).data
+
+
+def load(name: str, folder: Path, **changes: Any) -> tuple[list[User], Loaded]:
+    """The users of a source, with the form and splits that "" stands for, and what else it says."""
+    source = prepared.find_source(name)
+    cfg = make_options(name, folder, **{"form": source.forms[0], "split_by": "published"} | changes)
+    loaded = source.load(source.find(cfg, cfg.download), cfg)
+    return list(loaded.users), loaded
+
+
+def refuse(name: str, folder: Path, **changes: Any) -> str:
+    """The one line of the refusal."""
+    with pytest.raises(UserError) as caught:
+        load(name, folder, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
