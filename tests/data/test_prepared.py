@@ -409,7 +409,7 @@ def test_damage_inside_a_shard_is_told_when_it_is_read(tmp_path: Path) -> None:
     for i in range(100, 1100):
         content[i] ^= 0xFF
     shard.write_bytes(content)
-    fresh = prepared.prepare(own(tmp_path), allow_sample=False).splits["train"]
+    fresh = pickle.loads(pickle.dumps(dataset.splits["train"]))  # opens the file anew
     with pytest.raises(UserError, match=r"prepared copy is damaged .* delete the folder"):
         list(fresh)
 
@@ -438,3 +438,21 @@ def test_large_files_are_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = Path(cfg.path)
     path.write_text(path.read_text().replace("u39", "u99"))
     assert prepared.prepare(cfg, allow_sample=False).prepared != first
+
+
+def test_a_form_that_the_source_does_not_have_is_told(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(own(tmp_path), split_by="topic")
+    with pytest.raises(UserError, match=r'"data.split_by": found "topic", allowed for jsonl: user'):
+        prepared.prepare(cfg, allow_sample=False)
+    cfg = dataclasses.replace(own(tmp_path), form="choice")
+    with pytest.raises(UserError, match=r'"data.form": found "choice", allowed for jsonl: none'):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_two_users_of_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = own(tmp_path)
+    users = list(jsonl.load(Path(cfg.path), dataclasses.replace(cfg, split_by="user")).users)
+    twice = jsonl.SOURCE._replace(load=lambda path, cfg: Loaded(iter([*users, users[3]]), []))
+    monkeypatch.setattr(prepared, "SOURCES", (twice,))
+    with pytest.raises(UserError, match='two users have the id "u3"'):
+        prepared.prepare(cfg, allow_sample=False)
