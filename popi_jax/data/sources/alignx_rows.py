@@ -171,14 +171,12 @@ def _take(row: Row, layout: Layout) -> Record | None:
     try:
         prompt, chosen = fields[PROMPT].strip(), fields[CHOSEN].strip()
         rejected = fields[REJECTED].strip()
-        found = fields.get(COMMENTS) or ()
+        found, pairs = _list_items(fields, COMMENTS), _list_items(fields, PAIRS)
         comments = tuple([Comment(c["prompt"].strip(), c["comment"].strip()) for c in found])
-        pairs = fields.get(PAIRS) or ()
         shots = tuple(
             [Shot(p["prompt"].strip(), p["chosen"].strip(), p["rejected"].strip()) for p in pairs]
         )
-        demographics = (fields.get(DEMOGRAPHICS) or "").strip()
-        persona = (fields.get(PERSONA) or "").strip()
+        demographics, persona = _strip(fields, DEMOGRAPHICS), _strip(fields, PERSONA)
         values = fields.get(DIRECTIONS)
         directions = "".join(map(_CODES.__getitem__, values)) if values is not None else ""
         of_comments: tuple[str, ...] = ()
@@ -201,6 +199,21 @@ def _take(row: Row, layout: Layout) -> Record | None:
         *(row.where, prompt, chosen, rejected, directions, demographics),
         *(comments, of_comments, shots, of_shots, persona),
     )
+
+
+def _list_items(fields: dict[str, Any], name: str) -> list[Any]:
+    """Raises: TypeError."""
+    items = fields.get(name)
+    if items is None:
+        return []
+    if not isinstance(items, list):
+        raise TypeError(name)
+    return items
+
+
+def _strip(fields: dict[str, Any], name: str) -> str:
+    text = fields.get(name)
+    return "" if text is None else text.strip()
 
 
 def _check(row: Row, layout: Layout) -> Record:
