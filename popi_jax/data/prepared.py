@@ -23,6 +23,7 @@ from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import (
+    alignx,
     download,
     elix,
     jsonl,
@@ -30,8 +31,10 @@ from popi_jax.data.sources import (
     personamem,
     prefeval,
     prism,
+    psoups,
     review,
     roleplay,
+    ufp4,
 )
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
@@ -39,6 +42,7 @@ from popi_jax.progress import Progress
 
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
 SOURCES = (
+<<<<<<< HEAD
     prism.SOURCE,
     elix.SOURCE,
     review.SOURCE,
@@ -47,6 +51,10 @@ SOURCES = (
     personamem.SOURCE,
     jsonl.SOURCE,
     made_people.SOURCE,
+=======
+    *(prism.SOURCE, elix.SOURCE, review.SOURCE, roleplay.SOURCE, prefeval.SOURCE, jsonl.SOURCE),
+    *(alignx.SOURCE, psoups.SOURCE, ufp4.SOURCE, made_people.SOURCE),
+>>>>>>> alignx
 )
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
