@@ -42,19 +42,17 @@ from popi_jax.progress import Progress
 
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
 SOURCES = (
-<<<<<<< HEAD
     prism.SOURCE,
     elix.SOURCE,
     review.SOURCE,
     roleplay.SOURCE,
+    alignx.SOURCE,
+    psoups.SOURCE,
+    ufp4.SOURCE,
     prefeval.SOURCE,
     personamem.SOURCE,
     jsonl.SOURCE,
     made_people.SOURCE,
-=======
-    *(prism.SOURCE, elix.SOURCE, review.SOURCE, roleplay.SOURCE, prefeval.SOURCE, jsonl.SOURCE),
-    *(alignx.SOURCE, psoups.SOURCE, ufp4.SOURCE, made_people.SOURCE),
->>>>>>> alignx
 )
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
@@ -95,7 +93,7 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     source, folder = _find(cfg, allow_sample, trained_on)
     cfg = _choose_form(cfg, source)
     sums = FileSums(Path(cfg.prepared)).read(folder, source.files(folder))
-    download.check_download(folder, sums)
+    download.check_download(folder, sums, cfg.revision)
     options = {name: getattr(cfg, name) for name in OPTIONS}
     content = json.dumps([FORMAT, options, sums], sort_keys=True)
     home = Path(cfg.prepared) / cfg.source / hashlib.sha256(content.encode()).hexdigest()[:12]
