@@ -246,7 +246,7 @@ def test_a_source_names_the_options_that_it_reads() -> None:
     for source in prepared.SOURCES:
         module = inspect.getmodule(source.load)
         read = {word for word in vars(DataConfig()) if f"cfg.{word}" in inspect.getsource(module)}
-        assert set(source.options) == read - {"path", "download"}
+        assert set(source.options) == read - {"path", "download", "revision"}
         assert set(source.options) <= set(prepared.OPTIONS)
 
 
