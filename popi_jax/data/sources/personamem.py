@@ -270,9 +270,7 @@ SOURCE = Source(
         not_published="splits and pairs: they are ours, made of a benchmark of questions; no file "
         "of the three releases was at hand when this was written.",
     ),
-    options=(
-        *("on_bad_row", "form", "validation_fraction", "test_fraction", "num_pairs", "revision"),
-    ),
+    options=(*("on_bad_row", "form", "validation_fraction", "test_fraction", "num_pairs"),),
     files=list_files,
     load=load,
     find=find_folder,

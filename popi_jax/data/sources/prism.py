@@ -238,7 +238,7 @@ SOURCE = Source(
         not_published="splits; which conversations are signals and which are held out",
     ),
     options="on_bad_row split_by validation_fraction test_fraction num_shots num_pairs pair_mode "
-    "score_margin turns use_system_string revision".split(),
+    "score_margin turns use_system_string".split(),
     files=list_files,
     load=load,
     find=find_folder,
