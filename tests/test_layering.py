@@ -56,8 +56,7 @@ ALLOWED = {
 ALSO = {
     "checkpoints/hub.py": {"distributed"},
     "training/loop.py": {
-        *("checkpoints", "config_rules", "distributed", "errors", "metric_writer", "progress"),
-        "run",
+        *("checkpoints", "distributed", "errors", "metric_writer", "progress", "run")
     },
     "training/choices.py": {"distributed", "files", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},

@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from popi_jax import config_rules
 from popi_jax.arrays import Frozen, Params, TrainState
-from popi_jax.config import Config
+from popi_jax.config import Config, flatten_stored
 from popi_jax.errors import UserError, disk_is_full
 
 ROLES = ("inference", "generator")
@@ -209,8 +209,7 @@ def check_same_run(workdir: str, config_json: str) -> None:
     stored = read_config(workdir)
     if stored is None:
         return
-    before = config_rules.flatten(stored)
-    now = config_rules.flatten(json.loads(config_json))
+    before, now = flatten_stored(stored), flatten_stored(json.loads(config_json))
     free = {field.name for field in config_rules.list_settings(Config) if field.free}
     differing = [
         f"{name} was {_show(before, name)}, is {_show(now, name)}"

@@ -7,7 +7,6 @@ user is looked at at a time; of those before are kept a number for each pair and
 import dataclasses
 import hashlib
 import re
-import string
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,7 +25,7 @@ KINDS = {
 LONG = 40  # letters and digits: so long a text is also looked for inside others
 SPOKEN = 8  # of an oracle: a shorter one may stand anywhere
 
-_ASCII = {ord(c): None for c in string.punctuation + string.whitespace}
+_ASCII = bytes(code for code in range(128) if not chr(code).isalnum())
 _OTHER = re.compile(r"[\W_]+")
 
 
@@ -44,8 +43,10 @@ class Leak(NamedTuple):
 def fold(text: str) -> str:
     """The letters and digits of a text, without case; a text that has none stays as it is."""
     lower = text.casefold()
-    kept = lower.translate(_ASCII) if lower.isascii() else _OTHER.sub("", lower)
-    return kept or lower.strip()
+    # bytes are translated ten times as fast as texts
+    kept = lower.encode(errors="surrogatepass").translate(None, _ASCII)
+    folded = kept.decode(errors="surrogatepass")
+    return (folded if folded.isascii() else _OTHER.sub("", folded)) or lower.strip()
 
 
 class LeakFinder:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from popi_jax import config_rules, distributed
+from popi_jax import distributed
 from popi_jax.arrays import Frozen, Metrics, Params, TrainState
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
-from popi_jax.config import Config
+from popi_jax.config import Config, flatten_stored
 from popi_jax.data.batches import derive_data_seed, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.errors import UserError
@@ -226,7 +226,7 @@ def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
     stored = checkpoints.read_config(other)
     if stored is None:
         raise UserError(f'--warm_start: no run in "{other}"')
-    ours, theirs = map(config_rules.flatten, (json.loads(run.config_json), stored))
+    ours, theirs = map(flatten_stored, (json.loads(run.config_json), stored))
     for name in sorted(ours.keys() | theirs.keys()):
         if not name.startswith(_OF_WARMUP) or name in _OF_PLACES:
             continue

@@ -333,6 +333,19 @@ def test_fields_that_do_not_touch_learning_may_change(tmp_path):
     )
 
 
+def test_a_home_folder_that_was_stored_as_such_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    params = {"a": jnp.ones(2)}
+    manager.save_frozen(
+        str(tmp_path), Frozen(params, params), json.dumps(CONFIG | {"model": {"checkpoint": "~/b"}})
+    )
+    now = json.dumps(CONFIG | {"model": {"checkpoint": "/home/ann/b"}})
+    manager.check_same_run(str(tmp_path), now)
+    monkeypatch.setenv("HOME", "/home/bob")
+    with pytest.raises(UserError, match='checkpoint was "/home/bob/b", is "/home/ann/b"'):
+        manager.check_same_run(str(tmp_path), now)
+
+
 def test_a_name_that_begins_like_a_free_field_is_not_free(tmp_path):
     write_run(tmp_path, 1)
     schedule = CONFIG["schedule"] | {"keep_x": 3}

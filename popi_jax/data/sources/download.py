@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from popi_jax.errors import UserError, disk_is_full
 
 RECORD = "SOURCE.json"
-TIMEOUT_S = 10  # without any byte received
+TIMEOUT_S = 10  # without an answer of the hub, or without any byte of another address
 
 
 class DownloadFailed(UserError):
@@ -47,33 +49,17 @@ def download_hub(
     import huggingface_hub as hf
 
     try:
-        commit = (
-            hf.HfApi()
-            .resolve_revision(repository, repo_type="dataset", revision=revision or None)
-            .resolved
-        )
-        cached = Path(
-            hf.snapshot_download(
-                repository,
-                repo_type="dataset",
-                revision=commit,
-                allow_patterns=list(patterns),
-                library_name="popi_jax",
-            )
-        )
-        published = _list_published(repository, commit)
+        commit, cached, published = _fetch(repository, revision, list(patterns))
     except Exception as e:  # of several libraries, which promise no common type
         raise _explain(repository, revision, e) from e
-    files = [path for path in cached.rglob("*") if path.is_file()]
-    names = hf.utils.filter_repo_objects(
-        (path.relative_to(cached).as_posix() for path in files), allow_patterns=list(patterns)
-    )
-    sums = {name: hash_file(cached / name) for name in sorted(names)}
-    if not sums:
+    found = (path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file())
+    names = sorted(hf.utils.filter_repo_objects(found, allow_patterns=list(patterns)))
+    if not names:
         told = f"no file matches {', '.join(patterns)} at commit {commit}"
         raise UserError(f"{repository}: {told}. Name another commit in data.revision.")
-    for name, found in sums.items():
-        _check_sum(cached / name, found, published.get(name), (known or {}).get(name, ""))
+    sums = {name: hash_file(cached / name) for name in names}
+    for name, found_sum in sums.items():
+        _check_sum(cached / name, found_sum, published.get(name), (known or {}).get(name, ""))
     _place(folder, cached, {"repository": repository, "commit": commit, "sha256": sums})
 
 
@@ -88,7 +74,7 @@ def download_files(folder: Path, url: str, sha256: dict[str, str]) -> None:
     try:
         for name in sha256:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-        found = {name: _fetch(f"{url}/{name}", part / name) for name in sha256}
+        found = {name: _read_url(f"{url}/{name}", part / name) for name in sha256}
         for name, expected in sha256.items():
             if expected and found[name] != expected:
                 told = f"sha256 of the download is {found[name]}, allowed: {expected}"
@@ -103,18 +89,23 @@ def download_files(folder: Path, url: str, sha256: dict[str, str]) -> None:
         shutil.rmtree(part)
 
 
-def check_download(folder: Path, sha256: dict[str, str]) -> None:
-    """Compares the sha256 of files (name -> hex) with SOURCE.json, where that exists.
+def check_download(folder: Path, sha256: Mapping[str, str], revision: str = "") -> None:
+    """Compares the sha256 of files (name -> hex) with SOURCE.json, where that exists, and the
+    commit, where `revision` is one.
 
-    Raises: UserError when a file has changed since it was downloaded."""
+    Raises: UserError when a file has changed since it was downloaded, or is of another commit."""
     path = folder / RECORD
     if not path.exists():
         return
     try:
-        recorded = json.loads(path.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(path.read_text())
+        recorded, commit = dict(record["sha256"]), str(record.get("commit", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
         fix = "Delete the file if the data are your own copy."
         raise UserError(f'{path}: found no JSON object with "sha256". {fix}') from None
+    if commit and len(revision) == len(commit) and revision != commit:
+        told = f'field "data.revision": found "{revision}", but {folder} holds commit {commit}'
+        raise UserError(f"{told}. Give another data.path, or delete the folder.")
     for name, found in sha256.items():
         if name in recorded and recorded[name] != found:
             told = f"sha256 is {found}, allowed: {recorded[name]} ({RECORD})"
@@ -127,18 +118,44 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _list_published(repository: str, commit: str) -> dict[str, Any]:
-    """Returns path -> what the hub says of the file; {} without a network, where the cache
-    serves."""
+def _fetch(repository: str, revision: str, patterns: list[str]) -> tuple[str, Path, dict[str, Any]]:
+    """Returns the commit, its folder in the cache, and path -> what the hub says of the file ({}
+    without a network, where the cache serves)."""
     import huggingface_hub as hf
 
+    api, published = hf.HfApi(), dict[str, Any]()
+    away: Exception | None = None
+    try:  # first, as it neither waits for ever nor tries for half a minute
+        info = api.dataset_info(
+            repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT_S
+        )
+        published = {file.rfilename: file for file in info.siblings or ()}
+    except hf.errors.HfHubHTTPError as e:
+        if e.response.status_code < 500:
+            raise
+        away = e
+    except Exception as e:  # of the network
+        away = e
     try:
-        info = hf.HfApi().dataset_info(repository, revision=commit, files_metadata=True)
-        return {file.rfilename: file for file in info.siblings or ()}
-    except hf.errors.HfHubHTTPError:
-        raise
-    except Exception:  # of the network, of a library that may change
-        return {}
+        commit = api.resolve_revision(
+            repository,
+            repo_type="dataset",
+            revision=revision or None,
+            local_files_only=away is not None,
+        ).resolved
+        folder = hf.snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=patterns,
+            library_name="popi_jax",
+            local_files_only=away is not None,
+        )
+    except Exception:
+        if away is None:
+            raise
+        raise away from None
+    return commit, Path(folder), published
 
 
 def _check_sum(path: Path, found: str, published: Any, known: str) -> None:
@@ -217,10 +234,8 @@ def _explain(repository: str, revision: str, e: Exception) -> Exception:
     return DownloadFailed(f"{repository}: cannot be downloaded: {told}.")
 
 
-def _fetch(url: str, path: Path) -> str:
+def _read_url(url: str, path: Path) -> str:
     """Writes the bytes of `url` to `path`; returns their sha256."""
-    from tqdm import tqdm
-
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, path.open("wb") as f:
             size = int(response.headers.get("Content-Length", 0))

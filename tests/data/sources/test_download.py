@@ -56,6 +56,12 @@ def test_files_lie_under_their_paths_with_a_record(served: FakeHub, tmp_path: Pa
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
     assert record == {"repository": NAME, "commit": commit, "sha256": sums}
     download.check_download(folder, sums)
+    download.check_download(folder, sums, commit)
+    download.check_download(folder, sums, "main")
+    with pytest.raises(UserError, match=f"data.revision.*holds commit {commit}. Give another"):
+        download.check_download(folder, sums, "0" * 40)
+    with pytest.raises(UserError, match=r"train.jsonl: sha256 is 00, allowed: .*SOURCE.json"):
+        download.check_download(folder, {"data/train.jsonl": "00"})
     assert sorted(served.list_fetched()) == ["test.jsonl", "train.jsonl"]
     assert [p.name for p in folder.parent.iterdir()] == ["people"]
     assert folder.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777 | 0o755
