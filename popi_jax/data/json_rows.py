@@ -6,6 +6,7 @@ the program ("error") or sets the row aside ("skip"). A text is data: any Unicod
 characters (NUL too), U+2028 and texts that look like special tokens of a model included."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from popi_jax.errors import UserError, did_you_mean
 __all__ = ("Row", "check_file", "read_lines", "shorten", "show", "stream_rows")
 
 T = TypeVar("T")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Row:
             return ""
         if not isinstance(value, str) or not (empty or value.strip()):
             raise self.make_error(name, value, allowed, "Correct the value.")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not value.isascii() and _HALF.search(value):
             fix = "Remove the half surrogate pair (\\ud800 to \\udfff)."
             raise self.make_error(name, ascii(value), "Unicode text", fix)
         return value.strip()
