@@ -33,6 +33,7 @@ from popi_jax.config_rules import (
 )
 from popi_jax.errors import UserError
 from popi_jax.phases import parse_phases
+from popi_jax.signals import parse_signals
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -325,5 +326,6 @@ def _read_config(values: Mapping[str, Any]) -> Config:
     if not config.workdir:
         config = dataclasses.replace(config, workdir=os.path.join("work", config.name))
     parse_phases(config.schedule.phases)
+    parse_signals(config.data.signals, f'config.data.signals = "{config.data.signals}"')
     config_rules.check_together(config)
     return config

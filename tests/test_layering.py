@@ -26,12 +26,13 @@ ALLOWED = {
     "progress": set(),
     "config_rules": {"errors"},
     "phases": {"errors"},
+    "signals": {"errors"},
     "config_data": {"config_rules"},
-    "config": {"config_data", "config_rules", "errors", "phases"},
+    "config": {"config_data", "config_rules", "errors", "phases", "signals"},
     "cli": {"config", "config_rules", "errors"},
     "distributed": {"errors"},
     "losses": {"arrays"},
-    "data": {"arrays", "config", "config_rules", "errors", "files"},
+    "data": {"arrays", "config", "config_rules", "errors", "files", "signals"},
     "models": {"arrays", "losses"},
     "popi": {"arrays", "losses", "models"},
     "sharding": {"config", "errors", "models"},
@@ -200,7 +201,11 @@ def test_what_one_must_load_stays_small(start: str, most: Load) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    (*ENTRY_POINTS, "cli", "config", "config_data", "config_rules", "errors", "phases", "__init__"),
+    (
+        *ENTRY_POINTS,
+        *("cli", "config", "config_data", "config_rules", "errors", "phases", "signals"),
+        "__init__",
+    ),
 )
 def test_what_runs_before_main_imports_nothing_heavy(name: str) -> None:
     path = PACKAGE / f"{name}.py"
@@ -211,7 +216,7 @@ def test_what_runs_before_main_imports_nothing_heavy(name: str) -> None:
         for module in imports(path, top_level_only=True)
         if module.startswith("popi_jax.")
     }
-    assert ours <= {"cli", "config", "config_data", "config_rules", "errors", "phases"}
+    assert ours <= {"cli", "config", "config_data", "config_rules", "errors", "phases", "signals"}
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def make_items(
     margins: Float[np.ndarray, "users pairs"],
     reference: PairLogps | None = None,
 ) -> list[dict[str, Any]]:
-    """One item for each pair of the users, in their order.
+    """One item for each pair of the users that counts, in their order.
 
     scores, reference: [users pairs], log-probs in nats, or rewards of a reward model, which has no
     reference. The generator sees no text about the user: context_tokens is 0."""
@@ -100,6 +100,8 @@ def make_items(
     for row, user in enumerate(users):
         signals = words.encode(render_signals(user, run.config.data.pair_layout))
         for k, pair in enumerate(user.pairs[:most]):
+            if not made.pair_mask[row, k]:
+                continue
             known = reference and PairLogps(*(float(x[row, k]) for x in reference))
             items.append(
                 {

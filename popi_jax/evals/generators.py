@@ -23,6 +23,7 @@ from popi_jax.config import Config
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
+from popi_jax.data.selection import keep_signals
 from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
 from popi_jax.models import decode
 from popi_jax.models.decode import Sampling
@@ -122,8 +123,8 @@ def summarize_users(
     config: with the limits as they were given: those of the run are of its training users. At
     temperature 0 the likeliest tokens are taken."""
     role = run.inference
-    bare = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
-    encoded, cut = batches.encode_all(bare, role.tokenizer, config)
+    asked = [bare_signals(keep_signals(user, config.data.signals), config) for user in users]
+    encoded, cut = batches.encode_all(asked, role.tokenizer, config)
     if cut.contexts:
         logging.warning(
             "The signals of %d of %d users were too long and shortened (data.context_len = %d).",
@@ -137,6 +138,12 @@ def summarize_users(
         advance = lambda part: progress.update(round(100 * part))  # noqa: E731
         (found,) = summarizer.write(signals, [temperature], advance)
     return list_summaries(run, users, found)
+
+
+def bare_signals(user: User, config: Config) -> User:
+    """The user with what a summary is made of: the signals, and with `data.prompt_aware` the pair
+    that it is for."""
+    return dataclasses.replace(user, pairs=user.pairs[: config.data.prompt_aware], readings=())
 
 
 def list_summaries(
