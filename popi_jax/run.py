@@ -4,6 +4,7 @@ for all commands."""
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.sharding import find_platform, make_mesh
 
+PREPARE_S = 24 * 3600  # that the processes wait for the one that prepares the data
 LAYOUT = 2  # of a workdir; raise it when runs of before cannot be continued
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
@@ -98,7 +100,9 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
         manager.check_same_run(config.workdir, _add_origin(config_json, origin, base))
     mesh = start_devices(config)
     on_laptop = distributed.is_alone_on_cpu(os.environ) and jax.default_backend() == "cpu"
-    dataset = prepare(config.data, allow_sample=on_laptop, trained_on=origin.get("data", ""))
+    allowed = {"allow_sample": on_laptop, "trained_on": origin.get("data", "")}
+    make = partial(prepare, config.data, **allowed)
+    dataset = distributed.make_once(make, Path(config.data.prepared), "the data", PREPARE_S)
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")
     found = hub.open_base(config.model.checkpoint, base.get("commit", ""))

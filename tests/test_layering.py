@@ -32,7 +32,7 @@ ALLOWED = {
     "cli": {"config", "config_rules", "errors"},
     "distributed": {"errors"},
     "losses": {"arrays"},
-    "data": {"arrays", "config", "config_rules", "errors", "files", "signals"},
+    "data": {"arrays", "config_data", "config_rules", "errors", "files", "progress", "signals"},
     "models": {"arrays", "losses"},
     "popi": {"arrays", "losses", "models"},
     "sharding": {"config", "errors", "models"},
