@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from popi_jax.data import prompts
-from popi_jax.data.prompts import Tokenizer
+from popi_jax.data.prompts import Tokenizer, Wording
 from popi_jax.data.records import Messages, User
 from popi_jax.data.selection import drop_items, list_item_sizes
 from popi_jax.errors import UserError
@@ -75,7 +75,8 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     pairs = user.pairs[: d.num_pairs]
     signals = fit_signals(user, tokenizer, cfg)
     asked = (tuple((m["role"], m["content"]) for m in p.prompt) for p in pairs)
-    turns = [_fit_known_turn(prompt, tokenizer, d.turn_len) for prompt in asked]
+    wording = prompts.get_wording(cfg)
+    turns = [_fit_known_turn(prompt, tokenizer, d.turn_len, wording) for prompt in asked]
     replies = [
         [_encode_known_answer(tokenizer, text) for text in (p.chosen, p.rejected)] for p in pairs
     ]
@@ -123,15 +124,15 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     by line, and last the profile as a whole.
 
     Raises: UserError when the headers alone are longer."""
-    limit, asked = cfg.data.context_len, ""
+    m, limit, asked = cfg.model, cfg.data.context_len, ""
     if cfg.data.prompt_aware and user.pairs:
         asked = _cut_start(prompts.render_asked(user.pairs[0].prompt), tokenizer, cfg.data.turn_len)
 
     def read(dropped: int) -> tuple[str, Ids]:
         some = drop_items(user, dropped) if dropped else user
-        text = prompts.render_signals(some, cfg.data.pair_layout)
+        text = prompts.render_signals(some, cfg.data.pair_layout, m.signals_template)
         return text, prompts.render_inference_context(
-            tokenizer, text + asked, cfg.model.summary_instruction
+            tokenizer, text + asked, m.summary_instruction, m.summary_system
         )
 
     text, ids = read(0)
@@ -227,11 +228,10 @@ def _encode_reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) ->
 
 @functools.lru_cache(_KNOWN_TEXTS)
 def _fit_known_turn(
-    prompt: tuple[tuple[str, str], ...], tokenizer: Tokenizer, limit: int
+    prompt: tuple[tuple[str, str], ...], tokenizer: Tokenizer, limit: int, wording: Wording
 ) -> tuple[tuple[int, ...], bool]:
-    ids, shortened = _fit_turn(
-        [{"role": role, "content": content} for role, content in prompt], tokenizer, limit
-    )
+    messages = [{"role": role, "content": content} for role, content in prompt]
+    ids, shortened = _fit_turn(messages, tokenizer, limit, wording)
     return tuple(ids), shortened
 
 
@@ -240,19 +240,23 @@ def _encode_known_answer(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(prompts.encode_answer(tokenizer, text))
 
 
-def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:
+def _fit_turn(
+    prompt: Messages, tokenizer: Tokenizer, limit: int, wording: Wording
+) -> tuple[Ids, bool]:
     """Returns a turn of at most `limit` tokens, and whether it was shortened."""
-    ids = prompts.render_generator_turn(tokenizer, prompt)
+    ids = prompts.render_generator_turn(tokenizer, prompt, wording)
     shortened = len(ids) > limit
     while len(ids) > limit and len(prompt) > 1:
         # an answer goes with its question
         prompt = prompt[2:] if prompt[1]["role"] == "assistant" else prompt[1:]
-        ids = prompts.render_generator_turn(tokenizer, prompt)
+        ids = prompts.render_generator_turn(tokenizer, prompt, wording)
     if len(ids) <= limit:
         return ids, shortened
 
     def encode(text: str) -> Ids:
-        return prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
+        return prompts.render_generator_turn(
+            tokenizer, [{"role": "user", "content": text}], wording
+        )
 
     return _fit_end(prompt[-1]["content"], encode, tokenizer, limit), True
 

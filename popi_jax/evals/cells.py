@@ -99,6 +99,8 @@ class Unit:
         text: dict[str, Any] = {"condition": condition.name, "version": condition.version}
         if condition.reads_signals or condition.summaries_by:
             text["signals"] = self._name_signals(cell.signals)
+        if condition.reads_signals and reader.config.model.signals_template:
+            text["template"] = reader.config.model.signals_template
         if condition.summaries_by:
             text["summaries"] = self._identify_summaries(
                 condition.summaries_by, cell.signals, cell.decoding
@@ -115,7 +117,7 @@ class Unit:
             "weights": self._once("identity", reader.weights),
             "shape": identify_shape(reader.parts),
             "words": identify_words(reader.parts.tokenizer),
-            "instruction": [model.answer_instruction, model.summary_place],
+            "instruction": [model.answer_instruction, model.summary_place, model.answer_template],
             "reference": reference,
             "objective": dataclasses.asdict(objective),
             "data": {**self.split.identity},
@@ -125,12 +127,15 @@ class Unit:
 
     def _identify_summaries(self, writer: str, signals: str, decoding: str) -> dict[str, Any]:
         role, config = self.subject.roles.inference, self.subject.roles.config
+        model = config.model
         return {
             "drawing": DRAWING,
             "weights": self._once("identity", self._find_writer(writer)),
             "shape": identify_shape(role),
             "words": identify_words(role.tokenizer),
-            "instruction": config.model.summary_instruction,
+            "instruction": [
+                *(model.summary_system, model.signals_template, model.summary_instruction)
+            ],
             "temperature": DECODINGS[decoding],
             "seed": config.seed,
             "data": {**self.split.identity},

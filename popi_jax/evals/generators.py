@@ -22,6 +22,7 @@ from popi_jax.arrays import PairLogps, Params, Tokens
 from popi_jax.config import Config
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import Ids
+from popi_jax.data.prompts import PLAIN, Wording
 from popi_jax.data.records import User
 from popi_jax.data.selection import keep_signals
 from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
@@ -97,14 +98,21 @@ class Generator(NamedTuple):
         return PairLogps(jnp.asarray(logps[..., 0]), jnp.asarray(logps[..., 1]))
 
     def reply(
-        self, text: Ids, prompt: str, *, sampling: Sampling, num: int, seed: int
+        self,
+        text: Ids,
+        prompt: str,
+        *,
+        sampling: Sampling,
+        num: int,
+        seed: int,
+        wording: Wording = PLAIN,
     ) -> list[str]:
         """`num` answers behind a text about the user; one that reached `sampling.max_len` before
         its end is cut there."""
         words, rows = self.role.tokenizer, count_rows(self.role.model)
         messages = [{"role": "user", "content": prompt.strip()}]
         context = [*self.role.prompt, *text]
-        turn = prompts.render_generator_turn(words, messages)
+        turn = prompts.render_generator_turn(words, messages, wording)
         tokens = [self.place(batches.pad([ids] * rows, len(ids), 0)) for ids in (context, turn)]
         keys = decode.sample_keys(jax.random.key(seed), jnp.arange(rows), num)
         drawn = draw_replies(self.params, *tokens, keys, model=self.role.model, sampling=sampling)
