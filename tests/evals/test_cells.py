@@ -10,6 +10,7 @@ from popi_jax import files
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.data import batches, encode, prompts, tokenizer
+from popi_jax.data.examples import list_examples
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
 from popi_jax.evals import cells, conditions, generators, records
@@ -264,6 +265,23 @@ def test_all_signals_are_those_that_the_run_reads(tiny, users, unit, tmp_path):
     seen = limited._select("all")
     assert all(user.profile and not user.shots for user in seen)
     assert any(user.shots for user in limited._select("shots"))
+
+
+def test_prompt_aware_summaries_are_written_behind_the_prompt(tiny, users, tmp_path):
+    subject = open_subject(str(tiny.workdir), tiny.run.config, tiny.run.mesh)
+    data = dataclasses.replace(subject.roles.config.data, prompt_aware=True, num_pairs=1)
+    examples = list(list_examples(users[:3], 2))
+    split = Split(examples, data, {"users": 6}, "sample")
+    hashes = Hashes(tmp_path / "hashes.json", files.write_whole)
+    unit = Unit(subject, split, subject.readers, list(DECODINGS), str(tmp_path), hashes)
+    with jax.set_mesh(tiny.run.mesh):
+        groups = unit._once("signals", "all").groups
+    words, told = tiny.run.inference.tokenizer, {}
+    for tokens, index in (jax.device_get(placed) for group in groups for placed in group.placed):
+        for ids, length, number in zip(tokens.ids, tokens.lengths, index, strict=True):
+            told[int(number)] = words.decode(ids[:length])
+    for number, user in enumerate(examples):
+        assert told[number].endswith(f"asks now: {user.pairs[0].prompt[-1]['content']}")
 
 
 def test_cells_of_one_shape_compile_nothing(tiny, unit, users, evaluated, tmp_path):
