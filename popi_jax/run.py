@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 from popi_jax import config_rules, distributed, files
 from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
-from popi_jax.data import batches, encode, examples, measure, prompts, tokenizer, warmup_batches
+from popi_jax.data import (
+    batches,
+    encode,
+    examples,
+    measure,
+    prompts,
+    selection,
+    tokenizer,
+    warmup_batches,
+)
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
@@ -100,6 +109,8 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, checkpoint=found.folder)
     )
+    splits = selection.select_splits(dataset.splits, config.data.signals)
+    dataset = dataset._replace(splits=splits)
     words = load_tokenizer(config, dataset, begun=stored is not None)
     measured = load_measured(config, dataset, words, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
@@ -290,12 +301,24 @@ def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) 
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
+    d = config.data
     if cut.contexts or cut.turns or cut.answers:
-        d = config.data
         logging.warning(
             "Too long and shortened, in the %d training users measured: %d signals "
             "(data.context_len = %d), %d prompts of %d (data.turn_len = %d), %d replies of %d "
             "(data.answer_len = %d).",
             *(cut.users, cut.contexts, d.context_len),
             *(cut.turns, cut.pairs, d.turn_len, cut.answers, 2 * cut.pairs, d.answer_len),
+        )
+    if cut.emptied:
+        logging.warning(
+            "Of %d of the %d training users measured nothing is shown at all: their profile, which "
+            "is never cut, is longer than data.context_len = %d; raise it.",
+            *(cut.emptied, cut.users, d.context_len),
+        )
+    if cut.equal:
+        logging.warning(
+            "%d of %d pairs of the training users measured do not count: chosen and rejected are "
+            "equal within data.answer_len = %d; raise it.",
+            *(cut.equal, cut.pairs, d.answer_len),
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Bool
 
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user, get_told_len
@@ -47,10 +48,10 @@ def make_user_batches(
     `cfg.batch.users`.
 
     Users are reshuffled each epoch and an epoch may end inside a batch. K = `cfg.batch.pairs` of a
-    user's pairs are drawn without replacement; rows beyond those that the user has are masked, as
-    are all of a user without persona where the generator reads personas. The global batch is the
-    concatenation of the processes' batches and does not depend on their number; `index` = step *
-    users + its row in it.
+    user's usable pairs are drawn without replacement; rows beyond those that the user has are
+    masked, as are all of a user without persona where the generator reads personas. The global
+    batch is the concatenation of the processes' batches and does not depend on their number;
+    `index` = step * users + its row in it.
 
     Raises: UserError when the users of a batch cannot be divided among the processes, or `source`
     is empty."""
@@ -64,7 +65,7 @@ def make_user_batches(
     def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> UserBatch:
         drawn = users.take(members[rows])
         picks = [
-            rng.permutation(len(u.turns))[: count if counts(u) else 0]
+            rng.permutation(np.array(u.usable, int))[: count if counts(u) else 0]
             for u, rng in zip(drawn, rngs[rows], strict=True)
         ]
         index = step * size + np.arange(size)[rows]
@@ -238,8 +239,8 @@ def _pad_users(
     limits: Any,
     count: int,
 ) -> UserBatch:
-    """Returns the batch of the picked pairs of each user; `limits`: the `data` part of the
-    configuration."""
+    """Returns the batch of the picked pairs of each user, of which the usable ones count; `limits`:
+    the `data` part of the configuration."""
 
     def pad_picked(field: str, length: int) -> Tokens:
         texts = [[getattr(u, field)[k] for k in ks] for u, ks in zip(users, picks, strict=True)]
@@ -254,6 +255,15 @@ def _pad_users(
         turns=pad_picked("turns", limits.turn_len),
         chosen=pad_picked("chosen", limits.answer_len),
         rejected=pad_picked("rejected", limits.answer_len),
-        pair_mask=np.array([np.arange(count) < len(ks) for ks in picks]),
+        pair_mask=_mark_usable(users, picks, count),
         pair_number=pair_number,
     )
+
+
+def _mark_usable(
+    users: list[EncodedUser], picks: list[np.ndarray], count: int
+) -> Bool[np.ndarray, "users pairs"]:
+    mask = np.zeros((len(users), count), bool)
+    for row, user, ks in zip(mask, users, picks, strict=True):
+        row[: len(ks)] = [k in user.usable for k in ks.tolist()]
+    return mask

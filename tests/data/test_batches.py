@@ -1,5 +1,6 @@
 """Batches: what is drawn, what each row holds, and that the order depends on the seed alone."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -187,6 +188,23 @@ def test_worker_processes_give_the_same_batches_and_resume(tmp_path: pathlib.Pat
         command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip().endswith("equal"), done.stderr
+
+
+def test_pairs_with_equal_replies_are_no_pairs(tokenizer: Tokenizer) -> None:
+    """They are neither drawn nor counted; the numbers of the others do not change."""
+    user, cfg = make_user(0, 4), make_config(batch__pairs=4)
+    pairs = [
+        dataclasses.replace(p, rejected=p.chosen) if k % 2 else p for k, p in enumerate(user.pairs)
+    ]
+    user = dataclasses.replace(user, pairs=tuple(pairs))
+    for batch in take(batches.make_user_batches([user], tokenizer, cfg, seed=0), 2):
+        assert batch.pair_mask.tolist() == [[True, True, False, False]] * 4
+        assert {*batch.pair_number[:, :2].flat} == {0, 2}
+    (made,) = batches.make_eval_batches([user], tokenizer, cfg)
+    assert made.batch.pair_mask[0, :4].tolist() == [True, False, True, False]
+    assert made.batch.pair_number[0, :4].tolist() == [0, 1, 2, 3]
+    whole, cut = batches.encode_all([user], tokenizer, cfg)
+    assert whole.pair_mask.tolist() == [[True, False, True, False]] and cut.equal == 2
 
 
 def test_no_users_is_told(tokenizer: Tokenizer, cfg: Config) -> None:
