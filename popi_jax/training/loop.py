@@ -28,7 +28,7 @@ from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.progress import Progress
 from popi_jax.run import Roles, Run
 from popi_jax.sharding import place_batch
-from popi_jax.training import choices, reference, setup
+from popi_jax.training import choices, longer, reference, setup
 from popi_jax.training.places import Update
 from popi_jax.training.remat import find_memory
 from popi_jax.training.restore import restore_start
@@ -145,7 +145,11 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     batches = open_batches(run)
 
     def shape_at(step: int) -> TrainState:
-        return warmup_abstract if step <= warmup_steps and warmup_steps else abstract
+        return (
+            warmup_abstract
+            if step <= warmup_steps
+            else longer.find_shape(run, plan.kinds, step, abstract)
+        )
 
     restored = checkpoints.restore_latest(manager, shape_at, batches)
     if restored is None:
@@ -157,6 +161,10 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
         step, state = restored
         logging.info("Continuing at step %d of %d in %s", step, last_step, cfg.workdir)
     chosen = choices.read(cfg.workdir, mesh) if step else {}
+    if step > warmup_steps:
+        state, begins = longer.go_on(run, plan, step, state, abstract)
+        if begins:  # another optimizer needs memory
+            chosen.pop("remat", "")
     if cfg.model.remat == "auto":
         shapes = setup.abstract_frozen(plan, abstract, mesh, choices.count_pairs(run))
         run, chosen = choices.settle_remat(run, chosen, available, (abstract, shapes))

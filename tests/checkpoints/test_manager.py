@@ -333,6 +333,27 @@ def test_fields_that_do_not_touch_learning_may_change(tmp_path):
     )
 
 
+def change_phases(folder: Path, *phases: str) -> None:
+    manager.check_same_run(str(folder), json.dumps(CONFIG | {"schedule": {"phases": phases}}))
+
+
+def test_a_run_may_go_on_with_more_updates_of_the_same_beginning(tmp_path):
+    write_run(tmp_path, 1)  # that was begun with "inference 2"
+    change_phases(tmp_path, "inference 2", "joint 3")
+    change_phases(tmp_path, "inference 7")
+    change_phases(tmp_path, "alternate 2:1 9")
+    for phases, why in (
+        (("inference 1",), "begun with 2 updates and may go on with more, not with 1"),
+        (("alternate 1:1 9",), "update 2 was inference, is generator; more may follow"),
+        (("supervised 9",), "update 1 was inference, is supervised; more may follow"),
+    ):
+        with pytest.raises(UserError, match=f"schedule.phases was .*{why}.*; give another WORKDIR"):
+            change_phases(tmp_path, *phases)
+    more = CONFIG | {"seed": 1, "schedule": {"phases": ["inference 7"]}}
+    with pytest.raises(UserError, match=r"other settings: seed was 0, is 1; give"):
+        manager.check_same_run(str(tmp_path), json.dumps(more))
+
+
 def test_a_home_folder_that_was_stored_as_such_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     params = {"a": jnp.ones(2)}
