@@ -285,7 +285,6 @@ SOURCE = Source(
     ),
     options=(
         *("on_bad_row", "form", "split_by", "validation_fraction", "test_fraction", "num_pairs"),
-        "revision",
     ),
     files=list_files,
     load=load,
