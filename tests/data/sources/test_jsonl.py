@@ -332,6 +332,8 @@ def test_split_by_conversation(tmp_path: Path) -> None:
         prepared=str(tmp_path / "p"),
         split_by="conversation",
         num_pairs=100,
+        validation_fraction=0.2,
+        test_fraction=0.2,
     )
     splits = prepare(cfg, allow_sample=False).splits
     assert [sorted(u.user_id for u in users) for users in splits.values()] == [
