@@ -301,6 +301,7 @@ def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) 
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
+    """Raises: UserError when no pair is left."""
     d = config.data
     if cut.contexts or cut.turns or cut.answers:
         logging.warning(
@@ -312,13 +313,16 @@ def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
         )
     if cut.emptied:
         logging.warning(
-            "Of %d of the %d training users measured nothing is shown at all: their profile, which "
-            "is never cut, is longer than data.context_len = %d; raise it.",
+            "Of %d of the %d training users measured nothing at all is shown: no whole item of "
+            "their signals fits into data.context_len = %d; raise it.",
             *(cut.emptied, cut.users, d.context_len),
         )
     if cut.equal:
-        logging.warning(
-            "%d of %d pairs of the training users measured do not count: chosen and rejected are "
-            "equal within data.answer_len = %d; raise it.",
-            *(cut.equal, cut.pairs, d.answer_len),
+        told = (
+            f"{cut.equal} of {cut.pairs} pairs of the training users measured do not count: chosen "
+            f"and rejected are equal within data.answer_len = {d.answer_len}; raise it where they "
+            "differ later."
         )
+        if cut.equal == cut.pairs:
+            raise UserError(told)
+        logging.warning("%s", told)
