@@ -31,7 +31,7 @@ ALLOWED = {
     "cli": {"config", "config_rules", "errors"},
     "distributed": {"errors"},
     "losses": {"arrays"},
-    "data": {"arrays", "config", "config_rules", "errors", "files"},
+    "data": {"arrays", "config", "config_rules", "errors", "files", "progress"},
     "models": {"arrays", "losses"},
     "popi": {"arrays", "losses", "models"},
     "sharding": {"config", "errors", "models"},

@@ -172,7 +172,7 @@ def test_exit_status_of_a_run_that_was_stopped(
     def stop(run: Run, *, warm_start: str) -> None:
         raise Stopped(int(number), 3)
 
-    run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None)
+    run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None, None)
     monkeypatch.setattr("popi_jax.run.open_run", lambda _: run)
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exited:
