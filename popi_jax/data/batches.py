@@ -14,9 +14,10 @@ import numpy as np
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user, get_told_len
 from popi_jax.data.order import Order
+from popi_jax.data.packed import list_usable
 from popi_jax.data.prompts import Tokenizer, encode_answer
 from popi_jax.data.records import User
-from popi_jax.data.tokens import Encoded, list_usable
+from popi_jax.data.tokens import Encoded
 from popi_jax.errors import UserError
 
 ENDLESS = 1 << 40  # batches

@@ -81,11 +81,13 @@ def deal_evenly(
 
     The largest examples come first; each goes where it evens out best what is there."""
     left, sums = np.array(rooms), np.zeros((len(rooms), loads.shape[1]))
+    size = np.array(rooms, float)
     loads = loads - loads.mean(axis=0)
     dealt = np.zeros(len(loads), int)
     for example in np.argsort(-(loads**2).sum(axis=1), kind="stable"):
-        # how much it adds to the sum of squares, but for what is the same for all parts
-        added = np.where(left > 0, sums @ loads[example], np.inf)
+        # to the square of a part's sum, which by chance alone grows with its room
+        added = (2 * sums @ loads[example] + loads[example] @ loads[example]) / size
+        added[left == 0] = np.inf
         dealt[example] = part = int(added.argmin())
         sums[part] += loads[example]
         left[part] -= 1

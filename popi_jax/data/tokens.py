@@ -23,32 +23,18 @@ import numpy as np
 from absl import logging
 
 from popi_jax import files
-from popi_jax.config import DataConfig
-from popi_jax.config_rules import list_settings
-from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user
+from popi_jax.data.encode import EncodedUser, encode_user
+from popi_jax.data.packed import LENGTHS, measure_user, pack, unpack
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 from popi_jax.errors import UserError
 from popi_jax.progress import Progress
 
 FORMAT = 1  # raise it whenever `encode_user` or `pack` makes something else of the same input
-LENGTHS = np.dtype(
-    [
-        (name, np.int32)
-        for name in (
-            *("context", "told", "turn", "answer"),  # tokens; of the longest turn and answer
-            *("pairs", "turns", "answers"),  # that count, and the tokens of all of them
-            *(f"cut_{name}" for name in Truncations._fields),
-        )
-    ]
-)
 _MANY = 4096  # users from which on processes share the work
 _WORKERS = 2  # of them, where data.workers is 0
 _FILES = 64  # at most, each of at least _MANY users
 _KEPT_RECORDS = 20_000  # of users encoded on demand, about 3 kB each
-_HEADER = 4  # numbers before the lengths: bytes of an id, pairs, readings, bytes of the JSON
-_SINGLE = ("context", "oracle", "told", "profile")
-_OF_PAIRS = ("turns", "chosen", "rejected")
 
 
 class Host(NamedTuple):
@@ -113,7 +99,7 @@ class OnDemand(Sequence[EncodedUser]):
         return OnDemand, (*self._parts, self.lengths)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._parts[0])
 
     def __getitem__(self, number: Any) -> Any:
         number = range(len(self))[number]
@@ -151,12 +137,12 @@ def identify(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> str:
     """The key of a split's ids: over FORMAT, the tokenizer, the settings that matter, how a made
     user is encoded, which shows the templates, and the split. Which source it is of says the
     folder."""
-    settings = {field.name for field in list_settings(DataConfig) if not field.free}
+    settings = [f.name for f in dataclasses.fields(cfg.data) if not f.metadata["free"]]
     model = ("summary_instruction", "answer_instruction", "summary_place")
     content = [
         FORMAT,
         identify_words(tokenizer),
-        {name: getattr(cfg.data, name) for name in sorted(settings)},
+        {name: getattr(cfg.data, name) for name in settings},
         [getattr(cfg.model, name) for name in model],
         cfg.generator.reads,
         len(source),
@@ -191,71 +177,6 @@ def _encode_probe(tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     return encode_user(
         probe, tokenizer, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **wide))
     )
-
-
-def pack(user: EncodedUser) -> bytes:
-    """A user as bytes: numbers, ids of two bytes each where that is enough, and JSON."""
-    texts = [getattr(user, name) for name in _SINGLE]
-    for name in _OF_PAIRS:
-        texts += getattr(user, name)
-    texts += [ids for reading in user.readings for ids in reading]
-    ids = np.array([i for text in texts for i in text], np.int32)
-    kind = np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32
-    rest = [value for name, value in zip(user._fields, user, strict=True) if name in _REST]
-    told = json.dumps(rest, ensure_ascii=False).encode()
-    numbers = [np.dtype(kind).itemsize, len(user.turns), len(user.readings), len(told)]
-    lengths = np.array([*numbers, *map(len, texts)], np.int32)
-    return lengths.tobytes() + told + ids.astype(kind).tobytes()
-
-
-def unpack(record: bytes) -> EncodedUser:
-    """Inverse of `pack`."""
-    size, pairs, readings, told = np.frombuffer(record, np.int32, _HEADER).tolist()
-    count = len(_SINGLE) + len(_OF_PAIRS) * pairs + 2 * readings
-    lengths = np.frombuffer(record, np.int32, count, 4 * _HEADER).tolist()
-    start = 4 * (_HEADER + count)
-    rest = dict(zip(_REST, json.loads(record[start : start + told]), strict=True))
-    kind = np.uint16 if size == 2 else np.int32
-    ids = np.frombuffer(record[start + told :], kind).tolist()
-    texts, end = list[Ids](), 0
-    for length in lengths:
-        texts.append(ids[end : end + length])
-        end += length
-    found: dict[str, Any] = dict(zip(_SINGLE, texts, strict=False))
-    for number, name in enumerate(_OF_PAIRS):
-        begin = len(_SINGLE) + number * pairs
-        found[name] = texts[begin : begin + pairs]
-    asked = texts[len(_SINGLE) + len(_OF_PAIRS) * pairs :]
-    found["readings"] = list(zip(asked[::2], asked[1::2], strict=True))
-    found |= rest
-    found["contrasts"] = [(first, second) for first, second in rest["contrasts"]]
-    found["truncations"] = Truncations(*rest["truncations"])
-    return EncodedUser(**found)
-
-
-_REST = tuple(n for n in EncodedUser._fields if n not in (*_SINGLE, *_OF_PAIRS, "readings"))
-
-
-def measure_user(user: EncodedUser) -> tuple[int, ...]:
-    """A row of LENGTHS."""
-    counted = list_usable(user)
-    turns = [*user.turns, *(turn for turn, _ in user.readings)]
-    answers = [*user.chosen, *user.rejected, *(answer for _, answer in user.readings)]
-    return (
-        len(user.context),
-        len(user.told),
-        max(map(len, turns), default=0),
-        max(map(len, answers), default=0),
-        len(counted),
-        sum(len(user.turns[k]) for k in counted),
-        sum(len(user.chosen[k]) + len(user.rejected[k]) for k in counted),
-        *user.truncations,
-    )
-
-
-def list_usable(user: EncodedUser) -> Sequence[int]:
-    """The numbers of the pairs that count."""
-    return getattr(user, "usable", range(len(user.turns)))
 
 
 def _open_or_write(

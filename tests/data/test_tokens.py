@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from popi_jax.data import encode, prompts, tokens
+from popi_jax.data import encode, packed, prompts, tokens
 from popi_jax.data.encode import EncodedUser, Truncations, encode_user
 from popi_jax.errors import UserError
 from tests.data.people import USERS, make_config, make_tokenizer, make_user
@@ -30,8 +30,8 @@ def open_in(home: Path, **how: Any) -> tokens.Encoded:
 
 def test_a_record_holds_all_of_a_user() -> None:
     for user in EXPECTED:
-        assert tokens.unpack(tokens.pack(user)) == user
-    assert len(tokens.pack(EXPECTED[5])) < 1500
+        assert packed.unpack(packed.pack(user)) == user
+    assert len(packed.pack(EXPECTED[5])) < 1500
 
 
 def test_a_record_holds_users_of_any_shape() -> None:
@@ -49,8 +49,8 @@ def test_a_record_holds_users_of_any_shape() -> None:
             readings=[(ids(), ids()) for _ in range(readings)],
             contrasts=[("a", 'b "')] * readings,
             truncations=Truncations(*range(len(Truncations._fields))),
-        )  # fmt: skip
-        found = tokens.unpack(tokens.pack(user))
+        )
+        found = packed.unpack(packed.pack(user))
         assert found == user
         assert all(type(a) is type(b) for a, b in zip(found, user, strict=True))
 
@@ -78,8 +78,8 @@ def test_lengths_by_hand() -> None:
         rejected=[[1] * 2, [1] * 2],
         readings=[([1] * 6, [1])],
     )
-    row = np.array([tokens.measure_user(user)], tokens.LENGTHS)[0]
-    found = {name: int(row[name]) for name in tokens.LENGTHS.names if "cut" not in name}
+    row = np.array([packed.measure_user(user)], packed.LENGTHS)[0]
+    found = {name: int(row[name]) for name in packed.LENGTHS.names if "cut" not in name}
     assert found == {
         **{"context": 9, "told": 2, "turn": 6, "answer": 4},
         **{"pairs": 2, "turns": 8, "answers": 9},
