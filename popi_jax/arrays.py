@@ -51,7 +51,8 @@ class UserBatch(NamedTuple):
     turns: Tokens  # [users pairs seq]
     chosen: Tokens  # [users pairs seq]
     rejected: Tokens  # [users pairs seq]
-    pair_mask: Bool[Array, "users pairs"]  # False: the user has fewer than K pairs
+    # False: the user has fewer than K pairs, or both replies are equal as they are cut
+    pair_mask: Bool[Array, "users pairs"]
     pair_number: Int[
         Array, "users pairs"
     ]  # in the split: user's number x data.num_pairs + pair of the user

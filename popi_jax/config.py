@@ -33,6 +33,7 @@ from popi_jax.config_rules import (
 )
 from popi_jax.errors import UserError
 from popi_jax.phases import parse_phases
+from popi_jax.signals import parse_signals
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -78,8 +79,17 @@ class ModelConfig:
         "\n\nIn one short sentence, what does this user prefer in replies?",
         "text after the signals that asks the inference model for a summary",
     )
+    summary_system: str = setting(
+        "", "system message before the signals, for the inference model; '' = none"
+    )
+    signals_template: str = setting(
+        "", "of the signals, as Jinja; @FILE reads a file; '' = ours, see docs/data.md"
+    )
     answer_instruction: str = setting(
         "What is known of the user:", "text before the summary in the generator's context"
+    )
+    answer_template: str = setting(
+        "", "of the message that holds the summary, as Jinja; @FILE reads a file; '' = ours"
     )
     summary_place: str = setting(
         "system", "the message that holds it; user: the first of them", one_of("system", "user")
@@ -321,9 +331,25 @@ def to_json(config: Config) -> str:
 
 
 def _read_config(values: Mapping[str, Any]) -> Config:
-    config = config_rules.read_section(Config, values, "")
+    config = _read_templates(config_rules.read_section(Config, values, ""))
     if not config.workdir:
         config = dataclasses.replace(config, workdir=os.path.join("work", config.name))
     parse_phases(config.schedule.phases)
+    parse_signals(config.data.signals, f'config.data.signals = "{config.data.signals}"')
     config_rules.check_together(config)
     return config
+
+
+def _read_templates(config: Config) -> Config:
+    """With the texts of templates that are named by their files."""
+    m = config.model
+    if not (m.signals_template or m.answer_template):
+        return config
+    from popi_jax import templates  # it loads Jinja
+
+    signals = templates.read_setting("signals", m.signals_template)
+    answer = templates.read_setting(
+        "answer", m.answer_template, in_user_message=m.summary_place == "user"
+    )
+    model = dataclasses.replace(m, signals_template=signals, answer_template=answer)
+    return dataclasses.replace(config, model=model)

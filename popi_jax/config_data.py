@@ -58,7 +58,9 @@ class DataConfig:
         one_of("demographics", "directions"),
         data=True,
     )
-    signals: str = setting("all", "what is shown of a user's signals, such as profile+shots:2")
+    signals: str = setting(
+        "all", "kinds that are shown of a user's signals, like profile+shots:2 (the newest two)"
+    )
     signals_draw: str = setting(
         "fixed",
         "epoch: another random part of the past pairs and comments in each epoch of the training",

@@ -69,7 +69,8 @@ def at_least(least: int, why: str = "") -> Allowed:
 
 
 def one_of(*words: str) -> Allowed:
-    return Allowed(f"must be one of {', '.join(words)}.", lambda x: x in words, words)
+    named = ", ".join(word or "''" for word in words)
+    return Allowed(f"must be one of {named}.", lambda x: x in words, words)
 
 
 def some_of(*words: str) -> Allowed:

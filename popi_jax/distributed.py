@@ -7,6 +7,7 @@ collective blocks; it then ends the others from C++, past any handler of Python.
 that such a process shall say is kept by a child, `Herald`."""
 
 import atexit
+import contextlib
 import glob
 import importlib.util
 import os
@@ -16,9 +17,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +32,8 @@ from jax._src.distributed import (
 from jax.experimental import multihost_utils
 
 from popi_jax.errors import UserError
+
+T = TypeVar("T")
 
 # until all processes must have come; POPI_JAX_JOIN_S overrides it, e.g. where hosts start minutes
 # apart
@@ -183,6 +188,31 @@ def wait_for_all(what: str, limit_s: int = 0) -> None:
         raise UserError(
             f"not all processes came within {limit_s} s to: {what}; {_CONTINUE} ({reason})"
         ) from e
+
+
+def make_once(make: Callable[[], T], place: Path, what: str, limit_s: int) -> T:
+    """make() of every process. It leaves something at `place`, a folder: processes that have it on
+    the disk of process 0 wait until that has made it, and find it there. All call it at the same
+    point of the program.
+
+    what, limit_s: as `wait_for_all`. Raises: UserError, as make()."""
+    if jax.process_count() == 1:
+        return make()
+    first, mark = is_main_process(), uuid.uuid4().hex
+    if first:
+        with contextlib.suppress(OSError):  # then every process makes its own, or tells why not
+            place.mkdir(parents=True, exist_ok=True)
+            (place / mark).touch()
+    mark = tell_all(mark)
+    found: list[T] = []
+    try:
+        if first or not (place / mark).exists():
+            found = [make()]
+        wait_for_all(f"{what} ({mark})", limit_s)
+    finally:
+        if first:
+            (place / mark).unlink(missing_ok=True)
+    return found[0] if found else make()
 
 
 def leave(status: int) -> None:

@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     _check_flags()
     from popi_jax import distributed
     from popi_jax.data.examples import ask
-    from popi_jax.data.prompts import encode_summary
+    from popi_jax.data.prompts import encode_summary, get_wording
     from popi_jax.data.sources.jsonl import read_users
     from popi_jax.evals.generators import Generator, summarize_users
     from popi_jax.run import open_run
@@ -94,6 +94,7 @@ def main(config: Config) -> None:
         sampling=sampling,
         num=_NUM.value,
         seed=config.seed,
+        wording=get_wording(config),
     )
     if distributed.is_main_process():
         print(f"summary: {summary or '(none)'}")

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts steps from `initial` to `total` and shows rate, time left and the newest metrics.
+    """Counts steps from `initial` to `total` (0: unknown) and shows rate, time left and the newest
+    metrics.
 
     `stream` is a text file, by default stderr. When it is no terminal, a line is printed at most
     every `interval` seconds, and one at the end."""
@@ -20,12 +21,13 @@ class Progress:
         *,
         initial: int = 0,
         label: str = "",
+        unit: str = "steps",
         enabled: bool = True,
         interval: float = 30.0,
         stream: Any = None,
     ) -> None:
         self._total, self._initial, self._step = total, initial, initial
-        self._label, self._interval = label, interval
+        self._label, self._unit, self._interval = label, unit, interval
         self._stream = stream or sys.stderr
         self._enabled = enabled
         self._start = self._printed = time.monotonic()
@@ -48,7 +50,8 @@ class Progress:
             self._started, self._start, self._initial, previous = True, time.monotonic(), step, step
             if self._is_terminal:
                 options = {"file": self._stream, "dynamic_ncols": True}
-                self._bar = tqdm(total=self._total, initial=step, desc=self._label, **options)
+                options |= {"desc": self._label, "unit": f" {self._unit}"}
+                self._bar = tqdm(total=self._total or None, initial=step, **options)
         if self._bar is not None:
             self._bar.set_postfix_str(self._metrics, refresh=False)
             self._bar.update(step - previous)
@@ -72,10 +75,11 @@ class Progress:
         now = time.monotonic()
         rate = (self._step - self._initial) / max(now - self._start, 1e-9)
         left = tqdm.format_interval((self._total - self._step) / rate) if rate > 0 else "?"
+        known = self._total > 0
         parts = [
-            f"{self._label} {self._step}/{self._total}".strip(),
-            f"{rate:.3g} steps/s",
-            f"{left} left",
+            f"{self._label} {self._step}{f'/{self._total}' if known else ''}".strip(),
+            f"{rate:.3g} {self._unit}/s",
+            f"{left} left" if known else "",
             self._metrics,
         ]
         print(", ".join(part for part in parts if part), file=self._stream, flush=True)

@@ -18,7 +18,16 @@ from jax.sharding import Mesh
 from popi_jax import config_rules, distributed, files
 from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
-from popi_jax.data import batches, examples, measure, prompts, tokenizer, tokens, warmup_batches
+from popi_jax.data import (
+    batches,
+    examples,
+    measure,
+    prompts,
+    selection,
+    tokenizer,
+    tokens,
+    warmup_batches,
+)
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
@@ -31,6 +40,7 @@ from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.sharding import find_platform, make_mesh
 
+PREPARE_S = 24 * 3600  # that the processes wait for the one that prepares the data
 LAYOUT = 2  # of a workdir; raise it when runs of before cannot be continued
 VOCAB_MULTIPLE = 64  # so that the vocabulary divides over the devices of an axis
 
@@ -99,13 +109,17 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
         manager.check_same_run(config.workdir, _add_origin(config_json, origin, base))
     mesh = start_devices(config)
     on_laptop = distributed.is_alone_on_cpu(os.environ) and jax.default_backend() == "cpu"
-    dataset = prepare(config.data, allow_sample=on_laptop, trained_on=origin.get("data", ""))
+    allowed = {"allow_sample": on_laptop, "trained_on": origin.get("data", "")}
+    make = partial(prepare, config.data, **allowed)
+    dataset = distributed.make_once(make, Path(config.data.prepared), "the data", PREPARE_S)
     if dataset.data == "sample":
         logging.warning("The data are the made PRISM-format sample, not real data.")
     found = hub.open_base(config.model.checkpoint, base.get("commit", ""))
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, checkpoint=found.folder)
     )
+    splits = selection.select_splits(dataset.splits, config.data.signals)
+    dataset = dataset._replace(splits=splits)
     words = load_tokenizer(config, dataset, begun=stored is not None)
     dataset, config = examples.split_pairs(dataset, config)
     open_users = functools.cache(partial(encode_users, config, dataset, words))
@@ -318,12 +332,24 @@ def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) 
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
+    d = config.data
     if cut.contexts or cut.turns or cut.answers:
-        d = config.data
         logging.warning(
             "Too long and shortened, of all %d training users: %d signals "
             "(data.context_len = %d), %d prompts of %d (data.turn_len = %d), %d replies of %d "
             "(data.answer_len = %d).",
             *(cut.users, cut.contexts, d.context_len),
             *(cut.turns, cut.pairs, d.turn_len, cut.answers, 2 * cut.pairs, d.answer_len),
+        )
+    if cut.emptied:
+        logging.warning(
+            "Of %d of the %d training users measured nothing is shown at all: their profile, which "
+            "is never cut, is longer than data.context_len = %d; raise it.",
+            *(cut.emptied, cut.users, d.context_len),
+        )
+    if cut.equal:
+        logging.warning(
+            "%d of %d pairs of the training users measured do not count: chosen and rejected are "
+            "equal within data.answer_len = %d; raise it.",
+            *(cut.equal, cut.pairs, d.answer_len),
         )

@@ -126,7 +126,8 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "data.source",
             "prims",
-            'config.data.source = "prims": must be one of prism, prefeval, jsonl. '
+            'config.data.source = "prims": must be one of prism, elix, review, roleplay, alignx, '
+            "psoups, ufp4, prefeval, personamem, jsonl. "
             'Did you mean "prism"?',
         ),
         ("generator.beta", 0.0, "config.generator.beta = 0.0: must be above 0"),
@@ -166,8 +167,8 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ),
         (
             "data.split_by",
-            "topic",
-            'config.data.split_by = "topic": is possible for the source prefeval only',
+            "topics",
+            "config.data.split_by = \"topics\": must be one of '', user, topic,",
         ),
         (
             "model.num_kv_heads",

@@ -191,25 +191,42 @@ def list_expected(config: Config, signals: str, summary: str) -> list[list[int]]
     words = tokenizer.load(
         Path(config.workdir) / "tokenizer", system_role=config.model.summary_place == "system"
     )
-    context = prompts.render_inference_context(words, signals, config.model.summary_instruction)
+    m = config.model
+    context = prompts.render_inference_context(
+        words, signals, m.summary_instruction, m.summary_system
+    )
     prompt = [{"role": "user", "content": "how do magnets work"}]
     return [
         context + prompts.render_summary_turn(words, config),
         [
             *prompts.render_generator_prefix(words, config),
             *prompts.encode_summary(words, summary, config),
-            *prompts.render_generator_turn(words, prompt),
+            *prompts.render_generator_turn(words, prompt, prompts.get_wording(config)),
         ],
     ]
 
 
+OURS = "@popi_jax/data/templates"
+OFFICIAL = {
+    "summary_system": "Sum up.",
+    "signals_template": f"{OURS}/official_signals.jinja",
+    "answer_template": f"{OURS}/official_answer.jinja",
+}
+FRAMED = "{{ instruction }} [{{ summary }}]"
 ASKED = pytest.mark.parametrize(
-    ("instruction", "place"), [("", "system"), ("Be brief.", "system"), ("Be brief.", "user")]
+    ("instruction", "place", "own"),
+    [
+        ("", "system", {}),
+        ("Be brief.", "system", {}),
+        ("Be brief.", "user", {}),
+        ("Be brief.", "user", OFFICIAL),
+        ("Be brief.", "system", {"summary_system": "Sum up.", "answer_template": FRAMED}),
+    ],
 )
 
 
-def make_asked_run(workdir: Path, instruction: str, place: str) -> Config:
-    own = {
+def make_asked_run(workdir: Path, instruction: str, place: str, own: dict[str, str]) -> Config:
+    own = own | {
         "summary_instruction": instruction,
         "answer_instruction": instruction,
         "summary_place": place,
@@ -220,9 +237,11 @@ def make_asked_run(workdir: Path, instruction: str, place: str) -> Config:
 
 
 @ASKED
-def test_the_code_of_the_card_asks_what_training_asked(tmp_path, instruction, place, monkeypatch):
+def test_the_code_of_the_card_asks_what_training_asked(
+    tmp_path, instruction, place, own, monkeypatch
+):
     """With a stand-in for transformers, whose model says the same to all."""
-    config = make_asked_run(tmp_path, instruction, place)
+    config = make_asked_run(tmp_path, instruction, place, own)
     export.main(config)
     asked = []
 
@@ -257,9 +276,11 @@ def test_the_code_of_the_card_asks_what_training_asked(tmp_path, instruction, pl
 
 
 @ASKED
-def test_transformers_runs_the_code_of_the_card(tmp_path, instruction, place, monkeypatch, capsys):
+def test_transformers_runs_the_code_of_the_card(
+    tmp_path, instruction, place, own, monkeypatch, capsys
+):
     transformers = pytest.importorskip("transformers")
-    config = make_asked_run(tmp_path, instruction, place)
+    config = make_asked_run(tmp_path, instruction, place, own)
     export.main(config)
     asked = []
     generate = transformers.LlamaForCausalLM.generate

@@ -92,7 +92,7 @@ def test_signals_longer_than_any_of_training_are_read(tiny, monkeypatch):
         return [[[]]]
 
     monkeypatch.setattr(generators.Summarizer, "write", spy)
-    user = dataclasses.replace(tiny.run.dataset.splits["test"][0], profile="tea " * 330, shots=())
+    user = dataclasses.replace(tiny.run.dataset.splits["test"][0], survey="tea ; " * 330, shots=())
     for limit in (320, 400):
         config = config_of(tiny.workdir, f"--config.data.context_len={limit}")
         generators.summarize_users(tiny.run, {}, [user], config=config, temperature=0.0)

@@ -93,16 +93,19 @@ def make_items(
     margins: Float[np.ndarray, "users pairs"],
     reference: PairLogps | None = None,
 ) -> list[dict[str, Any]]:
-    """One item for each pair of the users, in their order.
+    """One item for each pair of the users that counts, in their order.
 
     scores, reference: [users pairs], log-probs in nats, or rewards of a reward model, which has no
     reference. The generator sees no text about the user: context_tokens is 0."""
-    words, most = run.generator.tokenizer, run.config.data.num_pairs
+    config, words, most = run.config, run.generator.tokenizer, run.config.data.num_pairs
     made = join_users(encode_pairs(run, users, "pairs"), len(users))
     items: list[dict[str, Any]] = []
     for row, user in enumerate(users):
-        signals = words.encode(render_signals(user, run.config.data.pair_layout))
+        text = render_signals(user, config.data.pair_layout, config.model.signals_template)
+        signals = words.encode(text)
         for k, pair in enumerate(user.pairs[:most]):
+            if not made.pair_mask[row, k]:
+                continue
             known = reference and PairLogps(*(float(x[row, k]) for x in reference))
             items.append(
                 {

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +63,8 @@ def open_base(checkpoint: str, commit: str = "") -> Origin:
         return Origin("")
     if "://" in checkpoint:
         cache = _bucket_cache()
-        return Origin(_fetch_once(partial(_copy_bucket, checkpoint), cache))
+        fetch = partial(_copy_bucket, checkpoint)
+        return Origin(distributed.make_once(fetch, cache, "the base weights", FETCH_S))
     commit = distributed.tell_all(
         _find_commit(checkpoint, commit) if distributed.is_main_process() else ""
     )
@@ -75,7 +75,9 @@ def open_base(checkpoint: str, commit: str = "") -> Origin:
         return Origin(str(folder))
     repository, _ = split(checkpoint)
     fetch = partial(_download, checkpoint, repository, commit)
-    return Origin(_fetch_once(fetch, Path(constants.HF_HUB_CACHE)), repository, commit)
+    cache = Path(constants.HF_HUB_CACHE)
+    fetched = distributed.make_once(fetch, cache, "the base weights", FETCH_S)
+    return Origin(fetched, repository, commit)
 
 
 def find_cached(checkpoint: str) -> str:
@@ -196,26 +198,6 @@ def _suggest(path: Path) -> str:
 def _shorten(e: BaseException) -> str:
     cause = e.__cause__ or e
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-
-
-def _fetch_once(fetch: Callable[[], str], cache: Path) -> str:
-    """fetch() of every process; those whose cache is on the disk of process 0 find what it
-    fetched."""
-    if jax.process_count() == 1:
-        return fetch()
-    first, mark = distributed.is_main_process(), uuid.uuid4().hex
-    if first:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / mark).touch()
-    mark = distributed.tell_all(mark)
-    try:
-        first = first or not (cache / mark).exists()
-        folder = fetch() if first else ""
-        distributed.wait_for_all(f"the base weights ({mark})", FETCH_S)
-    finally:
-        if distributed.is_main_process():
-            (cache / mark).unlink()
-    return folder or fetch()
 
 
 def _bucket_cache() -> Path:

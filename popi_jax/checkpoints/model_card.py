@@ -3,12 +3,14 @@ to use it. Measures nothing itself."""
 
 import fnmatch
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import metadata_load
 
+from popi_jax import templates
 from popi_jax.config import Config
 
 _ROLES = {
@@ -29,7 +31,7 @@ _KINDS = {
     "own": "Trained on data of the person who ran the training ({source}).",
     "": "Which data were used was not recorded with this run (configured source: {source}).",
 }
-_SNIPPET = '''from transformers import AutoModelForCausalLM, AutoTokenizer
+_SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder that holds inference/ and generator/
 
@@ -44,13 +46,10 @@ def reply(role: str, messages: list[dict[str, str]], max_new_tokens: int) -> str
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-signals = """profile: I teach physics at a school and have little time.
-asked: what is a black hole
-liked: A star's remains, so dense that light cannot leave.
-disliked: Black holes are a fascinating topic! There is so much to say about them..."""
+signals = @SIGNALS@
 summary = reply(
     "inference",
-    [{"role": "user", "content": signals + @SUMMARY_INSTRUCTION@}],
+    @REQUEST@,
     @SUMMARY_LEN@,
 )
 answer = reply(
@@ -59,8 +58,24 @@ answer = reply(
     @ANSWER_LEN@,
 )
 print(f"summary: {summary}\\nanswer: {answer}")
-'''
+"""
 
+
+_SIGNALS = {  # of the code above
+    "profile": "I teach physics at a school and have little time.",
+    "survey": "",
+    "comments": (),
+    "shots": (
+        {
+            "prompt": "what is a black hole",
+            "chosen": "A star's remains, so dense that light cannot leave.",
+            "rejected": "Black holes are a fascinating topic! There is so much to say about "
+            "them...",
+        },
+    ),
+}
+_MARK = "\ue000"  # stands for a summary
+_BETWEEN = "\n\n"  # of a system message and the prompt, as data/tokenizer.py joins the two
 
 # what those must know who pass on weights that derive from a model under such a licence, by the
 # beginning of its name
@@ -160,11 +175,9 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]], adapter:
         *([_render_adapter_use(adapter, facts.base)] if adapter else []),
         "The two models work together; this runs both, from the folder above this one:",
         f"```python\n{_render_snippet(config, facts.takes_system)}```",
-        "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`,\n"
-        f"`liked:` and `disliked:` lines in this order, several past pairs {d.pair_layout}\n"
-        "(grouped: `disliked:` lines last); what is missing is left out. Training showed at most\n"
-        f"{d.context_len} tokens of signals, {d.summary_len} of summary, {d.turn_len} of prompt\n"
-        f"and {d.answer_len} of answer.",
+        _describe_signals(config),
+        f"Training showed at most {d.context_len} tokens of signals, {d.summary_len} of summary,\n"
+        f"{d.turn_len} of prompt and {d.answer_len} of answer.",
         "## Results",
         _render_table(results) if results else "This run was not evaluated.",
         "## Training",
@@ -177,26 +190,69 @@ def render(config: Config, facts: Facts, results: list[dict[str, Any]], adapter:
     return "\n\n".join(parts) + "\n"
 
 
-def _render_snippet(config: Config, takes_system: bool) -> str:
-    def quote(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
-
-    model, data = config.model, config.data
-    told = quote(f"{model.answer_instruction}\n" if model.answer_instruction else "")
-    asked = "how do magnets work"
-    messages = f"""[
-        {{"role": "system", "content": {told} + summary}},
-        {{"role": "user", "content": {quote(asked)}}},
-    ]"""
-    if not takes_system:  # as data/tokenizer.py joins the two
-        rest = quote("\n\n" + asked)
-        messages = f'[{{"role": "user", "content": {told} + summary + {rest}}}]'
+def _describe_signals(config: Config) -> str:
+    if template := config.model.signals_template:
+        return (
+            f"The signals are plain text, as this Jinja template writes it:\n\n{_fence(template)}"
+        )
     return (
-        _SNIPPET.replace("@SUMMARY_INSTRUCTION@", quote(model.summary_instruction))
-        .replace("@MESSAGES@", messages)
+        "The signals are plain text: `profile:`, `survey:`, `about:` and `wrote:`, `asked:`,\n"
+        "`liked:` and `disliked:` lines in this order, several past pairs "
+        f"{config.data.pair_layout}\n"
+        "(grouped: `disliked:` lines last); what is missing is left out."
+    )
+
+
+def _fence(text: str) -> str:
+    """The text as it stands, in a fence that it cannot close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}jinja\n{text}\n{fence}"
+
+
+def _render_snippet(config: Config, takes_system: bool) -> str:
+    m, data = config.model, config.data
+    values = _SIGNALS | {"layout": data.pair_layout}
+    signals = templates.render("signals", m.signals_template, values)
+    literal = _quote(signals) if m.signals_template else f'"""{signals}"""'
+    request = f"signals + {_quote(m.summary_instruction)}"
+    if m.summary_system and not takes_system:
+        request = f"{_quote(m.summary_system + _BETWEEN)} + {request}"
+    messages = f'[{{"role": "user", "content": {request}}}]'
+    if m.summary_system and takes_system:
+        messages = f"""[
+        {{"role": "system", "content": {_quote(m.summary_system)}}},
+        {{"role": "user", "content": {request}}},
+    ]"""
+    return (
+        _SNIPPET.replace("@SIGNALS@", literal)
+        .replace("@REQUEST@", messages)
+        .replace("@MESSAGES@", _render_messages(config, takes_system))
         .replace("@SUMMARY_LEN@", str(data.summary_len))
         .replace("@ANSWER_LEN@", str(data.answer_len))
     )
+
+
+def _render_messages(config: Config, takes_system: bool) -> str:
+    """What the generator is asked, as code."""
+    m, asked = config.model, "how do magnets work"
+    values = {"instruction": m.answer_instruction, "summary": _MARK, "prompt": asked}
+    told = templates.render("answer", m.answer_template, values)
+    before, after = told.split(_MARK)
+    whole = templates.reads("answer", m.answer_template, "prompt")
+    if not takes_system and not whole:
+        after += _BETWEEN + asked
+    content = f"{_quote(before)} + summary" + (f" + {_quote(after)}" if after else "")
+    if whole or not takes_system:
+        return f'[{{"role": "user", "content": {content}}}]'
+    return f"""[
+        {{"role": "system", "content": {content}}},
+        {{"role": "user", "content": {_quote(asked)}}},
+    ]"""
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _list_settings(config: Config) -> list[dict[str, Any]]:

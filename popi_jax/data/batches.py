@@ -10,13 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Bool
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user, get_told_len
+from popi_jax.data.encode import (
+    EncodedUser,
+    Ids,
+    Truncations,
+    encode_context,
+    encode_user,
+    get_told_len,
+    tell,
+)
 from popi_jax.data.order import Order
-from popi_jax.data.packed import list_usable
 from popi_jax.data.prompts import Tokenizer, encode_answer
 from popi_jax.data.records import User
+from popi_jax.data.selection import draw_signals
 from popi_jax.data.tokens import Encoded
 from popi_jax.errors import UserError
 
@@ -65,14 +74,24 @@ def make_user_batches(
     loads, parts = list_loads(users.lengths, count), cfg.batch.microbatches
     order = Order(loads, len(users.ids), (size,), seed=seed, microbatches=parts)
 
+    def show(user: EncodedUser, some: User) -> EncodedUser:
+        told = tell(some, tokenizer, cfg) if cfg.generator.reads == "signals" else user.told
+        return user._replace(context=encode_context(some, tokenizer, cfg), told=told)
+
     def counts(user: EncodedUser) -> bool:
         return cfg.generator.reads != "persona" or bool(user.oracle)
 
     def make(step: int) -> UserBatch:
         numbers, rngs = order.take(step)[rows], make_rngs(seed, step, size)[rows]
         drawn = [users.ids[n] for n in numbers.tolist()]
+        if cfg.data.signals_draw == "epoch":
+            shown = [
+                draw_signals(users.source[n], rng)
+                for n, rng in zip(numbers.tolist(), rngs, strict=True)
+            ]
+            drawn = [show(u, some) for u, some in zip(drawn, shown, strict=True)]
         picks = [
-            rng.permutation(list_usable(u))[: count if counts(u) else 0]
+            rng.permutation(np.array(u.usable, int))[: count if counts(u) else 0]
             for u, rng in zip(drawn, rngs, strict=True)
         ]
         index = step * size + np.arange(size)[rows]
@@ -229,8 +248,8 @@ def _pad_users(
     limits: Any,
     count: int,
 ) -> UserBatch:
-    """Returns the batch of the picked pairs of each user; `limits`: the `data` part of the
-    configuration."""
+    """Returns the batch of the picked pairs of each user, of which the usable ones count; `limits`:
+    the `data` part of the configuration."""
 
     def pad_picked(field: str, length: int) -> Tokens:
         texts = [[getattr(u, field)[k] for k in ks] for u, ks in zip(users, picks, strict=True)]
@@ -245,6 +264,15 @@ def _pad_users(
         turns=pad_picked("turns", limits.turn_len),
         chosen=pad_picked("chosen", limits.answer_len),
         rejected=pad_picked("rejected", limits.answer_len),
-        pair_mask=np.array([np.arange(count) < len(ks) for ks in picks]),
+        pair_mask=_mark_usable(users, picks, count),
         pair_number=pair_number,
     )
+
+
+def _mark_usable(
+    users: list[EncodedUser], picks: list[np.ndarray], count: int
+) -> Bool[np.ndarray, "users pairs"]:
+    mask = np.zeros((len(users), count), bool)
+    for row, user, ks in zip(mask, users, picks, strict=True):
+        row[: len(ks)] = [k in user.usable for k in ks.tolist()]
+    return mask

@@ -1,15 +1,16 @@
 """Users -> token ids within the limits of the configuration, and what had to be shortened for
 that."""
 
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 from popi_jax.data import prompts
-from popi_jax.data.prompts import Tokenizer
+from popi_jax.data.prompts import Tokenizer, Wording
 from popi_jax.data.records import Messages, User
+from popi_jax.data.selection import drop_items, list_item_sizes
 from popi_jax.errors import UserError
 
 _KNOWN_TEXTS = 1024  # prompts, and replies, that are kept encoded: many users share theirs
@@ -21,11 +22,13 @@ Ids = list[int]
 class Truncations(NamedTuple):
     """How many texts were shortened to fit, and of how many."""
 
-    contexts: int
+    contexts: int  # users whose signals were
     turns: int
     answers: int
     users: int
     pairs: int
+    equal: int = 0  # pairs that do not count: both replies have the same tokens within the limit
+    emptied: int = 0  # users whose signals are all gone; counted in `contexts` too
 
 
 class Signals(NamedTuple):
@@ -36,6 +39,7 @@ class Signals(NamedTuple):
     # prompt-aware, the prompt of the first pair behind
     context: Ids
     shortened: bool
+    emptied: bool  # of a user who has some
 
 
 class EncodedUser(NamedTuple):
@@ -46,6 +50,7 @@ class EncodedUser(NamedTuple):
     turns: list[Ids]  # one per pair
     chosen: list[Ids]  # one per pair; ends with the end token unless shortened
     rejected: list[Ids]  # one per pair, as `chosen`
+    usable: tuple[int, ...]  # the pairs that count: those whose replies differ in these tokens
     oracle: Ids  # without end token; [] = unknown
     told: Ids  # what the generator is told, where generator.reads is no summary
     oracle_text: str
@@ -60,24 +65,30 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
     """Encodes one user within the limits of `cfg.data`.
 
     Too long signals are shortened as `fit_signals` says. Too long a turn loses its oldest messages,
-    then the start of its last one. Too long an answer loses its tail, and with it the end token. At
-    most `num_pairs` pairs are kept.
+    then the start of its last one. Too long an answer loses its tail, and with it the end token;
+    where chosen and rejected are equal then, the pair does not count. At most `num_pairs` pairs are
+    kept.
 
     Raises: UserError when the fixed parts of a conversation alone exceed a limit."""
     d = cfg.data
     pairs = user.pairs[: d.num_pairs]
     signals = fit_signals(user, tokenizer, cfg)
     asked = (tuple((m["role"], m["content"]) for m in p.prompt) for p in pairs)
-    turns = [_fit_known_turn(prompt, tokenizer, d.turn_len) for prompt in asked]
-    chosen = [_encode_known_answer(tokenizer, p.chosen) for p in pairs]
-    rejected = [_encode_known_answer(tokenizer, p.rejected) for p in pairs]
+    wording = prompts.get_wording(cfg)
+    turns = [_fit_known_turn(prompt, tokenizer, d.turn_len, wording) for prompt in asked]
+    replies = [
+        [_encode_known_answer(tokenizer, text) for text in (p.chosen, p.rejected)] for p in pairs
+    ]
+    chosen, rejected = ([[*both[i][: d.answer_len]] for both in replies] for i in range(2))
+    usable = tuple(k for k in range(len(pairs)) if chosen[k] != rejected[k])
     readings = () if signals.shortened else user.readings
     return EncodedUser(
         user_id=user.user_id,
         context=signals.context,
         turns=[[*turn] for turn, _ in turns],
-        chosen=[[*ids[: d.answer_len]] for ids in chosen],
-        rejected=[[*ids[: d.answer_len]] for ids in rejected],
+        chosen=chosen,
+        rejected=rejected,
+        usable=usable,
         oracle=tell_persona(user, tokenizer, cfg),
         told=tell(user, tokenizer, cfg),
         oracle_text=user.oracle,
@@ -88,11 +99,18 @@ def encode_user(user: User, tokenizer: Tokenizer, cfg: Any) -> EncodedUser:
         truncations=Truncations(
             contexts=int(signals.shortened),
             turns=sum(cut for _, cut in turns),
-            answers=sum(len(ids) > d.answer_len for ids in chosen + rejected),
+            answers=sum(len(ids) > d.answer_len for both in replies for ids in both),
             users=1,
             pairs=len(pairs),
+            equal=len(pairs) - len(usable),
+            emptied=int(signals.emptied),
         ),
     )
+
+
+def encode_context(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
+    """What `encode_user` gives as context, alone."""
+    return fit_signals(user, tokenizer, cfg).context
 
 
 def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
@@ -100,36 +118,48 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
     counted. The prompt that a summary is for, at most `data.turn_len` tokens of it, is never
     shortened for them.
 
-    Whole items go first: the oldest comments, then the oldest past pairs, each with both replies.
-    What is still too long loses the tail of the survey, then that of the profile.
+    Whole items go, as few as possible, in the order of `selection.list_item_sizes`: the oldest
+    comments, then the oldest past pairs, each with both replies, then the survey from its end, line
+    by line, and last the profile as a whole.
 
     Raises: UserError when the headers alone are longer."""
-    limit, asked = cfg.data.context_len, ""
+    m, limit, asked = cfg.model, cfg.data.context_len, ""
     if cfg.data.prompt_aware and user.pairs:
         asked = _cut_start(prompts.render_asked(user.pairs[0].prompt), tokenizer, cfg.data.turn_len)
 
-    def render(some: User) -> tuple[str, Ids]:
-        text = prompts.render_signals(some, cfg.data.pair_layout)
+    def read(dropped: int) -> tuple[str, Ids]:
+        some = drop_items(user, dropped) if dropped else user
+        text = prompts.render_signals(some, cfg.data.pair_layout, m.signals_template)
         return text, prompts.render_inference_context(
-            tokenizer, text + asked, cfg.model.summary_instruction
+            tokenizer, text + asked, m.summary_instruction, m.summary_system
         )
 
-    text, ids = render(user)
-    shortened = len(ids) > limit
-    while len(ids) > limit and (user.comments or user.shots):
-        oldest = {"comments": user.comments[1:]} if user.comments else {"shots": user.shots[1:]}
-        user = dataclasses.replace(user, **oldest)
-        text, ids = render(user)
-    for field in ("survey", "profile"):
-        if len(ids) <= limit:
-            break
-        tokens = tokenizer.encode(getattr(user, field))
-        while len(ids) > limit and tokens:
-            tokens = tokens[: -_count_excess(ids, tokens, limit)]
-            shorter: Any = {field: tokenizer.decode(tokens)}
-            user = dataclasses.replace(user, **shorter)
-            text, ids = render(user)
-    return Signals(text, _check_room(ids, limit, "data.context_len"), shortened)
+    text, ids = read(0)
+    if len(ids) <= limit:
+        return Signals(text, ids, shortened=False, emptied=False)
+    sizes = list_item_sizes(user)
+    _check_room(read(len(sizes))[1], limit, "data.context_len")
+    dropped = _find_fewest(sizes, lambda count: len(read(count)[1]), limit)
+    return Signals(*read(dropped), shortened=True, emptied=dropped == len(sizes))
+
+
+def _find_fewest(sizes: list[int], count_tokens: Callable[[int], int], limit: int) -> int:
+    """The fewest first items without which there are at most `limit` tokens.
+
+    sizes: in characters. count_tokens: of what is left without so many of them, which is more than
+    `limit` for 0 and not for all. Tokens are taken to grow with characters, so that few numbers are
+    tried."""
+    left = [*itertools.accumulate(sizes[::-1], initial=0)][::-1]  # characters behind so many
+    low, high = 0, len(sizes)  # too few, and enough
+    tokens = {n: count_tokens(n) for n in (low, high)}
+    while high - low > 1:
+        share = (limit - tokens[high]) / (tokens[low] - tokens[high])
+        most = left[high] + share * (left[low] - left[high])
+        guess = next((n for n in range(low + 1, high) if left[n] <= most), high - 1)
+        guess = (low + high) // 2 if len(tokens) % 4 == 1 else guess  # were they not to grow so
+        tokens[guess] = count_tokens(guess)
+        low, high = (low, guess) if tokens[guess] <= limit else (guess, high)
+    return high
 
 
 def tell(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
@@ -173,11 +203,10 @@ def _encode_reading(question: str, text: str, tokenizer: Tokenizer, cfg: Any) ->
 
 @functools.lru_cache(_KNOWN_TEXTS)
 def _fit_known_turn(
-    prompt: tuple[tuple[str, str], ...], tokenizer: Tokenizer, limit: int
+    prompt: tuple[tuple[str, str], ...], tokenizer: Tokenizer, limit: int, wording: Wording
 ) -> tuple[tuple[int, ...], bool]:
-    ids, shortened = _fit_turn(
-        [{"role": role, "content": content} for role, content in prompt], tokenizer, limit
-    )
+    messages = [{"role": role, "content": content} for role, content in prompt]
+    ids, shortened = _fit_turn(messages, tokenizer, limit, wording)
     return tuple(ids), shortened
 
 
@@ -186,19 +215,23 @@ def _encode_known_answer(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(prompts.encode_answer(tokenizer, text))
 
 
-def _fit_turn(prompt: Messages, tokenizer: Tokenizer, limit: int) -> tuple[Ids, bool]:
+def _fit_turn(
+    prompt: Messages, tokenizer: Tokenizer, limit: int, wording: Wording
+) -> tuple[Ids, bool]:
     """Returns a turn of at most `limit` tokens, and whether it was shortened."""
-    ids = prompts.render_generator_turn(tokenizer, prompt)
+    ids = prompts.render_generator_turn(tokenizer, prompt, wording)
     shortened = len(ids) > limit
     while len(ids) > limit and len(prompt) > 1:
         # an answer goes with its question
         prompt = prompt[2:] if prompt[1]["role"] == "assistant" else prompt[1:]
-        ids = prompts.render_generator_turn(tokenizer, prompt)
+        ids = prompts.render_generator_turn(tokenizer, prompt, wording)
     if len(ids) <= limit:
         return ids, shortened
 
     def encode(text: str) -> Ids:
-        return prompts.render_generator_turn(tokenizer, [{"role": "user", "content": text}])
+        return prompts.render_generator_turn(
+            tokenizer, [{"role": "user", "content": text}], wording
+        )
 
     return _fit_end(prompt[-1]["content"], encode, tokenizer, limit), True
 

@@ -1,7 +1,6 @@
 """A user's token ids as bytes, and their lengths as a row of numbers."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,13 +59,13 @@ def unpack(record: bytes) -> EncodedUser:
     found["readings"] = list(zip(asked[::2], asked[1::2], strict=True))
     found |= rest
     found["contrasts"] = [(first, second) for first, second in rest["contrasts"]]
+    found["usable"] = tuple(rest["usable"])
     found["truncations"] = Truncations(*rest["truncations"])
     return EncodedUser(**found)
 
 
 def measure_user(user: EncodedUser) -> tuple[int, ...]:
     """A row of LENGTHS."""
-    counted = list_usable(user)
     turns = [*user.turns, *(turn for turn, _ in user.readings)]
     answers = [*user.chosen, *user.rejected, *(answer for _, answer in user.readings)]
     return (
@@ -74,13 +73,8 @@ def measure_user(user: EncodedUser) -> tuple[int, ...]:
         len(user.told),
         max(map(len, turns), default=0),
         max(map(len, answers), default=0),
-        len(counted),
-        sum(len(user.turns[k]) for k in counted),
-        sum(len(user.chosen[k]) + len(user.rejected[k]) for k in counted),
+        len(user.usable),
+        sum(len(user.turns[k]) for k in user.usable),
+        sum(len(user.chosen[k]) + len(user.rejected[k]) for k in user.usable),
         *user.truncations,
     )
-
-
-def list_usable(user: EncodedUser) -> Sequence[int]:
-    """The numbers of the pairs that count."""
-    return getattr(user, "usable", range(len(user.turns)))

@@ -1,61 +1,48 @@
-"""Raw files -> checked users -> a TFDS dataset of ArrayRecord files, read lazily by index.
+"""Raw files -> checked users -> a prepared copy, read lazily by index.
 
-A prepared copy lies in <prepared>/<source>/<key>/ where the key is a sha256 over the source files,
-the options that matter and FORMAT: whoever changes one of them gets another copy, and a stale one
-is never read. One example is one user, as JSON. TensorFlow is not needed."""
+A copy lies in <prepared>/<source>/<key>/ where the key is a sha256 over the source files, the
+options that matter and FORMAT: whoever changes one of them gets another copy, and a stale one is
+never read. Users are written as the source yields them, so that memory does not grow with the
+rows."""
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
 
 from popi_jax import files
-from popi_jax.config import DataConfig
+from popi_jax.config_data import DataConfig
 from popi_jax.config_rules import list_settings
+from popi_jax.data import leaks, prepared_files
+from popi_jax.data.leaks import Leak, LeakFinder
+from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
+from popi_jax.progress import Progress
 
-# all data sets; the values of data.source in config.py are those that stand in for no other
+# all data sets; the values of data.source in config_data.py are those that stand in for no other
 SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
-VERSION = "1.0.0"
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
-
-
-@dataclasses.dataclass(frozen=True)
-class Users(Sequence[User]):
-    """The users of a split; `source` is a TFDS data source: it opens its files at the first read
-    and can be pickled."""
-
-    source: Any
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"user {index} of {len(self)}")
-        return User.from_json(self.source[position]["user"])
+_SHOWN = 8  # leaks of a kind that an error names
+_TOLD_AFTER = 2000  # users: so often the progress is shown
 
 
 class Dataset(NamedTuple):
     source: Source
     folder: Path  # of the raw files
-    prepared: Path  # of the prepared copy; bad_rows.jsonl lists the rows that were skipped
+    prepared: Path  # of the prepared copy; prepared_files.py says what is in it
     splits: dict[str, Sequence[User]]  # train, validation, test
-    stats: dict[str, dict[str, int]]  # split -> users, pairs; "rows" -> skipped
+    # split -> users, pairs, and what `_Tally` counts; "rows" -> skipped; "leaks", "left_out",
+    # "counts" -> numbers by name
+    stats: dict[str, dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -69,7 +56,8 @@ class Dataset(NamedTuple):
 
 
 def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
-    """Returns the users of a source; writes the prepared copy when there is none yet.
+    """Returns the users of a source; writes the prepared copy when there is none yet, or it is
+    damaged.
 
     Args:
         cfg: the `data` part of the configuration.
@@ -79,24 +67,23 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     Raises: UserError."""
     source, folder = _find(cfg, allow_sample, trained_on)
     cfg = _choose_form(cfg, source)
-    sums = {
-        str(path.relative_to(folder)) if path != folder else path.name: download.hash_file(path)
-        for path in source.files(folder)
-    }
+    sums = FileSums(Path(cfg.prepared)).read(folder, source.files(folder))
     download.check_download(folder, sums)
     options = {name: getattr(cfg, name) for name in OPTIONS}
     content = json.dumps([FORMAT, options, sums], sort_keys=True)
     home = Path(cfg.prepared) / cfg.source / hashlib.sha256(content.encode()).hexdigest()[:12]
-    if not home.exists():
+    stats = prepared_files.read_stats(home)
+    if stats is None:
         logging.info("Preparing %s from %s into %s", cfg.source, folder, home)
-        loaded = source.load(folder, cfg)
-        loaded = dataclasses.replace(loaded, users=list(loaded.users))
-        _check_splits(loaded, folder, cfg)
-        _write(loaded, home)
-    stats = json.loads((home / "stats.json").read_text())
+        with prepared_files.tell_unwritable(cfg.prepared):
+            _write(source, folder, cfg, home)
+        stats = prepared_files.read_stats(home) or {}
     if skipped := stats["rows"]["skipped"]:
         logging.warning("%d bad rows were skipped: see %s", skipped, home / "bad_rows.jsonl")
-    return Dataset(source, folder, home, _read(home, stats), stats)
+    if count := sum(stats["leaks"].values()):
+        logging.warning("%d leaks were left out: see %s", count, home / "leaks.jsonl")
+    splits = {split: prepared_files.open_users(home, split, stats) for split in SPLITS}
+    return Dataset(source, folder, home, splits, stats)
 
 
 def _choose_form(cfg: Any, source: Source) -> Any:
@@ -148,70 +135,100 @@ def _find(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Source, Path]:
         return made[0], folder
 
 
-def _check_splits(loaded: Loaded, folder: Path, cfg: Any) -> None:
+def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
+    """Writes a prepared copy. Raises: UserError, after which nothing of it is left."""
+    loaded = source.load(folder, cfg)
+    finder = LeakFinder(
+        shared_replies=loaded.shared_replies, shared_people=cfg.split_by == "conversation"
+    )
+    tally, found = _Tally(), list[Leak]()
+    total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
+    progress = Progress(total, label=f"preparing {source.name}", unit="users")
+    with files.make_folder(home) as part, progress:
+        writer = UserWriter(part / prepared_files.VERSION, home.parent.name)
+        for number, user in enumerate(loaded.users, 1):
+            leaking = finder.check(user)
+            if leaking:
+                found += leaking
+                user = leaks.leave_out(user, leaking)
+            if not leaking or user.pairs:
+                tally.add(user)
+                writer.add(user)
+            if number % _TOLD_AFTER == 0:
+                progress.update(number)
+        writer.close()
+        if found and cfg.on_leak == "error":
+            raise UserError(_tell_leaks(found, folder))
+        _check_splits(loaded, tally, folder, cfg)
+        files.write_jsonl(part / "bad_rows.jsonl", [{"error": told} for told in loaded.bad_rows])
+        files.write_jsonl(part / "leaks.jsonl", [leak._asdict() for leak in found])
+        stats = tally.to_json(finder.duplicates) | {
+            "rows": {"skipped": len(loaded.bad_rows)},
+            "leaks": dict(Counter(leak.kind for leak in found)),
+            "looked_for": finder.kinds,
+            "left_out": loaded.left_out,
+            "counts": loaded.counts,
+        }
+        prepared_files.seal(part, stats)
+
+
+class _Tally:
+    """Counts what is written, by split."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self._pairs: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+        self._longer: Counter[str] = Counter()
+
+    def add(self, user: User) -> None:
+        """Raises: UserError for a user who was there."""
+        if user.user_id in self._ids[user.split]:
+            raise UserError(f'{user.split}: two users have the id "{user.user_id}"; rename one')
+        self._ids[user.split].add(user.user_id)
+        self._pairs[user.split][len(user.pairs)] += 1
+        self._longer[user.split] += sum(len(p.chosen) > len(p.rejected) for p in user.pairs)
+
+    def count_users(self, split: str = "") -> int:
+        return sum(len(ids) for name, ids in self._ids.items() if split in ("", name))
+
+    def to_json(self, duplicates: Counter[str]) -> dict[str, Any]:
+        return {
+            split: {
+                "users": self.count_users(split),
+                "pairs": sum(n * users for n, users in self._pairs[split].items()),
+                "pairs_per_user": dict(sorted(self._pairs[split].items())),
+                "chosen_longer": self._longer[split],
+                "duplicates": duplicates[split],
+            }
+            for split in SPLITS
+        }
+
+
+def _tell_leaks(found: list[Leak], folder: Path) -> str:
+    parts = []
+    for kind, meaning in leaks.KINDS.items():
+        own = [leak.tell() for leak in found if leak.kind == kind]
+        if own:
+            more = f", and {len(own) - _SHOWN} more" if len(own) > _SHOWN else ""
+            parts.append(f"{len(own)} where {meaning} ({', '.join(own[:_SHOWN])}{more})")
+    return (
+        f"{folder}: held-out pairs leak: {'; '.join(parts)}. Correct the data, or leave them out "
+        "with data.on_leak=skip"
+    )
+
+
+def _check_splits(loaded: Loaded, tally: _Tally, folder: Path, cfg: Any) -> None:
     """Raises UserError when a split that must hold users holds none."""
-    if not loaded.users:
+    total = tally.count_users()
+    if not total:
         told = f"{folder}: found no user with signals and a held-out pair, allowed: at least one"
         bad = loaded.bad_rows
         raise UserError(f"{told}; the first of {len(bad)} bad rows: {bad[0]}" if bad else told)
     fractions = {split: getattr(cfg, f"{split}_fraction") for split in SPLITS[1:]}
     for split, fraction in {"train": 1.0, **fractions}.items():
-        if fraction > 0 and not any(user.split == split for user in loaded.users):
+        if fraction > 0 and not tally.count_users(split):
             change = f"Raise data.{split}_fraction (now {fraction}), or set it to 0"
             if split == "train":
                 change = "Lower the fractions"
-            told = f"{folder}: the {split} split of {len(list(loaded.users))} users is empty"
+            told = f"{folder}: the {split} split of {total} users is empty"
             raise UserError(f"{told}. {change}, or add users.")
-
-
-def _write(loaded: Loaded, home: Path) -> None:
-    splits = {split: [user for user in loaded.users if user.split == split] for split in SPLITS}
-    stats = {
-        split: {"users": len(users), "pairs": sum(len(u.pairs) for u in users)}
-        for split, users in splits.items()
-    } | {"rows": {"skipped": len(loaded.bad_rows)}}
-    with files.make_folder(home) as part:
-        _build(home, {split: users for split, users in splits.items() if users}, part)
-        (part / home.parent.name / home.name / VERSION).rename(part / VERSION)
-        shutil.rmtree(part / home.parent.name)
-        (part / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-        files.write_jsonl(part / "bad_rows.jsonl", [{"error": told} for told in loaded.bad_rows])
-
-
-def _build(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        name = home.parent.name
-        # no checksum file beside the code: TFDS would import importlib_resources to look for one
-        code_path = None
-        VERSION = tfds.core.Version(VERSION)
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=home.name, version=VERSION)]
-
-        def _info(self) -> Any:
-            features = tfds.features.FeaturesDict({"user": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(
-            self, dl_manager: Any
-        ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
-            return {split: self._generate_examples(users) for split, users in splits.items()}
-
-        def _generate_examples(self, users: list[User]) -> Iterator[tuple[int, dict[str, str]]]:
-            yield from enumerate({"user": user.to_json()} for user in users)
-
-    # TFDS prints the temporary folder as if it were the final one
-    with contextlib.redirect_stdout(io.StringIO()):
-        Builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
-
-
-def _read(home: Path, stats: dict[str, dict[str, int]]) -> dict[str, Sequence[User]]:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(home / VERSION)
-    return {
-        split: Users(builder.as_data_source(split=split)) if stats[split]["users"] else ()
-        for split in SPLITS
-    }

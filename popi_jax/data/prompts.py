@@ -8,8 +8,9 @@ z, that of the inference model after the signals u. Nothing is shortened here: e
 import functools
 import os
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
+from popi_jax import templates
 from popi_jax.data.records import Messages, User
 from popi_jax.errors import UserError
 
@@ -18,6 +19,7 @@ _CUT = "\ufdd0"  # a Unicode noncharacter: reserved for such a use, and replaced
 
 _KNOWN_TEXTS = 1024  # about users, that are kept encoded: each is asked for several times
 _LETTER = "x"  # stands for a summary: texts are encoded as they go on after a letter
+_SAID = [{"role": "user", "content": _LETTER}]  # stands for a prompt
 # what signals may end with
 _ENDS = ("x", "x.", "x)", "1", "é", "x\n", "")
 
@@ -41,25 +43,30 @@ class Tokenizer(Hashable, Protocol):
     def write(self, messages: Messages) -> str: ...
 
 
-def render_signals(user: User, layout: str = "paired") -> str:
+class Wording(NamedTuple):
+    """Of the message that holds the summary."""
+
+    template: str = ""  # model.answer_template
+    instruction: str = ""  # model.answer_instruction
+
+
+PLAIN = Wording()
+
+
+def get_wording(cfg: Any) -> Wording:
+    return Wording(cfg.model.answer_template, cfg.model.answer_instruction)
+
+
+def render_signals(user: User, layout: str = "paired", template: str = "") -> str:
     """Returns the raw signals u as plain text: profile, survey, comments, then past pairs; what is
     empty is left out.
 
     layout: "paired" keeps the two replies of a pair together, "grouped" puts all rejected replies
-    last."""
-    parts = [f"profile: {user.profile}"] if user.profile else []
-    parts += [f"survey: {user.survey}"] if user.survey else []
-    for c in user.comments:
-        parts.append(
-            f"about: {c.prompt}\nwrote: {c.comment}" if c.prompt else f"wrote: {c.comment}"
-        )
-    asked = [f"asked: {s.prompt}\nliked: {s.chosen}" for s in user.shots]
-    disliked = [f"disliked: {s.rejected}" for s in user.shots]
-    if layout == "grouped":
-        parts += asked + disliked
-    else:
-        parts += [text for pair in zip(asked, disliked, strict=True) for text in pair]
-    return "\n".join(parts)
+    last. template: model.signals_template, which decides about all that."""
+    shots = [{"prompt": s.prompt, "chosen": s.chosen, "rejected": s.rejected} for s in user.shots]
+    comments = [{"prompt": c.prompt, "comment": c.comment} for c in user.comments]
+    values = {"profile": user.profile, "survey": user.survey, "layout": layout}
+    return templates.render("signals", template, values | {"comments": comments, "shots": shots})
 
 
 def render_asked(prompt: Messages) -> str:
@@ -71,9 +78,14 @@ def render_asked(prompt: Messages) -> str:
 
 def list_training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
     """Yields all that a tokenizer made for these users must be able to say."""
+    m = cfg.model
+    fixed = [m.summary_instruction, m.answer_instruction]
+    fixed += [m.summary_system] if m.summary_system else []
+    if m.answer_template:
+        fixed += [held["content"] for held in _hold_summary(get_wording(cfg), "")[:1]]
     for user in users:
-        yield from (cfg.model.summary_instruction, cfg.model.answer_instruction)
-        yield render_signals(user, cfg.data.pair_layout)
+        yield from fixed
+        yield render_signals(user, cfg.data.pair_layout, cfg.model.signals_template)
         yield from (user.oracle, user.stated)
         yield from (text for r in user.readings for text in (r.question, r.answer))
         for pair in user.pairs:
@@ -82,25 +94,30 @@ def list_training_texts(users: Iterable[User], cfg: Any) -> Iterator[str]:
 
 
 def render_inference_context(
-    tokenizer: Tokenizer, signals: str, instruction: str = ""
+    tokenizer: Tokenizer, signals: str, instruction: str = "", system: str = ""
 ) -> list[int]:
     """Returns the start of the inference model's conversation: one user message with the signals,
-    still open.
+    still open; before it the system message `system`, model.summary_system, where there is one.
 
     instruction: model.summary_instruction. Followed by `render_summary_turn` these are the ids of
     the whole message. Where the tokenizer joins the signals with it in an unusual way, they are
     encoded apart."""
-    return [*_render_signals(tokenizer, _clean(signals), instruction)]
+    return [*_render_signals(tokenizer, _clean(signals), instruction, system)]
 
 
 @functools.lru_cache(_KNOWN_TEXTS)
-def _render_signals(tokenizer: Tokenizer, signals: str, instruction: str) -> tuple[int, ...]:
+def _render_signals(
+    tokenizer: Tokenizer, signals: str, instruction: str, system: str
+) -> tuple[int, ...]:
+    def render(content: str) -> tuple[list[int], ...]:
+        before = [{"role": "system", "content": system}] if system else []
+        return tokenizer.render([*before, {"role": "user", "content": content}], cut=_CUT)
+
     turn = _render_request(tokenizer, instruction)
-    (whole,) = tokenizer.render([{"role": "user", "content": signals + instruction}], cut=_CUT)
+    (whole,) = render(signals + instruction)
     if whole[-len(turn) :] == turn:
         return tuple(whole[: -len(turn)])
-    apart = [{"role": "user", "content": signals + _CUT + instruction}]
-    return tuple(tokenizer.render(apart, cut=_CUT)[0])
+    return tuple(render(signals + _CUT + instruction)[0])
 
 
 def render_summary_turn(tokenizer: Tokenizer, cfg: Any) -> list[int]:
@@ -124,24 +141,25 @@ def _render_request(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def render_generator_prefix(tokenizer: Tokenizer, cfg: Any) -> list[int]:
-    """Returns all that stands before the summary z: the header of the system message and the
-    instruction."""
-    return tokenizer.render(_hold_summary(cfg.model.answer_instruction, _CUT), cut=_CUT)[0]
+    """Returns all that stands before the summary z: the header of the message that holds it and
+    what its template writes before it."""
+    return tokenizer.render(_hold_summary(get_wording(cfg), _CUT), cut=_CUT)[0]
 
 
-def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
-    """Returns what follows the summary z, up to the header of the reply; a system message of the
-    prompt continues that of z.
+def render_generator_turn(
+    tokenizer: Tokenizer, prompt: Messages, wording: Wording = PLAIN
+) -> list[int]:
+    """Returns what follows the summary z, up to the header of the reply. A system message of the
+    prompt continues that of z; where the template of z holds the prompt, it begins that.
 
-    Raises: UserError where the template writes the system message, and so z, behind a part of the
-    prompt: z stands before all of it."""
-    first, *rest = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
-    own = "\n" + first["content"] if first["role"] == "system" else ""
-    rest = rest if own else [first, *rest]
+    Raises: UserError where the chat template writes the system message, and so z, behind a part of
+    the prompt: z stands before all of it."""
+    rest = [{"role": m["role"], "content": _clean(m["content"])} for m in prompt]
+    own = rest.pop(0)["content"] if rest[0]["role"] == "system" else None
 
     def render(messages: Messages) -> tuple[list[int], ...]:
-        system = {"role": "system", "content": _CUT + _LETTER + _CUT + own}
-        return tokenizer.render([system, *messages], cut=_CUT)
+        held = _hold_summary(wording, _CUT + _LETTER + _CUT, own, messages)
+        return tokenizer.render(held, cut=_CUT)
 
     before, _, turn = render(rest)
     if len(rest) > 1 and before != render(rest[-1:])[0]:
@@ -155,17 +173,17 @@ def render_generator_turn(tokenizer: Tokenizer, prompt: Messages) -> list[int]:
 
 def encode_summary(tokenizer: Tokenizer, text: str, cfg: Any) -> list[int]:
     """Returns a text about the user as it stands in the place of the summary z."""
-    return [*_encode_summary(tokenizer, text, cfg.model.answer_instruction)]
+    return [*_encode_summary(tokenizer, text, get_wording(cfg))]
 
 
 @functools.lru_cache(_KNOWN_TEXTS)
-def _encode_summary(tokenizer: Tokenizer, text: str, told: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, _write_prefix(tokenizer, told)))
+def _encode_summary(tokenizer: Tokenizer, text: str, wording: Wording) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, _write_prefix(tokenizer, wording)))
 
 
 @functools.lru_cache(16)
-def _write_prefix(tokenizer: Tokenizer, told: str) -> str:
-    return tokenizer.write(_hold_summary(told, _CUT)).split(_CUT)[0]
+def _write_prefix(tokenizer: Tokenizer, wording: Wording) -> str:
+    return tokenizer.write(_hold_summary(wording, _CUT)).split(_CUT)[0]
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -174,9 +192,20 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_reply(_clean(text))
 
 
-def _hold_summary(told: str, summary: str) -> Messages:
-    system = {"role": "system", "content": (f"{told}\n" if told else "") + summary}
-    return [system, {"role": "user", "content": _LETTER}]
+def _hold_summary(
+    wording: Wording, summary: str, own: str | None = None, messages: Messages = _SAID
+) -> Messages:
+    """A conversation that holds a summary; own: the system message of its prompt. The summary
+    stands in a system message, or in the first of the user where its template holds the prompt."""
+    values = {"summary": summary, "instruction": wording.instruction, "prompt": ""}
+    if not templates.reads("answer", wording.template, "prompt"):
+        content = templates.render("answer", wording.template, values)
+        content += "" if own is None else f"\n{own}"
+        return [{"role": "system", "content": content}, *messages]
+    first, *rest = messages
+    values["prompt"] = "\n\n".join(text for text in (own, first["content"]) if text)
+    content = templates.render("answer", wording.template, values)
+    return [{"role": "user", "content": content}, *rest]
 
 
 def _clean(text: str) -> str:

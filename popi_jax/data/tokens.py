@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from popi_jax import files
+from popi_jax import files, templates
 from popi_jax.data.encode import EncodedUser, encode_user
 from popi_jax.data.packed import LENGTHS, measure_user, pack, unpack
 from popi_jax.data.prompts import Tokenizer
@@ -31,6 +31,11 @@ from popi_jax.errors import UserError
 from popi_jax.progress import Progress
 
 FORMAT = 1  # raise it whenever `encode_user` or `pack` makes something else of the same input
+# settings that change ids, beside those of the tokenizer
+_OF_MODEL = (
+    *("summary_instruction", "summary_system", "signals_template"),
+    *("answer_instruction", "answer_template", "summary_place"),
+)
 _MANY = 4096  # users from which on processes share the work
 _WORKERS = 2  # of them, where data.workers is 0
 _FILES = 64  # at most, each of at least _MANY users
@@ -134,16 +139,17 @@ def open_encoded(
 
 
 def identify(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> str:
-    """The key of a split's ids: over FORMAT, the tokenizer, the settings that matter, how a made
-    user is encoded, which shows the templates, and the split. Which source it is of says the
-    folder."""
+    """The key of a split's ids: over FORMAT, the tokenizer, the settings and templates that matter,
+    how a made user is encoded, which shows what the code does, and the split. Which source it is of
+    says the folder."""
     settings = [f.name for f in dataclasses.fields(cfg.data) if not f.metadata["free"]]
-    model = ("summary_instruction", "answer_instruction", "summary_place")
+    ours = {path.name: path.read_text() for path in sorted(templates.OURS.iterdir())}
     content = [
         FORMAT,
         identify_words(tokenizer),
         {name: getattr(cfg.data, name) for name in settings},
-        [getattr(cfg.model, name) for name in model],
+        {name: getattr(cfg.model, name) for name in _OF_MODEL},
+        ours,
         cfg.generator.reads,
         len(source),
         [source[0].split, source[0].user_id] if len(source) else [],

@@ -28,15 +28,15 @@ from popi_jax.errors import UserError
 from popi_jax.evals import conditions, records
 from popi_jax.evals.conditions import Condition, People, find_condition
 from popi_jax.evals.dealt import Dealt, deal_pairs, deal_signals
-from popi_jax.evals.generators import Generator, Summarizer
+from popi_jax.evals.generators import Generator, Summarizer, bare_signals
 from popi_jax.evals.items import list_items
 from popi_jax.evals.subjects import Reader, Subject, Weights, check_room, identify_shape
 from popi_jax.evals.sweep_plan import DECODINGS, Cell
 from popi_jax.losses.preference import pair_margins
 from popi_jax.training.setup import make_objective
 
-SCORING = 1  # raise it when the same models and texts are scored otherwise
-DRAWING = 1  # raise it when the same models write other summaries
+SCORING = 2  # raise it when the same models and texts are scored otherwise
+DRAWING = 2  # raise it when the same models write other summaries
 # what the length of a text depends on
 _LIMITS = ("context_len", "turn_len", "answer_len", "summary_len", "num_pairs", "pair_layout")
 
@@ -92,7 +92,9 @@ class Unit:
         objective = make_objective(reader.config)
         text: dict[str, Any] = {"condition": condition.name, "version": condition.version}
         if condition.reads_signals or condition.summaries_by:
-            text["signals"] = cell.signals
+            text["signals"] = self._name_signals(cell.signals)
+        if condition.reads_signals and reader.config.model.signals_template:
+            text["template"] = reader.config.model.signals_template
         if condition.summaries_by:
             text["summaries"] = self._identify_summaries(
                 condition.summaries_by, cell.signals, cell.decoding
@@ -109,7 +111,7 @@ class Unit:
             "weights": self._once("identity", reader.weights),
             "shape": identify_shape(reader.parts),
             "words": identify_words(reader.parts.tokenizer),
-            "instruction": [model.answer_instruction, model.summary_place],
+            "instruction": [model.answer_instruction, model.summary_place, model.answer_template],
             "reference": reference,
             "objective": dataclasses.asdict(objective),
             "data": {**self.split.identity},
@@ -119,16 +121,19 @@ class Unit:
 
     def _identify_summaries(self, writer: str, signals: str, decoding: str) -> dict[str, Any]:
         role, config = self.subject.roles.inference, self.subject.roles.config
+        model = config.model
         return {
             "drawing": DRAWING,
             "weights": self._once("identity", self._find_writer(writer)),
             "shape": identify_shape(role),
             "words": identify_words(role.tokenizer),
-            "instruction": config.model.summary_instruction,
+            "instruction": [
+                *(model.summary_system, model.signals_template, model.summary_instruction)
+            ],
             "temperature": DECODINGS[decoding],
             "seed": config.seed,
             "data": {**self.split.identity},
-            "signals": signals,
+            "signals": self._name_signals(signals),
             "limits": {
                 name: getattr(self.split.data, name)
                 for name in ("context_len", "summary_len", "pair_layout", "prompt_aware")
@@ -163,13 +168,17 @@ class Unit:
         raw = self._once("raw", cell.generator, cell.signals)
         told = [len(ids) if counts else None for ids, counts in zip(texts, counted, strict=True)]
         items = list_items(users, whole, told, raw, (logps, known, margins))
-        attempted = int(whole.pair_mask.sum())
-        left = {"the condition does not apply": attempted - len(items)}
+        equal = pairs.shortened.equal
+        usable = int(whole.pair_mask.sum())
+        left = {
+            "chosen and rejected are equal within data.answer_len": equal,
+            "the condition does not apply": usable - len(items),
+        }
         header = {
             "objective": dataclasses.asdict(objective),
             "coverage": {
                 "users": len(users),
-                "attempted": attempted,
+                "attempted": usable + equal,
                 "scored": len(items),
                 "left_out": {reason: n for reason, n in left.items() if n},
             },
@@ -304,8 +313,8 @@ class Unit:
 
     def _deal_signals(self, signals: str) -> Dealt:
         roles = self.subject.roles
-        users = [dataclasses.replace(user, pairs=(), readings=()) for user in self._select(signals)]
         config, role = self._limit(roles.config), roles.inference
+        users = [bare_signals(user, config) for user in self._select(signals)]
         encoded, _ = encode_all(users, role.tokenizer, config)
         rows = config.evaluation.batch_users
         return deal_signals(encoded, role.model, role.prompt, roles.mesh, rows)
@@ -347,7 +356,11 @@ class Unit:
         return dataclasses.replace(config, data=self.split.data)
 
     def _select(self, signals: str) -> list[User]:
-        return select_signals(self.split.users, signals)
+        """The users with some of their signals; "all": those under `data.signals`."""
+        return select_signals(self.split.users, self._name_signals(signals))
+
+    def _name_signals(self, signals: str) -> str:
+        return self.split.data.signals if signals == "all" else signals
 
     def _find_reader(self, cell: Cell) -> Reader:
         if cell.generator not in self.readers:

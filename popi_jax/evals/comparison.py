@@ -13,6 +13,7 @@ from popi_jax.baselines.features import Features, compute_splits
 from popi_jax.baselines.pairs import FITTED, GENERIC, Fit
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config
+from popi_jax.data.selection import select_signals
 from popi_jax.errors import UserError
 from popi_jax.evals import records, statistics
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED
@@ -159,11 +160,12 @@ class Fitting:
     def _identify(self, name: str) -> dict[str, Any]:
         hashes = Hashes(epath.Path(self._out) / "hashes.json", files.write_whole)
         data = self._subject.roles.config.data
+        some = data.signals != "all"
         return {
             "fitting": FITTING,
             "method": name,
             "weights": self._subject.readers[BEFORE_RL].weights.identify(hashes),
-            "data": dict(self._users.identity),
+            "data": dict(self._users.identity) | ({"signals": data.signals} if some else {}),
             "limits": [data.num_pairs, data.turn_len, data.answer_len],
             "seed": self._run.config.seed,
         }
@@ -171,7 +173,7 @@ class Fitting:
     def _compute(self, name: str) -> Fit:
         splits, seed = self._run.dataset.splits, self._run.config.seed
         users = {"train": splits["train"], "validation": splits["validation"]}
-        users["test"] = self._users.users
+        users["test"] = select_signals(self._users.users, self._users.data.signals)
         self._frozen = self._frozen or restore_run(self._run).frozen.generator
         if name not in REWARDS:
             given = (users["train"], users["validation"], users["test"], seed)

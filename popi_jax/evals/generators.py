@@ -22,7 +22,9 @@ from popi_jax.arrays import PairLogps, Params, Tokens
 from popi_jax.config import Config
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import Ids
+from popi_jax.data.prompts import PLAIN, Wording
 from popi_jax.data.records import User
+from popi_jax.data.selection import keep_signals
 from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
 from popi_jax.models import decode
 from popi_jax.models.decode import Sampling
@@ -96,14 +98,21 @@ class Generator(NamedTuple):
         return PairLogps(jnp.asarray(logps[..., 0]), jnp.asarray(logps[..., 1]))
 
     def reply(
-        self, text: Ids, prompt: str, *, sampling: Sampling, num: int, seed: int
+        self,
+        text: Ids,
+        prompt: str,
+        *,
+        sampling: Sampling,
+        num: int,
+        seed: int,
+        wording: Wording = PLAIN,
     ) -> list[str]:
         """`num` answers behind a text about the user; one that reached `sampling.max_len` before
         its end is cut there."""
         words, rows = self.role.tokenizer, count_rows(self.role.model)
         messages = [{"role": "user", "content": prompt.strip()}]
         context = [*self.role.prompt, *text]
-        turn = prompts.render_generator_turn(words, messages)
+        turn = prompts.render_generator_turn(words, messages, wording)
         tokens = [self.place(batches.pad([ids] * rows, len(ids), 0)) for ids in (context, turn)]
         keys = decode.sample_keys(jax.random.key(seed), jnp.arange(rows), num)
         drawn = draw_replies(self.params, *tokens, keys, model=self.role.model, sampling=sampling)
@@ -122,8 +131,8 @@ def summarize_users(
     config: with the limits as they were given: those of the run are of its training users. At
     temperature 0 the likeliest tokens are taken."""
     role = run.inference
-    bare = [dataclasses.replace(user, pairs=(), readings=()) for user in users]
-    encoded, cut = batches.encode_all(bare, role.tokenizer, config)
+    asked = [bare_signals(keep_signals(user, config.data.signals), config) for user in users]
+    encoded, cut = batches.encode_all(asked, role.tokenizer, config)
     if cut.contexts:
         logging.warning(
             "The signals of %d of %d users were too long and shortened (data.context_len = %d).",
@@ -137,6 +146,12 @@ def summarize_users(
         advance = lambda part: progress.update(round(100 * part))  # noqa: E731
         (found,) = summarizer.write(signals, [temperature], advance)
     return list_summaries(run, users, found)
+
+
+def bare_signals(user: User, config: Config) -> User:
+    """The user with what a summary is made of: the signals, and with `data.prompt_aware` the pair
+    that it is for."""
+    return dataclasses.replace(user, pairs=user.pairs[: config.data.prompt_aware], readings=())
 
 
 def list_summaries(

@@ -18,7 +18,7 @@ def list_items(
     raw: Sequence[int],
     scores: tuple[PairLogps, PairLogps | None, Float[np.ndarray, "users pairs"]],
 ) -> list[dict[str, Any]]:
-    """One item for each pair of `whole`, all users in one batch.
+    """One item for each pair of `whole` that counts, all users in one batch.
 
     texts: tokens that the generator saw of each user; None: the user does not count. raw: tokens of
     their raw signals. scores: log-probs, those of the reference, margins. Raises: UserError when a
@@ -31,8 +31,9 @@ def list_items(
     columns = {name: np.asarray(x).tolist() for name, x in (arrays | {"margin": margins}).items()}
     items = []
     for row, (user, seen) in enumerate(zip(users, texts, strict=True)):
-        pairs = user.pairs[: int(whole.pair_mask[row].sum())] if seen is not None else ()
-        for column, pair in enumerate(pairs):
+        counted = np.flatnonzero(whole.pair_mask[row]).tolist() if seen is not None else ()
+        for column in counted:
+            pair = user.pairs[column]
             item: dict[str, Any] = {"user": user.user_id, "person": user.user_id.split("#")[0]}
             item |= {"pair": pair.record_id}
             item |= {name: rows[row][column] for name, rows in columns.items()}

@@ -19,6 +19,7 @@ from popi_jax.checkpoints.content import Hashes
 from popi_jax.config import Config, DataConfig
 from popi_jax.data.examples import Examples, list_examples
 from popi_jax.data.prepared import prepare
+from popi_jax.data.selection import Selected
 from popi_jax.errors import UserError
 from popi_jax.evals import records
 from popi_jax.evals.cells import Split, Unit
@@ -165,7 +166,10 @@ class Opened:
         if name != OWN:
             found = self._place.load_data(name)
             config = dataclasses.replace(
-                found, summary_len=config.summary_len, prompt_aware=config.prompt_aware
+                found,
+                summary_len=config.summary_len,
+                prompt_aware=config.prompt_aware,
+                signals=found.signals if config.signals == "all" else config.signals,
             )
         trained_on = subject.trained_on if name == OWN else ""
         dataset = prepare(config, allow_sample=self._place.allow_sample, trained_on=trained_on)
@@ -193,10 +197,11 @@ class Opened:
 
 
 def make_split(dataset: Any, split: str, config: DataConfig, max_users: int) -> Split:
-    """The first users of a split of a prepared data set, as `config` asks for them. Raises:
-    UserError when there is none."""
+    """The first users of a split of a prepared data set, as `config` asks for them, with all their
+    signals. Raises: UserError when there is none."""
     people = dataset.splits[split]
-    people = people.users if isinstance(people, Examples) else people
+    while isinstance(people, Examples | Selected):
+        people = people.users
     users = list(people[: max_users or len(people)])
     if not users:
         raise UserError(

@@ -108,10 +108,12 @@ def warm_batches(users: Sequence[User], words: tokenizer.Tokenizer, cfg: Config,
 
 def write_users(users: Iterable[User], path: Path) -> None:
     """Writes own data, one line per held-out pair: the inverse of `jsonl.load`, but for stated,
-    readings, split, groups of a pair and "#2" of a draw."""
+    readings, split, groups and conversation of a pair, and "#2" of a draw."""
     lines = []
     for user in users:
         fields = dataclasses.asdict(user)
+        for item in (*fields["shots"], *fields["comments"], *fields["pairs"]):
+            del item["conversation"]
         signals = {name: fields[name] for name in ("profile", "survey", "comments")}
         record = {"user_id": user.user_id, "oracle": user.oracle}
         record["signals"] = {**signals, "fewshot": fields["shots"]}

@@ -13,6 +13,7 @@ import pytest
 
 from popi_jax.config import Config
 from popi_jax.data import batches, encode, tokens
+from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 from tests.data.people import (
@@ -42,8 +43,10 @@ def assert_equal(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def eval_batches(tokenizer: Tokenizer, cfg: Config) -> list[batches.EvalBatch]:
-    encoded = [encode.encode_user(user, tokenizer, cfg) for user in USERS]
+def eval_batches(
+    tokenizer: Tokenizer, cfg: Config, users: list[User] = USERS
+) -> list[batches.EvalBatch]:
+    encoded = [encode.encode_user(user, tokenizer, cfg) for user in users]
     return list(batches.make_eval_batches(encoded, tokenizer.pad_id, cfg))
 
 
@@ -228,6 +231,45 @@ def test_batches_and_their_halves_hold_about_the_same_tokens(tokenizer: Tokenize
     for users_of_a_shard, most in ((8, 1.02), (4, 1.05), (2, 1.1)):
         totals = lengths.reshape(8, -1, users_of_a_shard).sum(axis=2)
         assert totals.max() <= most * totals.mean(), users_of_a_shard
+
+
+def test_pairs_with_equal_replies_are_no_pairs(tokenizer: Tokenizer) -> None:
+    """They are neither drawn nor counted; the numbers of the others do not change."""
+    user, cfg = make_user(0, 4), make_config(batch__pairs=4)
+    pairs = [
+        dataclasses.replace(p, rejected=p.chosen) if k % 2 else p for k, p in enumerate(user.pairs)
+    ]
+    user = dataclasses.replace(user, pairs=tuple(pairs))
+    for batch in take(user_batches([user], tokenizer, cfg, seed=0), 2):
+        assert batch.pair_mask.tolist() == [[True, True, False, False]] * 4
+        assert {*batch.pair_number[:, :2].flat} == {0, 2}
+    (made,) = eval_batches(tokenizer, cfg, [user])
+    assert made.batch.pair_mask[0, :4].tolist() == [True, False, True, False]
+    assert made.batch.pair_number[0, :4].tolist() == [0, 1, 2, 3]
+    whole, cut = batches.encode_all([user], tokenizer, cfg)
+    assert whole.pair_mask.tolist() == [[True, False, True, False]] and cut.equal == 2
+
+
+@pytest.mark.parametrize("reads", ["summary", "signals"])
+def test_signals_are_drawn_anew_in_each_epoch(tokenizer: Tokenizer, reads: str) -> None:
+    """And the rest of the batch is the same as without."""
+    phases = {"schedule__phases": ("generator 1",), "generator__reads": reads}
+    user, cfg = make_user(0, 3), make_config(**phases)
+    drawing = make_config(data__signals_draw="epoch", **phases)
+    fixed, drawn = (take(user_batches([user], tokenizer, c, seed=0), 4) for c in (cfg, drawing))
+    assert_equal([b.turns for b in fixed], [b.turns for b in drawn])
+    texts = {decode_at(tokenizer, b.context, row) for b in drawn for row in range(4)}
+    whole = decode_at(tokenizer, fixed[0].context, 0)
+    assert len(texts) > 5 and all("i keep bees" in text for text in texts)
+    for shot in ("shot 0 0", "shot 0 2", "tea ?"):
+        assert 0 < sum(shot in text for text in texts) < len(texts) and shot in whole
+    again = user_batches([user], tokenizer, drawing, seed=0)
+    assert_equal(drawn[3], again[3])
+    if reads == "signals":
+        for b in drawn:
+            for row in range(4):
+                told = decode_at(tokenizer, b.told, row)
+                assert told in decode_at(tokenizer, b.context, row)
 
 
 def test_no_users_is_told(tokenizer: Tokenizer, cfg: Config) -> None:

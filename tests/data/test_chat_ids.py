@@ -59,9 +59,11 @@ def test_replies(tokenizers: dict[str, Tokenizer], name: str, reply: str) -> Non
     assert ids[-1] == words.eos_id and words.eos_id not in whole[len(ids) + 1 :]
 
 
-def make_config(instruction: str) -> SimpleNamespace:
+def make_config(instruction: str, template: str = "") -> SimpleNamespace:
     told = "\n\nIn one short sentence, what does this user prefer in replies?"
-    model = SimpleNamespace(answer_instruction=instruction, summary_instruction=told)
+    model = SimpleNamespace(
+        answer_instruction=instruction, summary_instruction=told, answer_template=template
+    )
     return SimpleNamespace(model=model)
 
 
@@ -95,6 +97,52 @@ def test_prefix_summary_and_turn_are_the_whole(
     assert text_behind and summary[-1] in ".)>", name
     assert words._control.decode(ids) == words._control.decode(whole)
     assert abs(len(ids) - len(whole)) <= 2
+
+
+FRAMED = "{{ instruction }} [{{ summary }}]"
+ASKED = "{{ instruction }}\n{{ summary }}\n\nSo answer:\n{{ prompt }}\nEnd."
+
+
+@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("talk", ["user", "turns", "system", "unicode"])
+@pytest.mark.parametrize("template", [FRAMED, ASKED])
+def test_a_template_of_the_user_s_gives_the_whole_too(
+    tokenizers: dict[str, Tokenizer], name: str, talk: str, template: str
+) -> None:
+    """One holds the summary in a system message, the other with the prompt in that of the user."""
+    words, prompt = tokenizers[name], chat_folders.CONVERSATIONS[talk]
+    config, summary = make_config("Known:", template), "short answers"
+    wording = prompts.get_wording(config)
+    if template == FRAMED and name in ("mistral-v0.3", "mistral-nemo") and len(prompt) > 2:
+        with pytest.raises(UserError, match="behind the first of 3 messages; set --config.model"):
+            prompts.render_generator_turn(words, prompt, wording)
+        return
+    own = [m["content"] for m in prompt if m["role"] == "system"]
+    rest = [m for m in prompt if m["role"] != "system"]
+    if template == FRAMED:
+        system = "\n".join([f"Known: [{summary}]", *own])
+        whole = [{"role": "system", "content": system}, *rest]
+    else:
+        asked = "\n\n".join([*own, rest[0]["content"]])
+        content = f"Known:\n{summary}\n\nSo answer:\n{asked}\nEnd."
+        whole = [{"role": "user", "content": content}, *rest[1:]]
+    ids = prompts.render_generator_prefix(words, config)
+    ids += prompts.encode_summary(words, summary, config)
+    ids += prompts.render_generator_turn(words, prompt, wording)
+    assert words.render(whole, cut="@@") == (ids,)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_system_message_before_the_signals(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    words, config = tokenizers[name], make_config("")
+    told = config.model.summary_instruction
+    ids = prompts.render_inference_context(words, "bees.", told, "You sum up.")
+    ids += prompts.render_summary_turn(words, config)
+    whole = [
+        {"role": "system", "content": "You sum up."},
+        {"role": "user", "content": "bees." + told},
+    ]
+    assert words.render(whole, cut="@@") == (ids,)
 
 
 @pytest.mark.parametrize("name", LOADED)

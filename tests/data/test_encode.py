@@ -3,12 +3,14 @@ need."""
 
 import dataclasses
 import itertools
+import re
+from typing import Any
 
 import pytest
 
 from popi_jax.data import encode, prompts
 from popi_jax.data.encode import Truncations
-from popi_jax.data.records import Comment, Pair, Reading, Shot
+from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 from tests.data.people import ITEMS, USERS, make_config, make_tokenizer
@@ -42,8 +44,10 @@ def test_encode_user_without_cuts(tokenizer: Tokenizer) -> None:
 def test_context_loses_comments_then_old_shots_then_survey_then_profile(
     tokenizer: Tokenizer,
 ) -> None:
-    user = dataclasses.replace(USERS[1], comments=(Comment("a ?", "old"), Comment("b ?", "new")))
-    lines = ["i am number 1", "i keep bees", "old", "new", "shot 1 0", "shot 1 1", "shot 1 2"]
+    comments = (Comment("a ?", "old"), Comment("b ?", "new"))
+    user = dataclasses.replace(USERS[1], comments=comments, survey="bees: yes; tone: warm")
+    lines = ["i am number 1", "bees: yes", "tone: warm", "old", "new"]
+    lines += ["shot 1 0", "shot 1 1", "shot 1 2"]
     seen, parts, cfg = [], [], make_config()
     whole = len(encode.encode_user(user, tokenizer, cfg).context)
     for limit in range(whole, 3, -1):
@@ -63,14 +67,67 @@ def test_context_loses_comments_then_old_shots_then_survey_then_profile(
         ["shot 1 0"],
         ["shot 1 1"],
         ["shot 1 2"],
-        ["i keep bees"],
+        ["tone: warm"],
+        ["bees: yes"],
         ["i am number 1"],
     ]
     assert seen == [
         [line for line in lines if line not in some] for some in itertools.accumulate(gone)
     ]
-    assert "profile: i am number 1 .\nsurvey: i keep" in parts  # tails are cut, not heads
-    assert "profile: i am" in parts
+    for part in parts:  # never inside an item
+        pieces = re.split(r"\n|; ", prompts.render_signals(user, "grouped"))
+        assert {*re.split(r"\n|; ", part)} <= {*pieces, ""}
+    emptied = [parts[-1] == "", encode.encode_user(user, tokenizer, tight).truncations.emptied]
+    assert emptied == [True, 1]
+
+
+@pytest.mark.parametrize("survey", ["a: 1; b: 2; c: 3", "a: 1; 2\nb: 3\nc: 4", "one answer", ""])
+def test_as_few_items_as_possible_are_dropped(tokenizer: Tokenizer, survey: str) -> None:
+    """As when they are dropped one by one, and each is counted; far fewer texts are encoded."""
+    comments = tuple(Comment(f"tea {k} ?", "too long " * (k % 5)) for k in range(20))
+    shots = tuple(Shot(f"p {k}", "yes " * (3 * k % 7), "no " * (k % 3)) for k in range(20))
+    user = dataclasses.replace(USERS[1], comments=comments, shots=shots, survey=survey)
+
+    def drop_one(some: User) -> User:
+        if some.comments:
+            return dataclasses.replace(some, comments=some.comments[1:])
+        if some.shots:
+            return dataclasses.replace(some, shots=some.shots[1:])
+        if some.survey:
+            between = "\n" if "\n" in survey else "; "
+            left = between.join(some.survey.split(between)[:-1])
+            return dataclasses.replace(some, survey=left)
+        return dataclasses.replace(some, profile="")
+
+    counted, render = list[int](), prompts.render_inference_context
+
+    def count(*texts: Any) -> list[int]:
+        counted.append(0)
+        return render(*texts)
+
+    for limit in (*range(3, 60, 4), *range(60, 500, 37)):
+        cfg, some = make_config(data__context_len=limit), user
+        while True:
+            text = prompts.render_signals(some, "grouped")
+            ids = prompts.render_inference_context(tokenizer, text)
+            if len(ids) <= limit:
+                break
+            some = drop_one(some)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompts, "render_inference_context", count)
+            counted.clear()
+            found = encode.fit_signals(user, tokenizer, cfg)
+        assert (found.text, found.context) == (text, ids)
+        assert found.emptied == (text == "")
+        assert len(counted) <= 12, limit
+
+
+def test_a_user_without_signals_is_not_emptied(tokenizer: Tokenizer) -> None:
+    bare = dataclasses.replace(USERS[1], profile="", survey="", shots=(), comments=())
+    found = encode.encode_user(bare, tokenizer, make_config(data__context_len=2))
+    assert (found.truncations.contexts, found.truncations.emptied) == (0, 0)
+    whole = encode.encode_user(USERS[1], tokenizer, make_config())
+    assert encode.encode_context(USERS[1], tokenizer, make_config()) == whole.context
 
 
 def test_grouped_signals_lose_whole_items_and_not_their_tail(tokenizer: Tokenizer) -> None:
@@ -141,6 +198,22 @@ def test_a_cut_answer_has_no_end_token_and_is_counted(tokenizer: Tokenizer) -> N
     assert len(found.chosen[0]) == 8 and tokenizer.eos_id not in found.chosen[0]
     assert found.rejected[0][-1] == tokenizer.eos_id
     assert found.truncations == Truncations(contexts=0, turns=0, answers=1, users=1, pairs=1)
+
+
+def test_pairs_that_are_equal_after_the_cut_do_not_count(tokenizer: Tokenizer) -> None:
+    asked, same = USERS[0].pairs[0].prompt, "yes " * 20
+    pairs = (
+        Pair("a", asked, same + "bees", same + "tea"),
+        Pair("b", asked, "yes", "no"),
+        Pair("c", asked, "no", "no"),
+        Pair("d", asked, "yes", "yes yes"),
+    )
+    user = dataclasses.replace(USERS[0], pairs=pairs)
+    found = encode.encode_user(user, tokenizer, make_config())
+    assert found.usable == (1, 3) and len(found.turns) == len(found.chosen) == 4
+    assert found.truncations == Truncations(0, 0, answers=2, users=1, pairs=4, equal=2)
+    wide = encode.encode_user(user, tokenizer, make_config(data__answer_len=40))
+    assert wide.usable == (0, 1, 3) and wide.truncations.equal == 1
 
 
 def test_a_limit_below_the_headers_is_told(tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """The prepared copy: made once per content and options, read by index; the sample, the download,
 and their refusals."""
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -8,15 +9,14 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import grain
 import pytest
 
 from popi_jax import config_rules, distributed
-from popi_jax.config import DataConfig
-from popi_jax.data import prepared
+from popi_jax.config_data import DataConfig
+from popi_jax.data import prepared, prepared_files
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources import download, jsonl
 from popi_jax.data.sources.made_people import write_sample
@@ -26,28 +26,21 @@ from popi_jax.errors import UserError
 from tests.data.people import make_config, write_users
 
 
-def options(tmp_path: Path, **changes: object) -> types.SimpleNamespace:
+def options(tmp_path: Path, **changes: object) -> DataConfig:
     fields = {
-        "source": "prism",
         "path": str(tmp_path / "raw"),
         "prepared": str(tmp_path / "prepared"),
         "download": False,
-        "on_bad_row": "error",
-        "split_by": "user",
         "validation_fraction": 0.2,
         "test_fraction": 0.2,
         "num_shots": 3,
         "num_pairs": 4,
-        "pair_mode": "best_vs_worst",
-        "score_margin": 1,
-        "turns": "first",
-        "use_system_string": False,
         "sample_people": 30,
     }
-    return types.SimpleNamespace(**{**fields, **changes})
+    return dataclasses.replace(DataConfig(), **{**fields, **changes})
 
 
-def own(tmp_path: Path, people: int = 40) -> types.SimpleNamespace:
+def own(tmp_path: Path, people: int = 40) -> DataConfig:
     """Options for a file of own data: one pair for each of the people."""
     prompt = [{"role": "user", "content": "what now?"}]
     users = [
@@ -57,7 +50,7 @@ def own(tmp_path: Path, people: int = 40) -> types.SimpleNamespace:
             "",
             (),
             (Comment("", f"I am {i}"),),
-            (Pair(f"{i}", prompt, "a", "b"),),
+            (Pair(f"{i}", prompt, f"tea {i}", "b"),),
         )
         for i in range(people)
     ]
@@ -73,7 +66,9 @@ def test_users_come_back_by_index(tmp_path: Path) -> None:
     for split, users in dataset.splits.items():
         of_split = [user for user in expected if user.split == split]
         assert list(pickle.loads(pickle.dumps(users))) == of_split
-        assert dataset.stats[split] == {"users": len(of_split), "pairs": len(of_split)}
+        counted = dataset.stats[split]
+        assert counted["users"] == counted["pairs"] == counted["chosen_longer"] == len(of_split)
+        assert counted["pairs_per_user"] == {"1": len(of_split)} and not counted["duplicates"]
         assert users[-1] == of_split[-1] and users[:2] == of_split[:2]
         assert list(grain.MapDataset.source(users)) == of_split
         with pytest.raises(IndexError):
@@ -86,11 +81,10 @@ def test_a_copy_is_made_once_and_never_stale(
     cfg = own(tmp_path)
     first = prepared.prepare(cfg, allow_sample=False)
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_write", lambda loaded, home: pytest.fail("written again"))
+        patch.setattr(prepared, "_write", lambda *args: pytest.fail("written again"))
         assert prepared.prepare(cfg, allow_sample=False).prepared == first.prepared
-    cfg.num_shots = 1
-    assert prepared.prepare(cfg, allow_sample=False).prepared != first.prepared
-    cfg.num_shots = 3
+    other = dataclasses.replace(cfg, num_shots=1)
+    assert prepared.prepare(other, allow_sample=False).prepared != first.prepared
     own(tmp_path, people=41)
     changed = prepared.prepare(cfg, allow_sample=False)
     assert sum(len(users) for users in changed.splits.values()) == 41
@@ -101,17 +95,18 @@ def test_a_copy_is_made_once_and_never_stale(
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = own(tmp_path)
 
-    def fail(home: Path, splits: dict[str, list[User]], data_dir: Path) -> None:
-        (data_dir / "half").write_text("")
+    def fail(writer: prepared_files.UserWriter) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_build", fail)
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr(prepared_files.UserWriter, "close", fail)
+        with pytest.raises(UserError, match="data.prepared.*disk full.*another folder"):
             prepared.prepare(cfg, allow_sample=False)
     assert [
-        p for p in (tmp_path / "prepared").rglob("*") if p.is_file() or p.name.startswith(".part")
-    ] == []
+        p.name
+        for p in (tmp_path / "prepared").rglob("*")
+        if p.is_file() or p.name.startswith(".part")
+    ] == ["sums.json"]
     assert len(prepared.prepare(cfg, allow_sample=False).splits["train"]) > 0
 
 
@@ -121,7 +116,7 @@ def test_skipped_rows_are_listed(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "nonsense\n")
     with pytest.raises(UserError, match=r"raw.jsonl:41: not JSON at column 1"):
         prepared.prepare(cfg, allow_sample=False)
-    cfg.on_bad_row = "skip"
+    cfg = dataclasses.replace(cfg, on_bad_row="skip")
     dataset = prepared.prepare(cfg, allow_sample=False)
     assert dataset.stats["rows"] == {"skipped": 1}
     (row,) = (dataset.prepared / "bad_rows.jsonl").read_text().splitlines()
@@ -132,7 +127,7 @@ def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     cfg = own(tmp_path, people=1)
     with pytest.raises(UserError, match=r"split of 1 users is empty. (Raise|Lower)"):
         prepared.prepare(cfg, allow_sample=False)
-    cfg.validation_fraction = cfg.test_fraction = 0.0
+    cfg = dataclasses.replace(cfg, validation_fraction=0.0, test_fraction=0.0)
     dataset = prepared.prepare(cfg, allow_sample=False)
     assert {split: len(users) for split, users in dataset.splits.items()} == {
         "train": 1,
@@ -247,8 +242,6 @@ def test_the_configuration_allows_the_sources_that_there_are() -> None:
     names = [source.name for source in prepared.SOURCES if not source.stands_in_for]
     declared = {field.name: field for field in config_rules.list_settings(DataConfig)}
     assert declared["source"].allowed[0].words == tuple(names)
-    # the rule of config_rules.py about data.split_by
-    assert [s.name for s in prepared.SOURCES if "split_by" in s.options] == ["prefeval"]
     for source in prepared.SOURCES:
         assert source.stands_in_for in ("", *names)
         assert prepared.find_source(source.stands_in_for or source.name, source.kind) is source
@@ -258,9 +251,7 @@ def test_a_source_names_the_options_that_it_reads() -> None:
     """Prepared copies that differ in what a source reads have different keys."""
     for source in prepared.SOURCES:
         module = inspect.getmodule(source.load)
-        read = {
-            word for word in vars(options(Path())) if f"cfg.{word}" in inspect.getsource(module)
-        }
+        read = {word for word in vars(DataConfig()) if f"cfg.{word}" in inspect.getsource(module)}
         assert set(source.options) == read - {"path", "download"}
         assert set(source.options) <= set(prepared.OPTIONS)
 
@@ -270,11 +261,11 @@ def test_a_new_data_set_is_one_file_and_its_place_in_the_list(
 ) -> None:
     """What the new file would hold: one line of text per person."""
 
-    def load(path: Path, cfg: types.SimpleNamespace) -> Loaded:
+    def load(path: Path, cfg: DataConfig) -> Loaded:
         prompt = [{"role": "user", "content": "tea or coffee?"}]
         users = []
         for name in path.read_text().split():
-            pair = Pair(name, prompt, "tea", "coffee")
+            pair = Pair(name, prompt, f"tea for {name}", "coffee")
             split = choose_split(name, cfg.validation_fraction, cfg.test_fraction)
             users.append(User(name, f"I am {name}", "", (), (), (pair,), split=split))
         return Loaded(users, [])
@@ -349,9 +340,10 @@ def test_fractions_are_met() -> None:
 def test_reading_needs_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
     write_sample(tmp_path / "raw", people=30)
     code = f"""
-import sys, types
+import sys
+from popi_jax.config_data import DataConfig
 from popi_jax.data import prepared
-cfg = types.SimpleNamespace(**{vars(options(tmp_path))!r})
+cfg = DataConfig(**{vars(options(tmp_path))!r})
 assert "tensorflow_datasets" not in sys.modules, "imported too early"
 assert len(prepared.prepare(cfg, allow_sample=False).splits["train"][0].pairs) == 4
 assert not {{"jax", "tensorflow"}} & set(sys.modules)
@@ -385,3 +377,82 @@ def test_command_prints_the_splits_and_a_user(tmp_path: Path) -> None:
         == 60
     )
     assert "true persona" in done.stdout and "chosen: " in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["shorter", "no stats", "half stats", "no shard", "no info"])
+def test_a_damaged_copy_is_told_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cfg = own(tmp_path)
+    first = prepared.prepare(cfg, allow_sample=False)
+    users = list(first.splits["train"])
+    (shard,) = first.prepared.glob("1.0.0/*train*")
+    stats = first.prepared / prepared_files.STATS
+    if damage == "shorter":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    elif damage == "half stats":
+        stats.write_text(stats.read_text()[:40])
+    else:
+        gone = {"no stats": stats, "no shard": shard, "no info": shard.parent / "dataset_info.json"}
+        gone[damage].unlink()
+    with caplog.at_level(logging.WARNING):
+        again = prepared.prepare(cfg, allow_sample=False)
+    assert "the prepared copy is damaged" in caplog.text and "made again" in caplog.text
+    assert again.prepared == first.prepared and list(again.splits["train"]) == users
+    assert [p.name for p in first.prepared.parent.iterdir()] == [first.prepared.name]
+
+
+def test_damage_inside_a_shard_is_told_when_it_is_read(tmp_path: Path) -> None:
+    dataset = prepared.prepare(own(tmp_path), allow_sample=False)
+    (shard,) = dataset.prepared.glob("1.0.0/*train*")
+    content = bytearray(shard.read_bytes())
+    for i in range(100, 1100):
+        content[i] ^= 0xFF
+    shard.write_bytes(content)
+    fresh = pickle.loads(pickle.dumps(dataset.splits["train"]))  # opens the file anew
+    with pytest.raises(UserError, match=r"prepared copy is damaged .* delete the folder"):
+        list(fresh)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    (tmp_path / "prepared").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"data.prepared.*Permission denied.*another folder"):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_a_file_in_place_of_the_prepared_folder_is_told(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    (tmp_path / "prepared").write_text("")
+    with pytest.raises(UserError, match=r"data.prepared.*another folder"):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_large_files_are_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = own(tmp_path)
+    first = prepared.prepare(cfg, allow_sample=False).prepared
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "hash_file", lambda path: pytest.fail("read again"))
+        assert prepared.prepare(cfg, allow_sample=False).prepared == first
+    path = Path(cfg.path)
+    path.write_text(path.read_text().replace("u39", "u99"))
+    assert prepared.prepare(cfg, allow_sample=False).prepared != first
+
+
+def test_a_form_that_the_source_does_not_have_is_told(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(own(tmp_path), split_by="topic")
+    with pytest.raises(UserError, match=r'"data.split_by": found "topic", allowed for jsonl: user'):
+        prepared.prepare(cfg, allow_sample=False)
+    cfg = dataclasses.replace(own(tmp_path), form="choice")
+    with pytest.raises(UserError, match=r'"data.form": found "choice", allowed for jsonl: none'):
+        prepared.prepare(cfg, allow_sample=False)
+
+
+def test_two_users_of_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = own(tmp_path)
+    users = list(jsonl.load(Path(cfg.path), dataclasses.replace(cfg, split_by="user")).users)
+    twice = jsonl.SOURCE._replace(load=lambda path, cfg: Loaded(iter([*users, users[3]]), []))
+    monkeypatch.setattr(prepared, "SOURCES", (twice,))
+    with pytest.raises(UserError, match='two users have the id "u3"'):
+        prepared.prepare(cfg, allow_sample=False)

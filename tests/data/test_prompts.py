@@ -49,7 +49,8 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 
 
 def config(summary: str = "", answer: str = "") -> SimpleNamespace:
-    model = SimpleNamespace(summary_instruction=summary, answer_instruction=answer)
+    texts = dict.fromkeys(("summary_system", "signals_template", "answer_template"), "")
+    model = SimpleNamespace(summary_instruction=summary, answer_instruction=answer, **texts)
     return SimpleNamespace(model=model, data=SimpleNamespace(pair_layout="paired"))
 
 

@@ -48,6 +48,7 @@ def test_a_record_holds_users_of_any_shape() -> None:
             **{name: [ids() for _ in range(pairs)] for name in ("turns", "chosen", "rejected")},
             readings=[(ids(), ids()) for _ in range(readings)],
             contrasts=[("a", 'b "')] * readings,
+            usable=tuple(range(pairs)),
             truncations=Truncations(*range(len(Truncations._fields))),
         )
         found = packed.unpack(packed.pack(user))
@@ -77,12 +78,13 @@ def test_lengths_by_hand() -> None:
         chosen=[[1], [1] * 4],
         rejected=[[1] * 2, [1] * 2],
         readings=[([1] * 6, [1])],
+        usable=(1,),
     )
     row = np.array([packed.measure_user(user)], packed.LENGTHS)[0]
     found = {name: int(row[name]) for name in packed.LENGTHS.names if "cut" not in name}
     assert found == {
         **{"context": 9, "told": 2, "turn": 6, "answer": 4},
-        **{"pairs": 2, "turns": 8, "answers": 9},
+        **{"pairs": 1, "turns": 5, "answers": 6},
     }
 
 
@@ -109,6 +111,9 @@ def test_nothing_is_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"data__prompt_aware": True, "batch__pairs": 1},
         {"model__summary_instruction": "?"},
         {"model__answer_instruction": "!"},
+        {"model__summary_system": "."},
+        {"model__signals_template": "{{ survey }}"},
+        {"data__signals": "survey"},
         {"generator__reads": "signals", "schedule__phases": ("generator 1",)},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -181,7 +186,7 @@ def test_a_record_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     kept = open_in(tmp_path)
     (records,) = kept.ids.folder.glob("*.array_record")
     content = bytearray(records.read_bytes())
-    content[1500] ^= 255
+    content[1000] ^= 255
     records.write_bytes(content)
     with pytest.raises(UserError, match="cannot be read .* delete the folder"):
         found = open_in(tmp_path)

@@ -232,6 +232,42 @@ def test_oracle_counts_only_users_who_have_one(tiny, users, tmp_path):
     assert coverage == {"users": 8, "attempted": 24, "scored": 12, "left_out": left}
 
 
+def test_pairs_with_equal_replies_are_left_out(tiny, users, tmp_path):
+    first, *rest = users[:8]
+    pairs = (first.pairs[0], dataclasses.replace(first.pairs[1], rejected=first.pairs[1].chosen))
+    first = dataclasses.replace(first, pairs=(*pairs, first.pairs[2]))
+    with jax.set_mesh(tiny.run.mesh):
+        unit = open_unit(tiny, [first, *rest], tmp_path)
+        scored = unit.score(name("no_signals"), lambda part: None)
+    whole = score(tiny, open_unit(tiny, users[:8], tmp_path), name("no_signals"))
+    assert [item["pair"] for item in scored.items] == [
+        item["pair"] for item in whole if item["pair"] != first.pairs[1].record_id
+    ]
+    assert scored.items[1]["margin"] == pytest.approx(whole[2]["margin"], rel=1e-4)
+    left = {"chosen and rejected are equal within data.answer_len": 1}
+    expected = {"users": 8, "attempted": 24, "scored": 23, "left_out": left}
+    assert scored.header["coverage"] == expected
+
+
+def test_all_signals_are_those_that_the_run_reads(tiny, users, unit, tmp_path):
+    subject = open_subject(str(tiny.workdir), tiny.run.config, tiny.run.mesh)
+    data = dataclasses.replace(subject.roles.config.data, signals="profile")
+    split = Split(users, data, {"users": len(users)}, "sample")
+    hashes = Hashes(tmp_path / "hashes.json", files.write_whole)
+    limited = Unit(subject, split, subject.readers, list(DECODINGS), str(tmp_path), hashes)
+    for condition, decoding in (("raw_signals", "none"), ("summary", "greedy")):
+        asked = {kind: name(condition, decoding, signals=kind) for kind in ("all", "profile")}
+        assert limited.identify(asked["all"]) == limited.identify(asked["profile"])
+        assert limited.identify(asked["all"]) == unit.identify(asked["profile"])
+        assert limited.identify(asked["all"]) != unit.identify(asked["all"])
+        # another selection is of the full record
+        shots = name(condition, decoding, signals="shots")
+        assert limited.identify(shots) == unit.identify(shots)
+    seen = limited._select("all")
+    assert all(user.profile and not user.shots for user in seen)
+    assert any(user.shots for user in limited._select("shots"))
+
+
 def test_cells_of_one_shape_compile_nothing(tiny, unit, users, evaluated, tmp_path):
     before = count_programs()
     again = open_unit(tiny, users, tmp_path)

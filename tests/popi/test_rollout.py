@@ -36,7 +36,8 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 def test_the_splice_is_the_conversation_of_the_template(
     tokenizer: tokenizer_lib.Tokenizer, instruction: str
 ) -> None:
-    cfg = types.SimpleNamespace(model=types.SimpleNamespace(answer_instruction=instruction))
+    model = types.SimpleNamespace(answer_instruction=instruction, answer_template="")
+    cfg = types.SimpleNamespace(model=model)
     prefix = tuple(prompts.render_generator_prefix(tokenizer, cfg))
     length = 48
     written = [prompts.encode_answer(tokenizer, text) for text in SUMMARIES]

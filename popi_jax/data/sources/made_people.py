@@ -386,6 +386,5 @@ SOURCE = Source(
     find=find_sample,
     stands_in_for="prism",
     lists_items=True,
-    shared_replies=True,
     compute_optimum=compute_bayes_optimum,
 )

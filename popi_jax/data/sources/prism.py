@@ -154,7 +154,8 @@ def load(folder: Path, cfg: Any) -> Loaded:
         _make_user(person, by_person[user_id], latents.get(user_id), cfg)
         for user_id, person in people.items()
     ]
-    return Loaded([user for user in users if user], bad)
+    kept = [user for user in users if user]
+    return Loaded(kept, bad, shared_replies=bool(latents))  # those of made people do
 
 
 def list_pairs(turns: dict[int, list[Utterance]], cfg: Any) -> list[ScoredPair]:

@@ -25,6 +25,9 @@ class Loaded:
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     # what was found in the files, under the names of `Card.counts`
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    # replies come from a small pool that all people share, so equal ones are no leak
+    shared_replies: bool = False
+    total: int = 0  # how many users there will be, about; 0 = unknown; for the progress bar
 
 
 class Card(NamedTuple):
@@ -61,8 +64,6 @@ class Source(NamedTuple):
     splits: tuple[str, ...] = ("user",)  # values of data.split_by, the first is meant by ""
     stands_in_for: str = ""  # of a sample: the source in whose format it is
     lists_items: bool = False  # whether oracle summaries are lists of items, not free text
-    # replies come from a small pool that all people share, so equal ones are no leak
-    shared_replies: bool = False
     # users -> the best accuracy that any model could reach on them, by what it knows
     compute_optimum: Callable[[Iterable[User]], dict[str, float]] | None = None
 

@@ -1,0 +1,140 @@
+"""Finds what would make a score on held-out pairs a lie: an answer among the signals, or the same
+in two splits.
+
+Texts are compared by their letters and digits alone, without case: "So, tea?" equals "so tea". One
+user is looked at at a time; of those before are kept a number for each pair and the user's id."""
+
+import dataclasses
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from popi_jax.data.records import Pair, User
+
+# kind -> what it means
+KINDS = {
+    "prompt": "the prompt is among the signals of its user",
+    "reply": "a reply is among the signals of its user",
+    "oracle": "the true persona stands in the signals",
+    "conversation": "its conversation is among the signals, or in another split",
+    "split": "the same prompt with the same replies is in another split",
+    "person": "its user is in another split",
+}
+LONG = 40  # letters and digits: so long a text is also looked for inside others
+SPOKEN = 8  # of an oracle: a shorter one may stand anywhere
+
+_ASCII = {ord(c): None for c in string.punctuation + string.whitespace}
+_OTHER = re.compile(r"[\W_]+")
+
+
+class Leak(NamedTuple):
+    kind: str  # of KINDS
+    user_id: str
+    record_id: str  # of the pair; "" = all pairs of the user
+    other: str = ""  # the user who has the same in another split
+
+    def tell(self) -> str:
+        where = f"{self.user_id}: {self.record_id}" if self.record_id else self.user_id
+        return f"{where} (also of {self.other})" if self.other else where
+
+
+def fold(text: str) -> str:
+    """The letters and digits of a text, without case; a text that has none stays as it is."""
+    lower = text.casefold()
+    kept = lower.translate(_ASCII) if lower.isascii() else _OTHER.sub("", lower)
+    return kept or lower.strip()
+
+
+class LeakFinder:
+    """Looks at users one after the other.
+
+    shared_replies: replies come from a small pool (Loaded.shared_replies), so that equal ones tell
+    nothing. shared_people: a split keeps conversations together, not people."""
+
+    def __init__(self, *, shared_replies: bool, shared_people: bool) -> None:
+        self._shared_replies, self._shared_people = shared_replies, shared_people
+        self._users: list[tuple[str, str]] = []  # id and split, in order
+        self._pairs: dict[int, int] = {}  # number of an equal pair -> position of its first user
+        self._conversations: dict[str, int] = {}
+        self._people: dict[str, int] = {}
+        self.duplicates: Counter[str] = Counter()  # split -> pairs that equal an earlier one
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of KINDS, those that it looks for."""
+        passed = {"reply", "split"} if self._shared_replies else set()
+        passed |= {"person"} if self._shared_people else set()
+        return [kind for kind in KINDS if kind not in passed]
+
+    def check(self, user: User) -> list[Leak]:
+        """What leaks in the pairs of a user, given all users before."""
+        position = len(self._users)
+        self._users.append((user.user_id, user.split))
+        first = self._people.setdefault(user.user_id, position)
+        if self._users[first][1] != user.split and not self._shared_people:
+            return [Leak("person", user.user_id, "", user.user_id)]
+        heard = _list_texts(user)
+        whole = "\n".join([*heard, fold(user.profile), fold(user.survey)])
+        persona = fold(user.oracle)
+        if len(persona) >= SPOKEN and persona in whole:
+            return [Leak("oracle", user.user_id, "")]
+        told = {s.conversation for s in user.shots} | {c.conversation for c in user.comments}
+        told -= {""}
+        found = []
+        for pair in user.pairs:
+            kinds = [*self._look_inside(pair, heard, whole)]
+            other = ""
+            if pair.conversation in told:
+                kinds.append("conversation")
+            elif pair.conversation:
+                first = self._conversations.setdefault(pair.conversation, position)
+                if self._users[first][1] != user.split:
+                    kinds, other = [*kinds, "conversation"], self._users[first][0]
+            if not kinds:
+                kinds, other = self._look_back(pair, position)
+            found += [Leak(kind, user.user_id, pair.record_id, other) for kind in kinds[:1]]
+        return found
+
+    def _look_back(self, pair: Pair, position: int) -> tuple[list[str], str]:
+        known = len(self._pairs)
+        first = self._pairs.setdefault(_number(pair), position)
+        (other, theirs), (_, own) = self._users[first], self._users[position]
+        if theirs == own:
+            self.duplicates[own] += len(self._pairs) == known
+        elif not self._shared_replies:
+            return ["split"], other
+        return [], ""
+
+    def _look_inside(self, pair: Pair, heard: set[str], whole: str) -> Iterator[str]:
+        def is_there(text: str) -> bool:
+            return text in heard or (len(text) >= LONG and text in whole)
+
+        if is_there(fold(pair.prompt[-1]["content"])):
+            yield "prompt"
+        replies = () if self._shared_replies else (pair.chosen, pair.rejected)
+        if any(is_there(fold(reply)) for reply in replies):
+            yield "reply"
+
+
+def leave_out(user: User, leaks: list[Leak]) -> User:
+    """The user without the pairs that leak."""
+    leaking = {leak.record_id for leak in leaks}
+    kept = () if "" in leaking else tuple(p for p in user.pairs if p.record_id not in leaking)
+    return dataclasses.replace(user, pairs=kept)
+
+
+def _list_texts(user: User) -> set[str]:
+    """The folded texts of past pairs and comments."""
+    texts = [text for s in user.shots for text in (s.prompt, s.chosen, s.rejected)]
+    texts += [text for c in user.comments for text in (c.prompt, c.comment) if text]
+    return {fold(text) for text in texts}
+
+
+def _number(pair: Pair) -> int:
+    """The same for equal pairs: 56 bits of a hash."""
+    texts = (*(m["content"] for m in pair.prompt), pair.chosen, pair.rejected)
+    text = "\n".join(map(fold, texts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
