@@ -84,16 +84,16 @@ def make_user_batches(
     def make(step: int) -> UserBatch:
         numbers, rngs = order.take(step)[rows], make_rngs(seed, step, size)[rows]
         drawn = [users.ids[n] for n in numbers.tolist()]
+        picks = [
+            rng.permutation(np.array(u.usable, int))[: count if counts(u) else 0]
+            for u, rng in zip(drawn, rngs, strict=True)
+        ]
         if cfg.data.signals_draw == "epoch":
             shown = [
                 draw_signals(users.source[n], rng)
                 for n, rng in zip(numbers.tolist(), rngs, strict=True)
             ]
             drawn = [show(u, some) for u, some in zip(drawn, shown, strict=True)]
-        picks = [
-            rng.permutation(np.array(u.usable, int))[: count if counts(u) else 0]
-            for u, rng in zip(drawn, rngs, strict=True)
-        ]
         index = step * size + np.arange(size)[rows]
         batch = _pad_users(drawn, picks, index, numbers, tokenizer.pad_id, cfg.data, count)
         return batch._replace(**_add_texts(drawn, tokenizer, cfg))

@@ -86,7 +86,8 @@ class TokenFiles(Sequence[EncodedUser]):
         try:
             return unpack(self._opened[number])
         except (RuntimeError, ValueError) as e:
-            told = f"user {number} cannot be read ({e}); delete the folder, and it is made anew"
+            fault = " ".join(str(e).split())
+            told = f"user {number} cannot be read ({fault}); delete the folder, and it is made anew"
             raise UserError(f"{self.folder}: {told}") from None
 
 

@@ -159,20 +159,20 @@ def test_a_batch_follows_from_its_number_alone(
 ) -> None:
     """From whatever step they are made on, in whatever order they are asked for, on one host or
     more."""
-    whole = take(make(USERS, tokenizer, cfg, seed=0), 40)
+    whole = take(make(USERS, tokenizer, cfg, seed=0), 20)
     again = make(USERS, tokenizer, cfg, seed=0)
-    for step in (39, 0, 17, 16):
+    for step in (19, 0, 17, 16):
         assert_equal(whole[step], again[step])
-    for start in (0, 1, 15, 16, 33):
+    for start in (1, 15):
         for hosts in (1, 2):
             parts = []
             for host in range(hosts):
                 place = {"process_index": host, "process_count": hosts}
                 own = make(USERS, tokenizer, cfg, seed=0, **place)
                 with batches.iterate(own, start) as iterator:
-                    parts.append([next(iterator) for _ in range(3)])
+                    parts.append([next(iterator) for _ in range(2)])
             found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-            assert_equal(whole[start : start + 3], found)
+            assert_equal(whole[start : start + 2], found)
     far = 10**9 + 7  # at once
     assert_equal(again[far], make(USERS, tokenizer, cfg, seed=0)[far])
 
