@@ -167,9 +167,7 @@ def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
     loaded = source.load(folder, cfg)
     if loaded.total >= _LARGE:
         loaded = read_ahead(loaded, source.load, folder, cfg)
-    finder = LeakFinder(
-        shared_replies=loaded.shared_replies, shared_people=cfg.split_by == "conversation"
-    )
+    finder = LeakFinder(shared_replies=loaded.shared_replies, shared_people=cfg.split_by != "user")
     tally, found = _Tally(), list[Leak]()
     total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
     progress = Progress(total, label=f"preparing {source.name}", unit="users")
