@@ -1,8 +1,8 @@
 """What all commands share: the flags of the configuration, the help text and errors in one line.
 
 A command is a module with `main(config)` that ends with `cli.run(main, description=__doc__)`.
-Further flags are plain absl flags at the top of that module. Imports no jax and no numpy: `--help`
-and a mistyped field must answer at once."""
+Further flags are plain absl flags at the top of that module, paths by `define_path`. Imports no jax
+and no numpy: `--help` and a mistyped field must answer at once."""
 
 import ast
 import importlib.util
@@ -34,6 +34,17 @@ flags.DEFINE_string(
     "configuration: a name or a file, then options, e.g. prism:model=small,schedule=short",
 )
 flags.DEFINE_bool("print_config", False, "print the resolved configuration as JSON and exit")
+flags.disclaim_key_flags()  # what `define_path` defines is a flag of the module that calls it
+
+
+def define_path(name: str, default: str, meaning: str) -> flags.FlagHolder[str]:
+    """Defines a flag that is a path; "~" at its beginning is a home folder."""
+
+    class Parser(flags.ArgumentParser[str]):
+        def parse(self, argument: str) -> str:
+            return config_rules.expand_home(argument, f"--{name}")
+
+    return flags.DEFINE(Parser(), name, default, meaning, serializer=flags.ArgumentSerializer())
 
 
 def run(main: Callable[[Config], None], *, description: str, example: str = "") -> None:
@@ -188,6 +199,7 @@ def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
 def _load_file(spec: str) -> ConfigDict:
     """Runs `get_config(arg)` of the file that `spec` names; what it returns gets locked."""
     name, _, arg = spec.partition(":")
+    name = config_rules.expand_home(name, "--config")
     path = pathlib.Path(name) if name.endswith(".py") or "/" in name else CONFIGS / f"{name}.py"
     if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
         path = ROOT / path

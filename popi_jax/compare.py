@@ -30,7 +30,7 @@ FITTED = ("soft_prompt", "vpl", "lore")
 
 _ROWS = flags.DEFINE_list("rows", [*TRAINED, *FITTED], "rows to train or fit, and to compare")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "users to score")
-_OUT = flags.DEFINE_string("out", "", "folder of the cells; empty: <workdir>/baselines")
+_OUT = cli.define_path("out", "", "folder of the cells; empty: <workdir>/baselines")
 
 
 def main(config: Config) -> None:

@@ -45,6 +45,7 @@ class ModelConfig:
     checkpoint: str = setting(
         "checkpoints/base",
         "base model: a folder, here or in a bucket, or org/name[@revision] of the hub; '' = none",
+        path=True,
     )
     vocab_size: int = setting(
         2048,
@@ -293,7 +294,7 @@ class Config:
 
     name: str = setting("", "of the run; '' = that of the config file", NAME, free=True)
     seed: int = setting(0, "of initial weights, data order and sampling", at_least(0))
-    workdir: str = setting("", "where the run lives; '' = work/<name>", free=True)
+    workdir: str = setting("", "where the run lives; '' = work/<name>", free=True, path=True)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -323,6 +324,16 @@ def from_json(text: str | bytes) -> Config:
     if not isinstance(values, dict):
         raise UserError("the saved configuration is not a JSON object")
     return _read_config(values)
+
+
+def flatten_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a saved configuration by their paths, home folders in place of "~" as
+    in one that is read; it may be of another version, and is not checked."""
+    flat = config_rules.flatten(values)
+    for field in config_rules.list_settings(Config):
+        if field.path and isinstance(flat.get(field.name), str):
+            flat[field.name] = os.path.expanduser(flat[field.name])
+    return flat
 
 
 def to_json(config: Config) -> str:

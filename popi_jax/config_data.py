@@ -19,12 +19,18 @@ class DataConfig:
     form: str = setting(
         "", "which of several forms of a data set, see docs/data.md; '' = its first", data=True
     )
-    path: str = setting("data/prism", "folder or file of the published files", PLACE, free=True)
+    path: str = setting(
+        "data/prism", "folder or file of the published files", PLACE, free=True, path=True
+    )
     revision: str = setting(
         "", "commit of the hub to download; '' = the one that the source names", data=True
     )
     prepared: str = setting(
-        "data/prepared", "folder of the copies, one per content and options", FOLDER, free=True
+        "data/prepared",
+        "folder of the copies, one per content and options",
+        FOLDER,
+        free=True,
+        path=True,
     )
     download: bool = setting(True, "fetch missing files where the source publishes them", free=True)
     on_bad_row: str = setting("error", "skip: list it", one_of("error", "skip"), data=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -115,18 +116,24 @@ class Setting(NamedTuple):
     allowed: tuple[Allowed, ...]
     free: bool
     data: bool
+    path: bool
 
 
 def setting(
-    default: Any, meaning: str, *allowed: Allowed, free: bool = False, data: bool = False
+    default: Any,
+    meaning: str,
+    *allowed: Allowed,
+    free: bool = False,
+    data: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declares a field of a section, which is a frozen dataclass.
 
     Args:
         meaning: a line for --help. free: a run may go on with another value: where things are, how
             fast, and what is looked at, but not what is learned. data: it decides what a prepared
-            copy of the data holds."""
-    declared = {"meaning": meaning, "allowed": allowed, "free": free, "data": data}
+            copy of the data holds. path: "~" at its beginning is a home folder."""
+    declared = {"meaning": meaning, "allowed": allowed, "free": free, "data": data, "path": path}
     return dataclasses.field(default=default, metadata=declared)
 
 
@@ -171,6 +178,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inside = isinstance(value, Mapping)
         flat |= flatten(value, f"{prefix}{name}.") if inside else {prefix + name: value}
     return flat
+
+
+def expand_home(path: str, name: str) -> str:
+    """Returns a path with the home folder in place of "~" or "~user" at its beginning; `name` is
+    that of the setting or flag.
+
+    Raises:
+        UserError: one line, when that user has no home folder."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        told = f"there is no home folder {user}; write ./{path} for a folder of that name"
+        raise UserError(f'{name} = "{path}": {told}')
+    return found
 
 
 def check_together(config: "Config") -> None:
@@ -337,6 +358,8 @@ def _read(field: dataclasses.Field, value: Any, name: str) -> Any:
         check_field(type(value) is kind, name, value, f"must be {KINDS[kind]}")
         finite = kind is not float or math.isfinite(value)
         check_field(finite, name, value, "must be a finite number")
+    if field.metadata["path"]:
+        value = expand_home(value, f"config.{name}")
     for allowed in field.metadata["allowed"]:
         hint = did_you_mean(value, allowed.words) if isinstance(value, str) else ""
         check_field(allowed.holds(value), name, value, allowed.text + hint)

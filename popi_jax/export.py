@@ -16,7 +16,7 @@ from popi_jax import cli
 from popi_jax.config import Config, from_json
 from popi_jax.errors import UserError
 
-_OUT = flags.DEFINE_string("out", "", "folder of the exports; empty: <workdir>/export")
+_OUT = cli.define_path("out", "", "folder of the exports; empty: <workdir>/export")
 _ROLE = flags.DEFINE_enum(
     "role", "both", ["inference", "generator", "both"], "which model to export"
 )

@@ -24,7 +24,7 @@ THOROUGH = flags.DEFINE_bool(
 PROGRAM = flags.DEFINE_enum(
     "program", "update", ["update", "evaluation"], "what is compiled: training, or make eval"
 )
-REPORT = flags.DEFINE_string("report", "", "also write the numbers to this file, as JSON")
+REPORT = cli.define_path("report", "", "also write the numbers to this file, as JSON")
 
 
 def main(config: Config) -> None:

@@ -23,7 +23,7 @@ _EXAMPLE = (
 
 _PROMPT = flags.DEFINE_string("prompt", "", "the question, in quotes")
 _USER = flags.DEFINE_string("user", "", "user_id of the person who asks")
-_USERS = flags.DEFINE_string(
+_USERS = cli.define_path(
     "users", "", "file that --user is in, as for summarize; empty: the data of the run"
 )
 _SUMMARY = flags.DEFINE_string("summary", "", "summary to use instead of that of a user")

@@ -29,6 +29,31 @@ def parse_phases(phases: tuple[str, ...]) -> tuple[Phase, ...]:
     return tuple(_parse_phase(phase, f"schedule.phases[{i}]") for i, phase in enumerate(phases))
 
 
+def list_updates(phases: tuple[Phase, ...]) -> list[Mode]:
+    """What each update trains, in order: inference, generator, joint or supervised."""
+    inference: list[Mode] = ["inference"]
+    generator: list[Mode] = ["generator"]
+    found: list[Mode] = []
+    for phase in phases:
+        cycle = [phase.mode]
+        if phase.mode == "alternate":
+            cycle = inference * phase.num_inference + generator * phase.num_generator
+        found += [cycle[number % len(cycle)] for number in range(phase.steps)]
+    return found
+
+
+def find_change(before: tuple[str, ...], now: tuple[str, ...]) -> str:
+    """Why a run that was begun with the phases `before` cannot go on with `now`; "" if it can: when
+    the updates are the same, and perhaps more. Raises: UserError as `parse_phases`."""
+    old, new = (list_updates(parse_phases(phases)) for phases in (before, now))
+    for number, (a, b) in enumerate(zip(old, new, strict=False), 1):
+        if a != b:
+            return f"update {number} was {a}, is {b}; more may follow, but none may change"
+    if len(new) < len(old):
+        return f"it was begun with {len(old)} updates and may go on with more, not with {len(new)}"
+    return ""
+
+
 def _parse_phase(phase: str, name: str) -> Phase:
     modes = typing.get_args(Mode)
     mode: Any = (phase.split() or [""])[0]

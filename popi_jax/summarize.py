@@ -13,10 +13,10 @@ from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.errors import UserError
 
-_USERS = flags.DEFINE_string(
+_USERS = cli.define_path(
     "users", "", "file of users, one JSON object a line; empty: the test users of the run"
 )
-_OUT = flags.DEFINE_string(
+_OUT = cli.define_path(
     "out", "", "file to write; empty: <workdir>/summaries_<name of the users file>.jsonl"
 )
 _TEMPERATURE = flags.DEFINE_float(

@@ -12,15 +12,20 @@ baseline, max_users. The flags of the same names replace lists of the file."""
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from popi_jax import cli
+from popi_jax import cli, config_rules
 from popi_jax.config import Config
 
-_SWEEP = flags.DEFINE_string("sweep", "configs/sweeps/default.py", "file of the sweep")
-_OUT = flags.DEFINE_string("out", "", "folder of the cells; empty: work/sweeps/<name of the file>")
+if TYPE_CHECKING:
+    from popi_jax.evals.sweep_plan import Sweep
+
+_SWEEP = cli.define_path("sweep", "configs/sweeps/default.py", "file of the sweep")
+_OUT = cli.define_path("out", "", "folder of the cells; empty: work/sweeps/<name of the file>")
 _SHARE = flags.DEFINE_string("share", "1/1", "part I/N: for N jobs that fill one folder at once")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "list the cells and compute nothing")
 _LISTS = {
@@ -38,6 +43,7 @@ def main(config: Config) -> None:
 
     changed = {name: flag.value for name, flag in _LISTS.items() if flag.value}
     sweep = read_sweep(_SWEEP.value, changed, _MAX_USERS.value, workdir=config.workdir)
+    sweep = _expand_homes(sweep)
     name = Path(_SWEEP.value.partition(":")[0]).stem
     out = _OUT.value or os.path.join("work", "sweeps", name)
 
@@ -81,6 +87,23 @@ def main(config: Config) -> None:
     if failed:
         print(f"{failed} of {len(outcomes)} cells failed; the same command tries them again")
         sys.exit(1)
+
+
+def _expand_homes(sweep: "Sweep") -> "Sweep":
+    """The sweep with home folders in place of "~" in its models and generators."""
+    from popi_jax.evals.sweep_plan import BASE
+
+    def expand(names: Sequence[str], field: str) -> tuple[str, ...]:
+        parts = ((BASE if n.startswith(BASE) else "", n.removeprefix(BASE)) for n in names)
+        return tuple(kind + config_rules.expand_home(path, field) for kind, path in parts)
+
+    grids = (
+        grid._replace(
+            models=expand(grid.models, "models"), generators=expand(grid.generators, "generators")
+        )
+        for grid in sweep.grids
+    )
+    return sweep._replace(grids=tuple(grids))
 
 
 def _find_released(config: Config) -> Config:

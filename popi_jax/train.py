@@ -11,7 +11,7 @@ from absl import flags
 from popi_jax import cli
 from popi_jax.config import Config
 
-_WARM_START = flags.DEFINE_string(
+_WARM_START = cli.define_path(
     "warm_start", "", "WORKDIR of a run with the same warm-up, which a new run takes over"
 )
 _EVALUATE = flags.DEFINE_bool("evaluate", True, "score the test users at the end")

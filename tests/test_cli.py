@@ -4,6 +4,7 @@ useful and quick."""
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from configs.base import compose
 from configs.schedules import SCHEDULES
 from popi_jax import cli, config_rules
-from popi_jax.config import Config
+from popi_jax.config import Config, from_json, to_json
 from popi_jax.errors import UserError
 
 BASE = compose("scale=laptop")
@@ -49,6 +50,7 @@ def main(config):
 if __name__ == "__main__":
     cli.run(main, description=__doc__)
 '''
+COMMANDS = "train evaluate sweep compare summarize generate export prepare fit".split()
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +135,7 @@ def test_flags_reach_the_command(command: pathlib.Path, args: list[str], printed
             ["--config=configs/none.py"],
             "--config=configs/none.py: there is no file configs/none.py",
         ),
-        (
-            ["--config=models"],
-            "defines no get_config(arg); configurations are jsonl, prefeval, prism, smoke",
-        ),
+        (["--config=models"], "defines no get_config(arg); configurations are "),
         (
             ["--config=prism:modle=tiny"],
             '--config=prism:modle=tiny: unknown name "modle", allowed are model, scale',
@@ -202,6 +201,53 @@ def test_own_config_file_from_another_folder(command: pathlib.Path, tmp_path: pa
     assert run(command, "--config=smoke", cwd=tmp_path).stdout.startswith("smoke 0")
 
 
+@pytest.mark.parametrize("home", ["~", "~ann"])
+def test_a_home_folder_is_known_wherever_a_path_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, home: str
+) -> None:
+    expand = os.path.expanduser
+    monkeypatch.setattr(os.path, "expanduser", lambda x: expand(x.replace("~ann", "~", 1)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from configs.smoke import get_config\n")
+    given = ["data.path", "data.prepared", "workdir", "model.checkpoint", "warmup.steps"]
+    values = [f"{home}/{name}" for name in given[:-1]] + ["0"]
+    overrides = [f"--config.{n}={value}" for n, value in zip(given, values, strict=True)]
+    config = cli.load_config(f"{home}/mine.py:", overrides)
+    found = (config.data.path, config.data.prepared, config.workdir, config.model.checkpoint)
+    assert found == tuple(f"{tmp_path}/{name}" for name in given[:-1])
+    paths = {field.name for field in config_rules.list_settings(Config) if field.path}
+    assert paths >= set(given[:-1])
+    assert from_json(to_json(config)) == config
+    # what only looks like one
+    config = cli.load_config("smoke", ["--config.data.path=a/~/b", "--config.workdir=b~"])
+    assert (config.data.path, config.workdir) == ("a/~/b", "b~")
+
+
+def test_the_home_folder_of_nobody() -> None:
+    told = 'config.data.path = "~nobody at all/x": there is no home folder ~nobody at all; write ./'
+    with pytest.raises(UserError, match=re.escape(told)):
+        cli.load_config("smoke", ["--config.data.path=~nobody at all/x"])
+
+
+def test_path_flags_know_the_home_folder(command: pathlib.Path) -> None:
+    text = command.read_text().replace('flags.DEFINE_string("users"', 'cli.define_path("users"')
+    other = command.with_name("paths.py")
+    other.write_text(text)
+    done = run(other, "--users=~/people.jsonl")
+    assert done.stdout.split()[-1] == os.path.expanduser("~/people.jsonl"), done.stderr
+    done = run(other, "--users=~no_such_user/people.jsonl")
+    assert done.stderr.startswith('error: --users = "~no_such_user/people.jsonl": there is no home')
+    assert "  --users=  " in run(other, "--help").stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_flag_that_is_a_path_is_defined_as_one(name: str) -> None:
+    text = (ROOT / "popi_jax" / f"{name}.py").read_text()
+    words = r'flags\.DEFINE_string\(\s*"(\w+)", [^)]*?(file|folder|WORKDIR)'
+    found = {match[1] for match in re.finditer(words, text)}
+    assert found <= {"share"}
+
+
 @pytest.mark.parametrize(
     ("what", "status", "last"),
     [
@@ -237,7 +283,7 @@ def test_help_is_complete_and_quick(command: pathlib.Path) -> None:
         "example: python -m popi_jax.show",
         "popi_jax/config.py",
         "model=tiny",
-        "prism, smoke",
+        "roleplay, smoke",
     ):
         assert part in done.stdout
     assert (

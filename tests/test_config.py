@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, jsonl, prefeval, prism, smoke
+from configs import base, elix, jsonl, personamem, prefeval, prism, review, roleplay, smoke
 from configs.models import MODELS
 from configs.scales import SCALES
 from configs.schedules import SCHEDULES
@@ -18,6 +18,7 @@ from popi_jax.phases import Phase, parse_phases
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BASE = base.compose("scale=laptop")
 DATASETS = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl, "smoke": smoke}
+DATASETS |= {"elix": elix, "personamem": personamem, "review": review, "roleplay": roleplay}
 SETTINGS = config_rules.list_settings(config.Config)
 
 

@@ -40,7 +40,9 @@ ALLOWED = {
     "models": {"arrays", "losses"},
     "popi": {"arrays", "losses", "models"},
     "sharding": {"config", "errors", "models"},
-    "checkpoints": {"arrays", "config", "config_rules", "errors", "models", "templates"},
+    "checkpoints": {
+        *("arrays", "config", "config_rules", "errors", "models", "phases", "templates")
+    },
     "run": {
         *("checkpoints", "config", "config_rules", "data", "distributed", "errors", "files"),
         *("models", "popi", "sharding"),
@@ -61,10 +63,10 @@ ALLOWED = {
 ALSO = {
     "checkpoints/hub.py": {"distributed"},
     "training/loop.py": {
-        *("checkpoints", "config_rules", "distributed", "errors", "metric_writer", "progress"),
-        "run",
+        *("checkpoints", "distributed", "errors", "metric_writer", "progress", "run")
     },
-    "training/choices.py": {"distributed", "files", "run"},
+    "training/choices.py": {"checkpoints", "distributed", "files", "run"},
+    "training/longer.py": {"checkpoints", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
     "planning/plan.py": {"arrays", "checkpoints", "models", "popi", "run", "training"},

@@ -56,6 +56,17 @@ def test_a_dry_run_computes_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (out / "cells").exists()
 
 
+def test_home_folders_are_known_in_lists(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny.workdir.parent))
+    models = f"--models=~/{tiny.workdir.name}@7,hf:~/base"
+    out = tmp_path / "out"
+    given = ["--dry_run", models, "--conditions=no_signals", f"--out={out}"]
+    with flags_set(*given), pytest.raises(SystemExit):  # there is no such base model
+        sweep.main(config_of(tiny.workdir))
+    printed = capsys.readouterr().out
+    assert f"{tiny.workdir}@7" in printed and f"hf:{tiny.workdir.parent}/base" in printed
+
+
 def test_a_missing_sweep_file_is_told(tiny):
     told = r'--sweep=configs/sweeps/defalt.py: .*Did you mean "default.py"'
     with flags_set("--sweep=configs/sweeps/defalt.py"), pytest.raises(UserError, match=told):

@@ -69,7 +69,7 @@ def open_base(checkpoint: str, commit: str = "") -> Origin:
         _find_commit(checkpoint, commit) if distributed.is_main_process() else ""
     )
     if not commit:
-        folder = Path(checkpoint).expanduser()
+        folder = Path(checkpoint)
         if not folder.is_dir():
             raise _refuse(checkpoint, f"process {jax.process_index()} sees no such folder")
         return Origin(str(folder))
@@ -86,7 +86,7 @@ def find_cached(checkpoint: str) -> str:
     if "://" in checkpoint:
         folder = _place_copy(checkpoint)
     else:
-        folder = Path(checkpoint).expanduser()
+        folder = Path(checkpoint)
         if not folder.is_dir() and _is_repository(checkpoint):
             repository, revision = split(checkpoint)
             found = hf.try_to_load_from_cache(repository, "config.json", revision=revision or None)
@@ -109,7 +109,7 @@ def _find_commit(checkpoint: str, commit: str) -> str:
     """Returns "" for a folder of this disk. A commit that a run has chosen goes before all else."""
     if commit:
         return commit
-    path = Path(checkpoint).expanduser()
+    path = Path(checkpoint)
     if path.is_dir():
         return ""
     if path.exists():

@@ -24,8 +24,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from popi_jax import config_rules
 from popi_jax.arrays import Frozen, Params, TrainState
-from popi_jax.config import Config
+from popi_jax.config import Config, flatten_stored
 from popi_jax.errors import UserError, disk_is_full
+from popi_jax.phases import find_change
 
 ROLES = ("inference", "generator")
 
@@ -203,25 +204,43 @@ def read_config(workdir: str, step: int | None = None) -> dict[str, Any] | None:
 
 
 def check_same_run(workdir: str, config_json: str) -> None:
-    """Compares the stored configuration of a workdir, if any, with the present one.
+    """Compares the stored configuration of a workdir, if any, with the present one, in which more
+    updates may follow those of the stored one.
 
     Raises: UserError naming each field that differs and matters for continuing the run."""
     stored = read_config(workdir)
     if stored is None:
         return
-    before = config_rules.flatten(stored)
-    now = config_rules.flatten(json.loads(config_json))
+    before, now = flatten_stored(stored), flatten_stored(json.loads(config_json))
     free = {field.name for field in config_rules.list_settings(Config) if field.free}
     differing = [
-        f"{name} was {_show(before, name)}, is {_show(now, name)}"
+        _tell_change(before, now, name)
         for name in sorted((before.keys() | now.keys()) - free)
         if _show(before, name) != _show(now, name)
     ]
+    differing = [told for told in differing if told]
     if differing:
         raise UserError(
             f'config.workdir: "{workdir}" holds a run with other settings: {"; ".join(differing)}; '
             "give another WORKDIR, or the settings of that run"
         )
+
+
+def _tell_change(before: dict[str, Any], now: dict[str, Any], name: str) -> str:
+    """How a setting differs; "" where a run may go on with it."""
+    told = f"{name} was {_show(before, name)}, is {_show(now, name)}"
+    if name != "schedule.phases":
+        return told
+    try:
+        why = find_change(tuple(before[name]), tuple(now[name]))
+    except (UserError, KeyError, TypeError, AttributeError):  # of another version
+        return told
+    return f"{told} ({why})" if why else ""
+
+
+def holds_reference(workdir: str, part: str) -> bool:
+    """Whether `<workdir>/reference` is there and has a part of a `Frozen`."""
+    return (epath.Path(workdir).resolve() / "reference" / part).exists()
 
 
 def save_frozen(workdir: str, frozen: Frozen, config_json: str) -> None:

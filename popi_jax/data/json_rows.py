@@ -1,19 +1,23 @@
-"""Reads files of JSON and checks every field that is used. A complaint is one line: where, field,
-found, allowed, fix.
+"""Checks every field that is used of the rows of files (row_files.py reads them). A complaint is
+one line: where, field, found, allowed, fix.
 
 Refuses to guess: a row is either right or a `UserError`; `on_bad_row` decides whether that stops
-the program ("error") or sets the row aside ("skip")."""
+the program ("error") or sets the row aside ("skip"). A text is data: any Unicode is taken, control
+characters (NUL too), U+2028 and texts that look like special tokens of a model included."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from popi_jax.data.row_files import check_file, clean, read_values, shorten, show
 from popi_jax.errors import UserError, did_you_mean
 
+__all__ = ("Row", "check_file", "read_lines", "shorten", "show", "stream_rows")
+
 T = TypeVar("T")
-U = TypeVar("U")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Row:
     path: str = ""
 
     def make_error(self, name: str, found: object, allowed: str, fix: str) -> UserError:
-        field = f'{self.where}: field "{self.path}{name}"'
+        field = f'{self.where}: field "{clean(self.path + name)}"'
         return UserError(f"{field}: found {show(found)}, allowed: {allowed}. {fix}")
 
     def get_value(self, name: str, allowed: str) -> Any:
@@ -34,7 +38,7 @@ class Row:
             return self.fields[name]
         near = did_you_mean(name, self.fields)
         fix = f'{near} Rename it to "{name}".' if near else " Add the field."
-        found = shorten(", ".join(sorted(self.fields)) or "no field at all", 200)
+        found = shorten(clean(", ".join(sorted(self.fields))) or "no field at all", 200)
         missing = f'{self.where}: no field "{self.path}{name}"'
         raise UserError(f"{missing} (allowed: {allowed}); found {found}.{fix}")
 
@@ -47,16 +51,28 @@ class Row:
             return ""
         if not isinstance(value, str) or not (empty or value.strip()):
             raise self.make_error(name, value, allowed, "Correct the value.")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not value.isascii() and _HALF.search(value):
             fix = "Remove the half surrogate pair (\\ud800 to \\udfff)."
             raise self.make_error(name, ascii(value), "Unicode text", fix)
         return value.strip()
 
+    def get_texts(self, name: str) -> list[str]:
+        """Returns a list of texts that are not empty, as `get_text` does. Raises: UserError."""
+        allowed = "a list of texts that are not empty"
+        value = self.get_value(name, allowed)
+        if not isinstance(value, list):
+            raise self.make_error(name, value, allowed, "Correct the value.")
+        numbered = {f"{name}[{i}]": item for i, item in enumerate(value)}
+        texts = Row(self.where, numbered, self.path)
+        return [texts.get_text(each) for each in numbered]
+
     def get_integer(self, name: str, low: int, high: int | None = None) -> int:
-        """Returns a whole number of low..high. Raises: UserError."""
+        """Returns a whole number of low..high, which may be written as 54.0. Raises: UserError."""
         limits = f"at least {low}" if high is None else f"{low} to {high}"
         allowed = f"a whole number of {limits}"
         value = self.get_value(name, allowed)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):
             raise self.make_error(name, value, allowed, "Correct the value.")
@@ -90,7 +106,7 @@ class Row:
         for name in self.fields:
             if name not in allowed:
                 fix = did_you_mean(name, allowed) or " Remove it."
-                unknown = f'{self.where}: unknown field "{self.path}{name}"'
+                unknown = f'{self.where}: unknown field "{clean(self.path + name)}"'
                 raise UserError(f"{unknown}; allowed: {', '.join(allowed)}.{fix}")
 
     def check_unique(self, name: str, seen: dict[str, str]) -> None:
@@ -101,115 +117,33 @@ class Row:
             raise self.make_error(name, self.fields[name], allowed, "Remove one of the rows.")
 
 
-def show(value: object) -> str:
-    """Returns a value as JSON, shortened."""
-    return shorten(json.dumps(value, ensure_ascii=False), 60)
+def stream_rows(
+    path: Path, parse: Callable[[Row], T], on_bad_row: str, bad_rows: list[str]
+) -> Iterator[T]:
+    """Yields parse(row) of each row of a file, .jsonl, .json or .parquet, JSON also with .gz, as
+    row_files.read_values says; with on_bad_row "skip" the complaint about a row goes to `bad_rows`.
 
-
-def shorten(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 3] + "..."
-
-
-def check_file(path: Path) -> Path:
-    """Returns the path of a file. Raises: UserError when it does not exist or is no file."""
-    if path.is_file():
-        return path
-    if path.exists():
-        raise UserError(f"{path}: found a folder, allowed: a file. Check the field data.path.")
-    others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    found = f"found {shorten(', '.join(others), 200)}"
-    if not others:
-        found = f"{path.parent} is empty or does not exist"
-    fix = did_you_mean(path.name, others) or " Check the field data.path."
-    raise UserError(f"{path}: no such file; {found}.{fix}")
-
-
-def read_lines(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[list[T], list[str]]:
-    """Parses a file of one JSON object a line (UTF-8; blank lines are passed over); returns results
-    and bad rows.
-
-    Raises: UserError when the file is missing or holds no row, and at the first bad row unless
-    on_bad_row is "skip"."""
-
-    def parse_line(number: int, line: bytes) -> T:
-        where = f"{path}:{number}"
-        if line.startswith(b"version https://git-lfs"):
-            fix = "Run `git lfs pull` where it was cloned."
-            raise UserError(f"{where}: found a Git LFS pointer, allowed: the file itself. {fix}")
-        value = _decode(line, path, number)
-        if not isinstance(value, dict):
-            allowed = "one JSON object a line, {...}"
-            raise UserError(f"{where}: found {show(value)}, allowed: {allowed}. Correct the line.")
-        return parse(Row(where, value))
-
-    lines = _read_bytes(path, "one JSON object a line").split(b"\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return _parse_all(numbered, parse_line, on_bad_row)
-
-
-def read_array(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[list[T], list[str]]:
-    """Parses a file that is one JSON array of objects; rows are numbered from 1.
-
-    Raises: UserError when the file is missing, empty or not a JSON array (whatever on_bad_row
-    says), and at the first bad row unless on_bad_row is "skip"."""
-
-    def parse_item(number: int, item: object) -> T:
-        where = f"{path}: row {number}"
-        if not isinstance(item, dict):
-            allowed = "an object {...}"
-            raise UserError(f"{where}: found {show(item)}, allowed: {allowed}. Correct the row.")
-        return parse(Row(where, item))
-
-    items = _decode(_read_bytes(path, "a JSON array of objects"), path)
-    if not isinstance(items, list) or not items:
-        allowed = "a JSON array with at least one object"
-        raise UserError(f"{path}: found {show(items)}, allowed: {allowed}. Fetch the file again.")
-    return _parse_all(list(enumerate(items, 1)), parse_item, on_bad_row)
-
-
-def _parse_all(
-    items: list[tuple[int, U]], parse: Callable[[int, U], T], on_bad_row: str
-) -> tuple[list[T], list[str]]:
-    good: list[T] = []
-    bad: list[str] = []
-    for number, item in items:
+    Raises: UserError at the first `next` when the file is missing, at any other when it is damaged
+    or holds no row (whatever on_bad_row says), and at the first bad row unless on_bad_row is
+    "skip"."""
+    for where, value in read_values(path):
         try:
-            good.append(parse(number, item))
+            if isinstance(value, UserError):
+                raise value
+            if not isinstance(value, dict):
+                lines = where.startswith(f"{path}:") and not where.startswith(f"{path}: ")
+                allowed = "one JSON object a line, {...}" if lines else "an object {...}"
+                raise UserError(f"{where}: found {show(value)}, allowed: {allowed}. Correct it.")
+            parsed = parse(Row(where, value))
         except UserError as e:
             if on_bad_row == "error":
                 raise
-            bad.append(str(e))
-    return good, bad
+            bad_rows.append(str(e))
+            continue
+        yield parsed
 
 
-def _read_bytes(path: Path, allowed: str) -> bytes:
-    try:
-        raw = check_file(path).read_bytes()
-    except OSError as e:
-        fix = "Check the permissions of the file."
-        raise UserError(f"{path}: cannot be read ({e.strerror}). {fix}") from None
-    if not raw.strip():
-        fix = "Fetch or write the file again."
-        raise UserError(f"{path}: the file is empty, allowed: {allowed}. {fix}")
-    return raw
-
-
-def _decode(raw: bytes, path: Path, line: int = 0) -> Any:
-    """Returns the JSON value of a line, or with `line` 0 of a whole file. Raises: UserError."""
-    where, part = (f"{path}:{line}", " of the line") if line else (f"{path}", "")
-    fix = "Write one JSON object a line." if line else "Fetch the file again."
-    try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as e:
-        told = f"{where}: byte {e.start + 1}{part} is not UTF-8. Save the file as UTF-8."
-    except json.JSONDecodeError as e:
-        told = f"{path}:{line or e.lineno}: not JSON at column {e.colno} ({e.msg}). {fix}"
-        if line and (e.pos >= len(e.doc.rstrip()) or e.msg.startswith("Unterminated")):
-            told = f"{where}: the line ends in the middle of a JSON object. Fetch the file again."
-    except (ValueError, RecursionError) as e:
-        told = f"{where}: not JSON ({e}). {fix}"
-    raise UserError(told)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+def read_lines(path: Path, parse: Callable[[Row], T], on_bad_row: str) -> tuple[list[T], list[str]]:
+    """Returns what `stream_rows` yields, and the bad rows. Raises: UserError as it does."""
+    bad_rows: list[str] = []
+    return list(stream_rows(path, parse, on_bad_row, bad_rows)), bad_rows

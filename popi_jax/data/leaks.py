@@ -5,9 +5,8 @@ Texts are compared by their letters and digits alone, without case: "So, tea?" e
 user is looked at at a time; of those before are kept a number for each pair and the user's id."""
 
 import dataclasses
+import functools
 import hashlib
-import re
-import string
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,8 +25,8 @@ KINDS = {
 LONG = 40  # letters and digits: so long a text is also looked for inside others
 SPOKEN = 8  # of an oracle: a shorter one may stand anywhere
 
-_ASCII = {ord(c): None for c in string.punctuation + string.whitespace}
-_OTHER = re.compile(r"[\W_]+")
+_KEPT = bytes(code for code in range(128) if chr(code).isalnum())
+_ASCII = bytes(set(range(128)) - set(_KEPT))
 
 
 class Leak(NamedTuple):
@@ -41,18 +40,24 @@ class Leak(NamedTuple):
         return f"{where} (also of {self.other})" if self.other else where
 
 
+@functools.lru_cache(256)  # a source and the finder ask for the same texts
 def fold(text: str) -> str:
     """The letters and digits of a text, without case; a text that has none stays as it is."""
     lower = text.casefold()
-    kept = lower.translate(_ASCII) if lower.isascii() else _OTHER.sub("", lower)
-    return kept or lower.strip()
+    # bytes are translated ten times as fast as texts
+    kept = lower.encode(errors="surrogatepass").translate(None, _ASCII)
+    folded = kept.decode(errors="surrogatepass")
+    for c in set(kept.translate(None, _KEPT).decode(errors="surrogatepass")):
+        folded = folded if c.isalnum() else folded.replace(c, "")
+    return folded or lower.strip()
 
 
 class LeakFinder:
     """Looks at users one after the other.
 
     shared_replies: replies come from a small pool (Loaded.shared_replies), so that equal ones tell
-    nothing. shared_people: a split keeps conversations together, not people."""
+    nothing. shared_people: a split keeps something else together, not
+    people."""
 
     def __init__(self, *, shared_replies: bool, shared_people: bool) -> None:
         self._shared_replies, self._shared_people = shared_replies, shared_people
@@ -73,9 +78,10 @@ class LeakFinder:
         """What leaks in the pairs of a user, given all users before."""
         position = len(self._users)
         self._users.append((user.user_id, user.split))
-        first = self._people.setdefault(user.user_id, position)
+        person = user.user_id.partition("#")[0]  # "ann#2" is ann with other signals
+        first = self._people.setdefault(person, position)
         if self._users[first][1] != user.split and not self._shared_people:
-            return [Leak("person", user.user_id, "", user.user_id)]
+            return [Leak("person", user.user_id, "", self._users[first][0])]
         heard = _list_texts(user)
         whole = "\n".join([*heard, fold(user.profile), fold(user.survey)])
         persona = fold(user.oracle)
@@ -90,7 +96,7 @@ class LeakFinder:
             if pair.conversation in told:
                 kinds.append("conversation")
             elif pair.conversation:
-                first = self._conversations.setdefault(pair.conversation, position)
+                first = self._conversations.setdefault(f"{person}/{pair.conversation}", position)
                 if self._users[first][1] != user.split:
                     kinds, other = [*kinds, "conversation"], self._users[first][0]
             if not kinds:

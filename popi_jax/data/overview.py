@@ -59,12 +59,11 @@ def _show_card(dataset: Dataset) -> str:
 
 def _join_counts(published: Mapping[str, int], found: Mapping[str, int]) -> str:
     told = []
-    for name in dict.fromkeys((*found, *published)):
-        words = f"{found[name]:,} {name}" if name in found else f"{name} not counted"
-        if name in published and published[name] != found.get(name):
-            words += f" (published: {published[name]:,})"
-        told.append(words)
-    return ", ".join(told)
+    for name, count in found.items():
+        more = f" of {published[name]:,}" if name in published and published[name] != count else ""
+        told.append(f"{count:,}{more} {name}")
+    rest = [f"{count:,} {name}" for name, count in published.items() if name not in found]
+    return ", ".join(told) + (f" (also published: {', '.join(rest)})" if rest else "")
 
 
 def _show_splits(stats: Mapping[str, Any]) -> str:
@@ -88,9 +87,8 @@ def _show_checks(dataset: Dataset, cfg: Any) -> str:
     stats, home = dataset.stats, dataset.prepared
     found = ", ".join(f"{n} x {leaks.KINDS[kind]}" for kind, n in stats["leaks"].items())
     told = f"left out: {found} (leaks.jsonl)" if found else "none found"
-    looked = "; ".join(text for kind, text in leaks.KINDS.items() if kind in stats["looked_for"])
     rows = {
-        "leaks": f"{told}; looked for: {looked}",
+        "leaks": f"{told}; looked for: {', '.join(stats['looked_for'])} (docs/data.md)",
         "bad rows": f"{stats['rows']['skipped']} skipped ({home / 'bad_rows.jsonl'})",
         "left out": ", ".join(f"{n:,} x {why}" for why, n in stats["left_out"].items()) or "none",
         "split by": cfg.split_by or dataset.source.splits[0],

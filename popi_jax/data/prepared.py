@@ -22,13 +22,38 @@ from popi_jax.data import leaks, prepared_files
 from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
 from popi_jax.data.records import SPLITS, User
-from popi_jax.data.sources import download, jsonl, made_people, prefeval, prism
+from popi_jax.data.sources import (
+    alignx,
+    download,
+    elix,
+    jsonl,
+    made_people,
+    personamem,
+    prefeval,
+    prism,
+    psoups,
+    review,
+    roleplay,
+    ufp4,
+)
 from popi_jax.data.sources.source import FilesMissing, Loaded, Source
 from popi_jax.errors import UserError, did_you_mean
 from popi_jax.progress import Progress
 
 # all data sets; the values of data.source in config_data.py are those that stand in for no other
-SOURCES = (prism.SOURCE, prefeval.SOURCE, jsonl.SOURCE, made_people.SOURCE)
+SOURCES = (
+    prism.SOURCE,
+    elix.SOURCE,
+    review.SOURCE,
+    roleplay.SOURCE,
+    alignx.SOURCE,
+    psoups.SOURCE,
+    ufp4.SOURCE,
+    prefeval.SOURCE,
+    personamem.SOURCE,
+    jsonl.SOURCE,
+    made_people.SOURCE,
+)
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
 _SHOWN = 8  # leaks of a kind that an error names
@@ -68,7 +93,7 @@ def prepare(cfg: Any, *, allow_sample: bool, trained_on: str = "") -> Dataset:
     source, folder = _find(cfg, allow_sample, trained_on)
     cfg = _choose_form(cfg, source)
     sums = FileSums(Path(cfg.prepared)).read(folder, source.files(folder))
-    download.check_download(folder, sums)
+    download.check_download(folder, sums, cfg.revision)
     options = {name: getattr(cfg, name) for name in OPTIONS}
     content = json.dumps([FORMAT, options, sums], sort_keys=True)
     home = Path(cfg.prepared) / cfg.source / hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -138,9 +163,7 @@ def _find(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Source, Path]:
 def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
     """Writes a prepared copy. Raises: UserError, after which nothing of it is left."""
     loaded = source.load(folder, cfg)
-    finder = LeakFinder(
-        shared_replies=loaded.shared_replies, shared_people=cfg.split_by == "conversation"
-    )
+    finder = LeakFinder(shared_replies=loaded.shared_replies, shared_people=cfg.split_by != "user")
     tally, found = _Tally(), list[Leak]()
     total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
     progress = Progress(total, label=f"preparing {source.name}", unit="users")

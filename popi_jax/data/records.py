@@ -42,6 +42,7 @@ class Pair:
     rejected: str
     groups: Groups = dataclasses.field(default_factory=dict, hash=False)
     conversation: str = ""
+    meta: str = ""  # JSON of what else the publisher says of the pair; no model sees it
 
 
 @dataclasses.dataclass(frozen=True)

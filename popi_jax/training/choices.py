@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +16,11 @@ from jaxtyping import Array
 
 from popi_jax import distributed, files
 from popi_jax.arrays import Frozen, TrainState
+from popi_jax.checkpoints import manager
 from popi_jax.data.batches import derive_data_seed, make_user_batches
 from popi_jax.data.measure import Spread
 from popi_jax.models.layout import count_shards
-from popi_jax.popi.plan import UpdatePlan
+from popi_jax.popi.plan import Reference, UpdatePlan
 from popi_jax.popi.update import popi_update
 from popi_jax.run import Run
 from popi_jax.sharding import place_batch
@@ -39,14 +39,21 @@ class Start(NamedTuple):
 
 
 def plan_run(run: Run, summary_fill: float = 1.0) -> setup.UpdateSetup:
-    """The updates of a run's main stage; summary_fill: as `plan_budgets` takes it."""
+    """The updates of a run's main stage; summary_fill: as `plan_budgets` takes it. A run that was
+    begun without stored log-probs goes on without, though it now has updates enough for them."""
     cfg, model, prompts = run.config, run.inference.model, run.prompt_tokens
     fill = run.measured.fill
     budgets = setup.plan_budgets(fill, prompts, model, cfg, summary_fill=summary_fill)
     num_users = len(run.dataset.splits["train"])
-    return setup.plan_update(
+    made = setup.plan_update(
         cfg, model, prompts, run.inference.sampling, num_users=num_users, budgets=budgets
     )
+    stores = made.plan.generator.reference is Reference.STORED
+    holds = partial(manager.holds_reference, cfg.workdir)
+    if stores and holds("config") and not holds("stored"):
+        generator = dataclasses.replace(made.plan.generator, reference=Reference.PROMPT)
+        made = made._replace(plan=dataclasses.replace(made.plan, generator=generator))
+    return made
 
 
 def count_pairs(run: Run) -> int:
@@ -136,7 +143,7 @@ def make_main_update(
 
 def draw_lengths(run: Run, plan: UpdatePlan, at: Start) -> Spread:
     """How long the summaries of the first batches are, before the first update."""
-    cfg, users, words = run.config, run.dataset.splits["train"], run.inference.tokenizer
+    cfg, words = run.config, run.inference.tokenizer
     sampler, role = plan_run(run).sampler, plan.inference
 
     def draw(state: TrainState, frozen: Frozen, batch: Any, number: Array) -> Array:
@@ -145,10 +152,13 @@ def draw_lengths(run: Run, plan: UpdatePlan, at: Start) -> Spread:
         return sampler.sample(writer, batch, key, role.group_size).summaries.lengths
 
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = make_user_batches(users, words, cfg, seed=derive_data_seed(cfg.seed, "main"), **place)
+    seed = derive_data_seed(cfg.seed, "main")
+    batches = make_user_batches(run.users, words, cfg, seed=seed, **place)
     program, rules = jax.jit(draw), run.inference.model.rules
     found = [
-        program(at.state, at.frozen, place_batch(batch, run.mesh, rules), jnp.int32(number))
-        for number, batch in enumerate(islice(iter(batches), places.BATCHES))
+        program(
+            at.state, at.frozen, place_batch(batches[number], run.mesh, rules), jnp.int32(number)
+        )
+        for number in range(places.BATCHES)
     ]
     return places.measure_lengths(found, run.mesh)

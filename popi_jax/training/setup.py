@@ -24,7 +24,7 @@ from popi_jax.models.layout import count_shards, spec
 from popi_jax.models.lora import init_lora_boxed
 from popi_jax.models.packing import Budget, Budgets
 from popi_jax.models.transformer import TransformerConfig, init_boxed, logical_names, unbox
-from popi_jax.phases import Phase, parse_phases
+from popi_jax.phases import Phase, list_updates, parse_phases
 from popi_jax.popi.plan import (
     GeneratorPlan,
     InferencePlan,
@@ -60,16 +60,13 @@ class Roles(NamedTuple):
 
 def plan_kinds(phases: tuple[Phase, ...]) -> tuple[Kind, ...]:
     """Which roles each update of the main stage trains."""
-    kinds: list[Kind] = []
-    for phase in phases:
-        inference, generator = Kind(True, False), Kind(False, True)
-        cycle = [inference] * phase.num_inference + [generator] * phase.num_generator
-        if phase.mode == "joint":
-            cycle = [Kind(True, True)]
-        if phase.mode == "supervised":
-            cycle = [Kind(True, False, supervised=True)]
-        kinds += [cycle[number % len(cycle)] for number in range(phase.steps)]
-    return tuple(kinds)
+    kinds = {
+        "inference": Kind(True, False),
+        "generator": Kind(False, True),
+        "joint": Kind(True, True),
+        "supervised": Kind(True, False, supervised=True),
+    }
+    return tuple(kinds[update] for update in list_updates(phases))
 
 
 def plan_update(

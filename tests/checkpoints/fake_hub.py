@@ -1,4 +1,4 @@
-"""A small hub of models on this machine, of which the tests see what it was asked for."""
+"""A small hub of models and data sets on this machine; tests see what it was asked for."""
 
 import contextlib
 import hashlib
@@ -20,6 +20,7 @@ class FakeHub:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> files
         self.branches: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
+        self.large: dict[str, str] = {}  # files kept as LFS -> the sha256 told of them, "" = theirs
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
         self.address = ""
@@ -38,11 +39,28 @@ class FakeHub:
 
     def list_fetched(self) -> list[str]:
         """Names of the files whose content was asked for."""
-        return [path.rpartition("/")[2] for path in self.requests if path.startswith("GET /org/")]
+        return [
+            path.rpartition("/")[2]
+            for path in self.requests
+            if re.match("GET /(datasets/)?org/", path)
+        ]
+
+    def describe(self, name: str, content: bytes) -> dict[str, object]:
+        """A file as the hub lists it, a large one with its sha256."""
+        blob = b"blob %d\0" % len(content) + content
+        told = {"type": "file", "path": name, "size": len(content)}
+        told["oid"] = hashlib.sha1(blob).hexdigest()
+        if name not in self.large:
+            return told
+        oid = self.large[name] or hashlib.sha256(content).hexdigest()
+        return told | {"lfs": {"oid": oid, "sha256": oid, "size": len(content), "pointerSize": 100}}
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content."""
-        match = re.match(r"/(?:api/models/)?([\w-]+/[\w.-]+)(?:/(\w+)/([^/?]+)/?([^?]*))?", path)
+        match = re.match(
+            r"/(?:api/(?:models|datasets)/|datasets/)?([\w-]+/[\w.-]+)(?:/(\w+)/([^/?]+)/?([^?]*))?",
+            path,
+        )
         assert match, path
         repository, verb, revision, file = match.groups()
         if repository not in self.commits:
@@ -58,11 +76,9 @@ class FakeHub:
         if verb == "resolve":
             tag = hashlib.sha1(files[file]).hexdigest()
             return 200, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}, files[file]
-        tree = [
-            {"type": "file", "path": name, "size": len(x), "oid": hashlib.sha1(x).hexdigest()}
-            for name, x in files.items()
-        ]
-        info = {"id": repository, "sha": commit, "siblings": []}
+        tree = [self.describe(name, content) for name, content in files.items()]
+        siblings = [{"rfilename": file["path"], "blobId": file["oid"], **file} for file in tree]
+        info = {"id": repository, "sha": commit, "siblings": siblings}
         content = json.dumps(tree if verb == "tree" else info).encode()
         return 200, {"Content-Type": "application/json"}, content
 

@@ -131,12 +131,6 @@ def test_folders_go_before_repositories_and_typos_are_told(served):
     assert len(served.requests) == asked
 
 
-def test_the_home_folder_is_found(served, monkeypatch):
-    monkeypatch.setenv("HOME", str(Path.cwd()))
-    Path("base").mkdir()
-    assert hub.open_base("~/base").folder == str(Path.cwd() / "base")
-
-
 def test_planning_fetches_nothing(served):
     served.push("org/name", MODEL)
     assert hub.find_cached("org/name") == hub.find_cached("gs://bucket/x") == ""

@@ -333,6 +333,40 @@ def test_fields_that_do_not_touch_learning_may_change(tmp_path):
     )
 
 
+def change_phases(folder: Path, *phases: str) -> None:
+    manager.check_same_run(str(folder), json.dumps(CONFIG | {"schedule": {"phases": phases}}))
+
+
+def test_a_run_may_go_on_with_more_updates_of_the_same_beginning(tmp_path):
+    write_run(tmp_path, 1)  # that was begun with "inference 2"
+    change_phases(tmp_path, "inference 2", "joint 3")
+    change_phases(tmp_path, "inference 7")
+    change_phases(tmp_path, "alternate 2:1 9")
+    for phases, why in (
+        (("inference 1",), "begun with 2 updates and may go on with more, not with 1"),
+        (("alternate 1:1 9",), "update 2 was inference, is generator; more may follow"),
+        (("supervised 9",), "update 1 was inference, is supervised; more may follow"),
+    ):
+        with pytest.raises(UserError, match=f"schedule.phases was .*{why}.*; give another WORKDIR"):
+            change_phases(tmp_path, *phases)
+    more = CONFIG | {"seed": 1, "schedule": {"phases": ["inference 7"]}}
+    with pytest.raises(UserError, match=r"other settings: seed was 0, is 1; give"):
+        manager.check_same_run(str(tmp_path), json.dumps(more))
+
+
+def test_a_home_folder_that_was_stored_as_such_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    params = {"a": jnp.ones(2)}
+    manager.save_frozen(
+        str(tmp_path), Frozen(params, params), json.dumps(CONFIG | {"model": {"checkpoint": "~/b"}})
+    )
+    now = json.dumps(CONFIG | {"model": {"checkpoint": "/home/ann/b"}})
+    manager.check_same_run(str(tmp_path), now)
+    monkeypatch.setenv("HOME", "/home/bob")
+    with pytest.raises(UserError, match='checkpoint was "/home/bob/b", is "/home/ann/b"'):
+        manager.check_same_run(str(tmp_path), now)
+
+
 def test_a_name_that_begins_like_a_free_field_is_not_free(tmp_path):
     write_run(tmp_path, 1)
     schedule = CONFIG["schedule"] | {"keep_x": 3}

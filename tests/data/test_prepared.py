@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,10 +178,10 @@ def test_published_files_are_preferred_and_must_be_complete(tmp_path: Path) -> N
 def test_a_failed_download_falls_back_or_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(folder: Path, url: str, sha256: dict[str, str]) -> None:
+    def unreachable(*_: object) -> None:
         raise download.DownloadFailed("the hub is away.")
 
-    monkeypatch.setattr(download, "download_files", unreachable)
+    monkeypatch.setattr(download, "download_hub", unreachable)
     cfg = options(tmp_path, download=True)
     assert prepared.prepare(cfg, allow_sample=True).data == "sample"
     with pytest.raises(UserError, match="the hub is away"):
@@ -190,7 +191,7 @@ def test_a_failed_download_falls_back_or_stops(
 def test_a_run_of_the_sample_goes_on_without_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(download, "download_files", lambda *_: pytest.fail("tried to download"))
+    monkeypatch.setattr(download, "download_hub", lambda *_: pytest.fail("tried to download"))
     cfg = options(tmp_path, download=True)
     assert prepared.prepare(cfg, allow_sample=True, trained_on="sample").data == "sample"
     assert "MADE data" not in caplog.text
@@ -200,23 +201,12 @@ def test_a_run_of_the_sample_goes_on_without_a_download(
     assert prepared.prepare(cfg, allow_sample=True, trained_on="sample").data == "published"
 
 
-def test_download_checks_and_records_sums(tmp_path: Path) -> None:
-    write_sample(tmp_path / "hub", people=3)
-    url, names = (
-        f"file://{tmp_path}/hub",
-        ("survey.jsonl", "conversations.jsonl", "utterances.jsonl"),
-    )
-    sums = {name: download.hash_file(tmp_path / "hub" / name) for name in names}
+def test_a_download_that_was_changed_is_refused(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    with pytest.raises(UserError, match=r"survey.jsonl: sha256 of the download is .*, allowed: 00"):
-        download.download_files(raw, url, {**sums, "survey.jsonl": "00"})
-    with pytest.raises(download.DownloadFailed, match="cannot be downloaded"):
-        download.download_files(raw, url, {**sums, "absent.jsonl": ""})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"]  # all or none
-    download.download_files(raw, url, {**sums, "survey.jsonl": ""})
-    assert json.loads((raw / "SOURCE.json").read_text())["sha256"] == sums
-    cfg = options(tmp_path, validation_fraction=0.0, test_fraction=0.0)
-    prepared.prepare(cfg, allow_sample=False)
+    write_sample(raw, people=30)
+    sums = {path.name: download.hash_file(path) for path in raw.iterdir()}
+    (raw / "SOURCE.json").write_text(json.dumps({"sha256": sums}))
+    prepared.prepare(options(tmp_path), allow_sample=False)
     (raw / "survey.jsonl").write_bytes((raw / "survey.jsonl").read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"survey.jsonl: sha256 is .*SOURCE.json"):
         prepared.prepare(options(tmp_path), allow_sample=False)
@@ -227,15 +217,20 @@ def test_prism_is_downloaded_where_it_is_not(
 ) -> None:
     asked = []
 
-    def fetch(folder: Path, url: str, sha256: dict[str, str]) -> None:
-        asked.append((url, *sha256))
+    def fetch(folder: Path, *what: object) -> None:
+        asked.append(what)
         write_sample(folder, people=30)
 
-    monkeypatch.setattr(download, "download_files", fetch)
-    assert prepared.prepare(options(tmp_path, download=True), allow_sample=True).data == "published"
-    ((url, *names),) = asked
-    assert url.startswith("https://huggingface.co/datasets/HannahRoseKirk/prism-alignment/resolve/")
-    assert names == ["survey.jsonl", "conversations.jsonl", "utterances.jsonl"]
+    monkeypatch.setattr(download, "download_hub", fetch)
+    cfg = options(tmp_path, download=True)
+    assert prepared.prepare(cfg, allow_sample=True).data == "published"
+    ((repository, commit, names, known),) = asked
+    assert repository == "HannahRoseKirk/prism-alignment" and len(str(commit)) == 40
+    assert names == ("survey.jsonl", "conversations.jsonl", "utterances.jsonl")
+    assert set(known) < set(names) and all(len(sum_) == 64 for sum_ in known.values())
+    cfg = options(tmp_path, download=True, path=str(tmp_path / "newer"), revision="main")
+    prepared.prepare(cfg, allow_sample=True)
+    assert asked[1][1:] == ("main", names, {})
 
 
 def test_the_configuration_allows_the_sources_that_there_are() -> None:
@@ -249,10 +244,18 @@ def test_the_configuration_allows_the_sources_that_there_are() -> None:
 
 def test_a_source_names_the_options_that_it_reads() -> None:
     """Prepared copies that differ in what a source reads have different keys."""
+    folder = Path(inspect.getfile(prepared)).parent / "sources"
+    texts = {path.stem: path.read_text() for path in folder.glob("*.py")}
     for source in prepared.SOURCES:
-        module = inspect.getmodule(source.load)
-        read = {word for word in vars(DataConfig()) if f"cfg.{word}" in inspect.getsource(module)}
-        assert set(source.options) == read - {"path", "download"}
+        own = texts["prism" if source.name == "sample" else source.name]  # which reads both
+        used = [
+            name
+            for name in texts
+            if re.search(rf"import .*\b{name}\b", own) or f"sources.{name} " in own
+        ]
+        whole = own + "".join(texts[name] for name in used if name != "download")
+        read = {word for word in vars(DataConfig()) if re.search(rf"cfg\.{word}\b", whole)}
+        assert set(source.options) == read - {"path", "download", "revision"}, source.name
         assert set(source.options) <= set(prepared.OPTIONS)
 
 

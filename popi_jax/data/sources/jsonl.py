@@ -7,9 +7,15 @@ docs/data.md.
      "comment": "…"}], "fewshot": [{"prompt": "…", "chosen": "…", "rejected": "…"}]},
      "groups": {"age": "…"}}
 
-`oracle`, `groups` and the parts of `signals` may be left out; `dataset` and `meta` are allowed and
-not read. Lines of one user_id with equal signals are one user. With other signals they are a
-further user, "ann#2", in the same split: signals are drawn per person, never per prompt."""
+`oracle`, `groups`, the parts of `signals` and `conversation` (the id of the conversation that a
+line, a comment or an example is from) may be left out; `dataset` and `meta` are not read.
+Lines of one user_id with equal signals are one user. With other signals they are a further user,
+"ann#2", in the same split: signals are drawn per person, never per prompt. The mark "#" is kept for
+that: in an id of the file it is written "%23" (and "%" as "%25"), so that a real "ann#2" is another
+person.
+
+The lines may also be rows of parquet, in which null is left out. As a user's lines may stand
+anywhere, all lines are in memory while they are grouped: about twice the size of the file."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +27,11 @@ from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
-FIELDS = "user_id dataset record_id signals prompt chosen rejected oracle groups meta".split()
+FIELDS = (
+    *("user_id", "dataset", "record_id", "conversation", "signals", "prompt", "chosen"),
+    *("rejected", "oracle", "groups", "meta"),
+)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz")  # in a folder of splits
 SIGNALS = ("profile", "survey", "fewshot", "comments")
 PLACEHOLDERS = ("EMPTY STRING", "nan", "NaN", "None")
 
@@ -35,23 +45,33 @@ class Record:
 
 
 def list_files(path: Path) -> list[Path]:
-    """Returns the files that `load` reads: the file, or those of a folder. Raises: UserError when
-    one is missing."""
-    paths = [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]
-    return [check_file(path) for path in paths]
+    """Returns the files that `load` reads: the file, or those of a folder in the order of SPLITS.
+    Raises: UserError when one is missing, or is there twice."""
+    if not path.is_dir():
+        return [check_file(path)]
+    files = []
+    for split in SPLITS:
+        found = [path / (split + end) for end in SUFFIXES if (path / (split + end)).exists()]
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise UserError(f"{path}: found {names}, allowed: one of them. Remove the others.")
+        files.append(check_file(found[0] if found else path / f"{split}{SUFFIXES[0]}"))
+    return files
 
 
 def load(path: Path, cfg: Any) -> Loaded:
-    """Reads a file, split by user_id, or a folder of train.jsonl, validation.jsonl and test.jsonl.
+    """Reads a file, split by user_id or by conversation, or a folder of train.jsonl,
+    validation.jsonl and test.jsonl (or with another of SUFFIXES).
 
     Args: cfg: the `data` part of the configuration.
-    Raises: UserError, also when a user_id occurs in two files of a folder."""
+    Raises: UserError, also when what is kept together occurs in two files of a folder."""
     users: list[User] = []
     bad_rows: list[str] = []
-    # user_id -> its split and where it was first seen
+    # what is kept together, user_id or conversation -> its split and where it was first seen
     split_by_name: dict[str, tuple[str, str]] = {}
-    for file in list_files(path):
-        records, bad = _read_records(file, file.stem if path.is_dir() else "", split_by_name, cfg)
+    files = list_files(path)
+    for split, file in zip(SPLITS if path.is_dir() else ("",), files, strict=True):
+        records, bad = _read_records(file, split, split_by_name, cfg)
         users += _group(records, cfg)
         bad_rows += bad
     return Loaded(users, bad_rows)
@@ -66,19 +86,24 @@ def _read_records(
     told: dict[str, tuple[User, str]] = {}
 
     def parse(row: Row) -> Record:
-        record = _parse_record(row)
-        name = record.user.user_id
-        own = split or choose_split(name, cfg.validation_fraction, cfg.test_fraction)
+        record = _parse_record(_leave_out_null(row, file))
+        name, talks = record.user.user_id, cfg.split_by == "conversation"
+        if talks and not record.pair.conversation:
+            allowed = "the id of a conversation, by which data.split_by = conversation splits"
+            raise row.make_error("conversation", "", allowed, "Add it, or split by user.")
+        kept = f"{name}/{record.pair.conversation}" if talks else name
+        own = split or choose_split(kept, cfg.validation_fraction, cfg.test_fraction)
         user, first = told.setdefault(name, (record.user, row.where))
         for field in ("oracle", "groups"):
             found, known = getattr(record.user, field), getattr(user, field)
             if found != known:
                 allowed = f"the same of each user_id, {show(known)} at {first}"
                 raise row.make_error(field, found, allowed, "Correct it.")
-        earlier, first = split_by_name.setdefault(name, (own, row.where))
+        earlier, first = split_by_name.setdefault(kept, (own, row.where))
         if earlier != own:
-            allowed = f"a user of one split only (also at {first})"
-            raise row.make_error("user_id", name, allowed, "Keep each user in one file.")
+            field, what = ("conversation", "conversation") if talks else ("user_id", "user")
+            allowed = f"a {what} of one split only (also at {first})"
+            raise row.make_error(field, kept, allowed, f"Keep each {what} in one file.")
         row.check_unique("record_id", seen)
         return Record(dataclasses.replace(record.user, split=own), record.pair)
 
@@ -93,6 +118,7 @@ def read_users(path: Path, num_shots: int) -> list[User]:
     Raises: UserError naming file and line."""
 
     def parse(row: Row) -> User:
+        row = _leave_out_null(row, path)
         row.allow_only(FIELDS)
         user = _parse_signals(row, num_shots)
         if not (user.profile or user.survey or user.shots or user.comments):
@@ -106,11 +132,25 @@ def read_users(path: Path, num_shots: int) -> list[User]:
     return list(dict.fromkeys(users))
 
 
+def _leave_out_null(row: Row, file: Path) -> Row:
+    """The row without missing values, where the format has no other way to leave something out."""
+
+    def leave_out(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: leave_out(v) for name, v in value.items() if v is not None}
+        return [leave_out(v) for v in value] if isinstance(value, list) else value
+
+    if file.suffix.lower() != ".parquet":
+        return row
+    return dataclasses.replace(row, fields=leave_out(row.fields))
+
+
 def _parse_record(row: Row) -> Record:
     row.allow_only(FIELDS)
     user = _parse_signals(row)
     chosen, rejected = (_get_text(row, name) for name in ("chosen", "rejected"))
-    pair = Pair(row.get_text("record_id"), _parse_messages(row), chosen, rejected)
+    own = _get_conversation(row)
+    pair = Pair(row.get_text("record_id"), _parse_messages(row), chosen, rejected, {}, own)
     _check_differs(row, pair, "line")
     for i, shot in enumerate(user.shots):
         if shot.prompt == pair.prompt[-1]["content"]:
@@ -151,25 +191,34 @@ def _parse_signals(row: Row, num_shots: int | None = None) -> User:
     )
 
 
+def _escape(user_id: str) -> str:
+    """An id without "#", another one for each id."""
+    return user_id.replace("%", "%25").replace("#", "%23")
+
+
 def _group(records: list[Record], cfg: Any) -> list[User]:
-    """Joins the lines of equal user and signals; keeps the first num_shots examples and the first
-    num_pairs pairs."""
+    """Joins the lines of equal user and signals, and gives each draw its id; keeps the first
+    num_shots examples and the first num_pairs pairs."""
     pairs: dict[User, list[Pair]] = {}
     for record in records:
         pairs.setdefault(record.user, []).append(record.pair)
-    draws: dict[str, int] = {}
+    draws: dict[str, dict[User, int]] = {}  # of the signals of each name, in any split
     users: list[User] = []
     for user, held_out in pairs.items():
-        draw = draws[user.user_id] = draws.get(user.user_id, 0) + 1
-        user_id = user.user_id if draw == 1 else f"{user.user_id}#{draw}"
+        known = draws.setdefault(user.user_id, {})
+        draw = known.setdefault(dataclasses.replace(user, split=""), len(known) + 1)
+        name = _escape(user.user_id)
+        user_id = name if draw == 1 else f"{name}#{draw}"
         shots, kept = user.shots[: cfg.num_shots], tuple(held_out[: cfg.num_pairs])
         users.append(dataclasses.replace(user, user_id=user_id, shots=shots, pairs=kept))
     return users
 
 
 def _parse_shot(row: Row) -> Shot:
-    row.allow_only(("prompt", "chosen", "rejected"))
-    shot = Shot(*(_get_text(row, name) for name in ("prompt", "chosen", "rejected")))
+    names = ("prompt", "chosen", "rejected")
+    row.allow_only((*names, "conversation"))
+    prompt, chosen, rejected = (_get_text(row, name) for name in names)
+    shot = Shot(prompt, chosen, rejected, _get_conversation(row))
     _check_differs(row, shot, "example")
     return shot
 
@@ -181,8 +230,9 @@ def _check_differs(row: Row, pair: Pair | Shot, what: str) -> None:
 
 
 def _parse_comment(row: Row) -> Comment:
-    row.allow_only(("prompt", "comment"))
-    return Comment(_get_optional(row, "prompt"), _get_text(row, "comment"))
+    row.allow_only(("prompt", "comment", "conversation"))
+    comment = _get_text(row, "comment")
+    return Comment(_get_optional(row, "prompt"), comment, _get_conversation(row))
 
 
 def _parse_messages(row: Row) -> Messages:
@@ -207,6 +257,10 @@ def _get_optional(row: Row, name: str) -> str:
     return _check_real(row, name, row.get_text(name, empty=True)) if name in row.fields else ""
 
 
+def _get_conversation(row: Row) -> str:
+    return row.get_text("conversation") if "conversation" in row.fields else ""
+
+
 def _check_real(row: Row, name: str, text: str) -> str:
     if text in PLACEHOLDERS:
         allowed = "a real text; what is missing is left out or empty"
@@ -223,7 +277,11 @@ SOURCE = Source(
         page="",
         licence="the licence is that of the person who provided them.",
     ),
-    options=("on_bad_row", "validation_fraction", "test_fraction", "num_shots", "num_pairs"),
+    options=(
+        *("on_bad_row", "split_by", "validation_fraction", "test_fraction", "num_shots"),
+        "num_pairs",
+    ),
     files=list_files,
     load=load,
+    splits=("user", "conversation"),
 )

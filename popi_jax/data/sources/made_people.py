@@ -8,6 +8,7 @@ reply). As the process is known, so is the best accuracy that any model could re
 `compute_bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real
 people."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from popi_jax import files
 from popi_jax.data.records import ITEM_SEPARATOR, User
-from popi_jax.data.sources import download, prism
+from popi_jax.data.sources import download, prism, prism_rows
 from popi_jax.data.sources.source import Card, Source
 
 NUM_ACTIVE = 3  # attributes that a person cares about
@@ -146,7 +147,7 @@ def _describe(rng: np.random.Generator, person: Person) -> tuple[str, list[tuple
 
 
 def _make_survey_row(rng: np.random.Generator, user_id: str, description: str) -> dict[str, Any]:
-    keys = (*prism.PREFERENCES, "other")
+    keys = (*prism_rows.PREFERENCES, "other")
     group = {"self_described": "", "categorised": SILENT, "simplified": SILENT}
     return {
         "user_id": user_id,
@@ -226,7 +227,7 @@ def _make_chat_rows(
         ids = {"utterance_id": f"ut{2 * number + j}", "interaction_id": f"int{number}"}
         texts = {"user_prompt": chat.prompt, "model_response": reply}
         yield "utterances.jsonl", {**ids, **shared, "turn": 0, **kind, **texts, **model, **verdict}
-    none = dict.fromkeys(p for p in prism.PREFERENCES if p != "personalisation")
+    none = dict.fromkeys(p for p in prism_rows.PREFERENCES if p != "personalisation")
     yield (
         "conversations.jsonl",
         {
@@ -281,11 +282,13 @@ def write_sample(folder: Path, *, people: int, seed: int = 0) -> None:
     """Writes survey.jsonl, conversations.jsonl, utterances.jsonl as published, and latents.jsonl:
     the truth behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {name: [] for name in (*prism.FILES, prism.LATENTS)}
-    for name, row in _make_rows(people, seed):
-        lines[name].append(json.dumps(row) + "\n")
-    for name, rows in lines.items():
-        (folder / name).write_text("".join(rows), encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        opened = {
+            name: stack.enter_context((folder / name).open("w", encoding="utf-8"))
+            for name in (*prism_rows.FILES, prism_rows.LATENTS)
+        }
+        for name, row in _make_rows(people, seed):
+            opened[name].write(json.dumps(row) + "\n")
 
 
 def find_sample(cfg: Any, may_download: bool) -> Path:
@@ -383,6 +386,7 @@ SOURCE = Source(
     options=prism.SOURCE.options,
     files=prism.list_files,
     load=prism.load,
+    splits=prism.SOURCE.splits,
     find=find_sample,
     stands_in_for="prism",
     lists_items=True,

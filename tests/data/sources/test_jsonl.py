@@ -1,6 +1,8 @@
 """Own data: grouping, splits, every rule of the format, and writing what was read."""
 
 import copy
+import dataclasses
+import gzip
 import json
 import types
 from pathlib import Path
@@ -8,8 +10,12 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from popi_jax.config_data import DataConfig
+from popi_jax.data.prepared import prepare
 from popi_jax.data.records import Comment, Pair, Shot, User
 from popi_jax.data.sources import jsonl
 from popi_jax.data.splits import choose_split
@@ -36,6 +42,7 @@ RECORD: dict[str, Any] = {
 
 def options(**changes: object) -> types.SimpleNamespace:
     fields = {
+        "split_by": "user",
         "on_bad_row": "error",
         "validation_fraction": 0.2,
         "test_fraction": 0.2,
@@ -231,3 +238,112 @@ def test_what_is_written_is_read(
     path = tmp_path_factory.mktemp("written") / "a.jsonl"
     write_users(users, path)
     assert jsonl.load(path, options()).users == users
+
+
+def test_a_real_name_is_never_that_of_a_draw(tmp_path: Path) -> None:
+    draws = [{"profile": f"draw {n}"} for n in range(2)]
+    names = ["ann", "ann#2", "ann#pair1", "ann%232", "ann#2", "100%"]
+    records = [
+        record(user_id=name, record_id=f"{i}/{n}", signals=signals, oracle="")
+        for i, name in enumerate(names)
+        for n, signals in enumerate(draws)
+    ]
+    users = jsonl.load(write(tmp_path / "a.jsonl", records), options()).users
+    ids = [user.user_id for user in users]
+    assert len(set(ids)) == len(ids) == 2 * len(set(names))
+    people = {i.split("#")[0] for i in ids}  # as an evaluation takes them
+    assert len(people) == len(set(names)) and {"ann", "ann#2"} <= set(ids)
+    by_id = {user.user_id: user for user in users}
+    assert [p.record_id for p in by_id["ann#2"].pairs] == ["0/1"]  # the second draw of ann
+    assert [p.record_id for p in by_id["ann%232"].pairs] == ["1/0", "4/0"]  # the real ann#2
+    (read,) = jsonl.read_users(write(tmp_path / "b.jsonl", records[2:3]), 6)
+    assert read.user_id == "ann#2"  # nothing is drawn
+
+
+def test_conversations_are_kept(tmp_path: Path) -> None:
+    signals = copy.deepcopy(RECORD["signals"])
+    signals["fewshot"][0]["conversation"] = "c1"
+    signals["comments"][0]["conversation"] = "c2"
+    made = record(signals=signals, conversation="c3")
+    (user,) = jsonl.load(write(tmp_path / "a.jsonl", [made]), options()).users
+    found = (user.shots[0].conversation, user.comments[0].conversation, user.pairs[0].conversation)
+    assert found == ("c1", "c2", "c3")
+
+
+def write_table(path: Path, records: list[dict[str, Any]]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def write_packed(path: Path, records: list[dict[str, Any]]) -> Path:
+    write(path, records)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+def test_every_format_gives_the_same_users(tmp_path: Path) -> None:
+    records = [record(user_id=f"u{i}", record_id=str(i)) for i in range(20)]
+    del records[3]["oracle"], records[3]["signals"]["survey"]
+    records[0]["groups"] = {"age": "old"}
+    expected = jsonl.load(write(tmp_path / "a.jsonl", records), options()).users
+    table = jsonl.load(write_table(tmp_path / "a.parquet", records), options()).users
+    packed = jsonl.load(write_packed(tmp_path / "a.jsonl.gz", records), options()).users
+    assert expected == table == packed and {user.oracle for user in expected} == {"calm", ""}
+    assert jsonl.read_users(tmp_path / "a.parquet", 6) == jsonl.read_users(tmp_path / "a.jsonl", 6)
+
+
+def test_a_folder_may_hold_any_format_once(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [record(user_id="a")])
+    write_packed(tmp_path / "validation.jsonl.gz", [record(user_id="b")])
+    write_table(tmp_path / "test.parquet", [record(user_id="c")])
+    (tmp_path / "README.md").write_text("not read")
+    names = ["train.jsonl", "validation.jsonl.gz", "test.parquet"]
+    assert [path.name for path in jsonl.list_files(tmp_path)] == names
+    users = jsonl.load(tmp_path, options()).users
+    assert [(u.user_id, u.split) for u in users] == [
+        ("a", "train"),
+        ("b", "validation"),
+        ("c", "test"),
+    ]
+    write(tmp_path / "test.jsonl", [record(user_id="d")])
+    assert "found test.jsonl, test.parquet, allowed: one of them" in error(tmp_path)
+
+
+def test_split_by_conversation(tmp_path: Path) -> None:
+    """A person is in several splits with the same signals, a conversation in one alone."""
+    rows = [
+        {
+            "user_id": f"u{n % 4}",
+            "record_id": str(n),
+            "prompt": [{"role": "user", "content": f"what of {n}?"}],
+            "chosen": f"tea {n}",
+            "rejected": "b",
+            "conversation": f"c{n // 8}",
+            "signals": {"profile": f"I am {n % 4}"},
+        }
+        for n in range(160)
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = dataclasses.replace(
+        DataConfig(),
+        source="jsonl",
+        path=str(path),
+        prepared=str(tmp_path / "p"),
+        split_by="conversation",
+        num_pairs=100,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    splits = prepare(cfg, allow_sample=False).splits
+    assert [sorted(u.user_id for u in users) for users in splits.values()] == [
+        [f"u{n}" for n in range(4)]
+    ] * 3
+    talks = [
+        {(u.user_id, p.conversation) for u in users for p in u.pairs} for users in splits.values()
+    ]
+    assert sum(map(len, talks)) == len(set.union(*talks)) == 80
+    del rows[7]["conversation"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"talks.jsonl:8: field \"conversation\".*or split by user"):
+        prepare(cfg, allow_sample=False)

@@ -13,7 +13,7 @@ import pytest
 
 from popi_jax.data import prompts, tokenizer
 from popi_jax.data.records import User
-from popi_jax.data.sources import made_people, prism
+from popi_jax.data.sources import made_people, prism, prism_rows
 
 PEOPLE = 300
 SIGMA = 1 / (1 + math.exp(-2.5))
@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def users(folder: Path) -> list[User]:
     options = SimpleNamespace(
         on_bad_row="error",
+        split_by="user",
         validation_fraction=0.1,
         test_fraction=0.1,
         num_shots=6,
@@ -97,7 +98,7 @@ def test_files_tell_one_story(folder: Path) -> None:
 def test_same_seed_same_bytes_and_more_people_change_nothing_before_them(tmp_path: Path) -> None:
     for name, people, seed in (("a", 4, 0), ("b", 4, 0), ("more", 6, 0), ("other", 4, 1)):
         made_people.write_sample(tmp_path / name, people=people, seed=seed)
-    for file in (*prism.FILES, prism.LATENTS):
+    for file in (*prism_rows.FILES, prism_rows.LATENTS):
         a, b, more, other = (
             (tmp_path / name / file).read_bytes() for name in ("a", "b", "more", "other")
         )

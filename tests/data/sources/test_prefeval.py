@@ -1,15 +1,23 @@
 """PrefEval on small made files of its schema."""
 
+import copy
+import io
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from popi_jax.data.leaks import LeakFinder
+from popi_jax.data.records import Comment
 from popi_jax.data.sources import prefeval
+from popi_jax.data.sources.source import FilesMissing
 from popi_jax.errors import UserError
 
+PERSONA = "implicit_preference/persona-driven"
+CHOICE = "implicit_preference/choice-based"
 Topics = dict[
     str, tuple[list[dict[str, Any]], list[dict[str, Any]]]
 ]  # topic -> rows of options, rows of chats
@@ -18,10 +26,12 @@ Topics = dict[
 def options(**changes: object) -> types.SimpleNamespace:
     fields = {
         "on_bad_row": "error",
+        "form": "persona",
         "split_by": "user",
         "validation_fraction": 0.1,
         "test_fraction": 0.2,
         "num_pairs": 3,
+        "revision": "",
     }
     return types.SimpleNamespace(**{**fields, **changes})
 
@@ -166,7 +176,8 @@ def test_broken_json_names_line_and_column_even_when_rows_are_skipped(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "is empty"), ("{}", "a JSON array"), ("[]", "at least one object")]
+    ("text", "words"),
+    [("", "is empty"), ("{}", 'no field "preference"'), ("[]", "at least one object")],
 )
 def test_empty_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     path = write(tmp_path, world()) / "mcq_options" / "topic0.json"
@@ -177,6 +188,187 @@ def test_empty_files_are_named(tmp_path: Path, text: str, words: str) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     assert "mcq_options: found no file *.json" in error(tmp_path)
+    with pytest.raises(UserError, match="mcq_options: found no file"):
+        prefeval.list_files(tmp_path)
+    (tmp_path / "mcq-options").mkdir()
+    assert 'Did you mean "mcq-options"?' in error(tmp_path)
     write(tmp_path, world(topics=2))
-    (tmp_path / "implicit_preference/persona-driven/topic1.json").unlink()
-    assert "persona-driven/topic1.json: no such file" in error(tmp_path)
+    for topic in range(2):
+        (tmp_path / PERSONA / f"topic{topic}.json").unlink()
+    assert f"{tmp_path / PERSONA}: found no file *.json" in error(tmp_path)
+    (tmp_path / PERSONA / "topic_0.json").write_text("[]")
+    message = error(tmp_path)
+    assert "mcq_options/topic0.json: no such file in" in message and "topic_0.json" in message
+
+
+def test_a_topic_without_its_partner_is_told_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = world(topics=4)
+    write(tmp_path, made)
+    (tmp_path / "mcq_options" / "topic0 copy.json").write_text(json.dumps(made["topic0"][0]))
+    (tmp_path / "mcq_options" / "._topic0.json").write_bytes(b"\x00\xff")  # of a file manager
+    (tmp_path / PERSONA / "topic9.json").write_text(json.dumps(made["topic1"][1]))
+    for form in ("persona", "explicit"):
+        caplog.clear()
+        loaded = prefeval.load(tmp_path, options(form=form, split_by="topic"))
+        assert len(list(loaded.users)) == 8
+        assert loaded.counts == {"topics": 4, "rows": 8}
+        (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert "mcq_options/topic0 copy.json" in told
+        assert ("topic9.json" in told) == (form == "persona")
+        assert loaded.left_out == {prefeval.NO_PARTNER: 4 if form == "persona" else 2}
+
+
+def write_choices(folder: Path, topics: Topics) -> Path:
+    """With the third kind of file."""
+    for topic, (rows, _) in topics.items():
+        chats = [
+            {
+                **{name: row[name] for name in ("preference", "question", "explanation")},
+                "implicit_query": "asked",
+                "options": ["w", "x", "y", "z"],
+                "aligned_op": "SECRET",
+                "conversation": {
+                    "query": "asked",
+                    "assistant_options": "w, x, y or z",
+                    "user_selection": "x",
+                    "assistant_acknowledgment": "fine",
+                },
+            }
+            for row in rows
+        ]
+        (folder / CHOICE).mkdir(parents=True, exist_ok=True)
+        (folder / CHOICE / f"{topic}.json").write_text(json.dumps(chats))
+    return write(folder, topics)
+
+
+def test_forms_differ_in_their_signals_alone(tmp_path: Path) -> None:
+    write_choices(tmp_path, world())
+    by_form = {
+        form: list(prefeval.load(tmp_path, options(form=form)).users)
+        for form in prefeval.SOURCE.forms
+    }
+    persona, choice, explicit = (by_form[form][0] for form in ("persona", "choice", "explicit"))
+    assert prefeval.SOURCE.forms[0] == "persona"
+    for user in (choice, explicit):
+        assert (user.user_id, user.pairs) == (persona.user_id, persona.pairs)
+        assert (user.split, user.groups) == (persona.split, persona.groups)
+        assert "SECRET" not in user.to_json()
+    assert (choice.profile, choice.oracle) == ("", "likes 0.0")
+    assert choice.comments == (Comment("", "asked"), Comment("w, x, y or z", "x"))
+    assert (explicit.profile, explicit.oracle, explicit.comments) == ("likes 0.0", "", ())
+
+
+def test_the_explicit_form_needs_the_options_alone(tmp_path: Path) -> None:
+    write(tmp_path, world(topics=2))
+    shutil.rmtree(tmp_path / "implicit_preference")
+    assert len(list(prefeval.load(tmp_path, options(form="explicit")).users)) == 4
+    assert "persona-driven: found no file" in error(tmp_path)
+    assert "choice-based: found no file" in error(tmp_path, form="choice")
+
+
+def test_a_chat_that_holds_an_option_is_left_out(tmp_path: Path) -> None:
+    made = world(rows=3)
+    for row in made["topic0"][1]:
+        row["conversation"] = copy.deepcopy(row["conversation"])
+    made["topic0"][1][0]["conversation"]["1"]["assistant"] = " WRONG: 2!"  # all of a message
+    said = "a long reply that stands in the middle of another message of the chat"
+    made["topic0"][0][1]["classification_task_options"][0] = said
+    made["topic0"][1][1]["conversation"]["2"]["user"] = f"well, {said}, and more"
+    loaded = prefeval.load(write(tmp_path, made), options())
+    assert [user.oracle for user in loaded.users] == ["likes 0.2"]
+    assert loaded.left_out == {prefeval.TOLD: 2} and loaded.counts["rows"] == 3
+
+
+def test_a_preference_said_in_the_chat_is_no_oracle(tmp_path: Path) -> None:
+    made = world(rows=2)
+    for rows in made["topic0"]:
+        rows[0]["preference"] = "I never eat meat."
+    chat = copy.deepcopy(made["topic0"][1][0]["conversation"])
+    chat["1"]["user"] = "Oh, I never eat meat, you know"
+    made["topic0"][1][0]["conversation"] = chat
+    users = list(prefeval.load(write(tmp_path, made), options()).users)
+    assert [user.oracle for user in users] == ["", "likes 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"user_selection": None}, 'field "conversation.user_selection"'),
+        ({"assistant_options": "which 0.0?"}, "without the question"),
+        ({"query": 7}, "found 7"),
+    ],
+)
+def test_bad_choices_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    path = write_choices(tmp_path, world()) / CHOICE / "topic0.json"
+    rows = json.loads(path.read_text())
+    rows[0]["conversation"] |= change
+    path.write_text(json.dumps(rows))
+    message = error(tmp_path, form="choice")
+    assert message.startswith(f"{path}: row 1: ") and words in message
+
+
+def test_the_whole_repository_may_be_the_path(tmp_path: Path) -> None:
+    home = tmp_path / "benchmark_dataset"
+    write_choices(home, world(topics=2))
+    (home / "filtered_inter_turns.json").write_text("{")
+    (home / "rag_retrieval").mkdir()
+    (home / "rag_retrieval" / "topic0.json").write_text("[,]")
+    (home / "explicit_preference").mkdir()
+    (home / "explicit_preference" / "topic0.json").write_text("[]")
+    for path in (tmp_path, home):
+        assert prefeval.find_folder(options(path=str(path)), False) == path
+        assert {p.parent.name for p in prefeval.list_files(path)} == {
+            *("mcq_options", "persona-driven", "choice-based", "explicit_preference")
+        }
+        for form in prefeval.SOURCE.forms:
+            assert len(list(prefeval.load(path, options(form=form)).users)) == 4
+
+
+def test_files_are_downloaded_at_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, asked = tmp_path / "site", list[str]()
+    made = world(topics=1)
+    monkeypatch.setattr(prefeval, "TOPICS", ("topic0",))
+    write_choices(site, made)
+
+    def urlopen(url: str, timeout: float) -> Any:
+        asked.append(url)
+        path = site / url.split("/benchmark_dataset/")[1]
+        response = io.BytesIO(path.read_bytes())
+        response.headers = {}  # type: ignore[attr-defined]
+        return response
+
+    monkeypatch.setattr(prefeval.download.urllib.request, "urlopen", urlopen)
+    cfg = options(path=str(tmp_path / "to"), revision="")
+    with pytest.raises(FilesMissing, match="data.download is False"):
+        prefeval.find_folder(cfg, False)
+    folder = prefeval.find_folder(cfg, True)
+    assert len(asked) == 3 and len(prefeval.REVISION) == 40
+    assert all(prefeval.REVISION in url for url in asked)
+    assert len(list(prefeval.load(folder, cfg).users)) == 2
+    assert prefeval.find_folder(cfg, True) == folder and len(asked) == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="found no file"):
+        prefeval.find_folder(options(path=str(tmp_path / "other"), revision=""), True)
+
+
+REAL = Path(__file__).parents[4] / "shared" / "data" / "prefeval"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no copy of the published files")
+@pytest.mark.parametrize(
+    ("form", "left_out", "oracles"), [("persona", 0, 736), ("choice", 11, 790), ("explicit", 0, 0)]
+)
+def test_the_published_files(form: str, left_out: int, oracles: int) -> None:
+    loaded = prefeval.load(REAL, options(form=form, split_by="topic"))
+    users = list(loaded.users)
+    assert loaded.counts == {"topics": 16, "rows": 801} and not loaded.bad_rows
+    assert loaded.left_out == ({prefeval.TOLD: left_out} if left_out else {})
+    assert len(users) == 801 - left_out and sum(bool(u.oracle) for u in users) == oracles
+    assert {len(user.pairs) for user in users} == {3}
+    finder = LeakFinder(shared_replies=False, shared_people=False)
+    assert not [leak for user in users for leak in finder.check(user)]

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from popi_jax.data.records import Reading, User
+from popi_jax.data.leaks import LeakFinder
+from popi_jax.data.records import SPLITS, Reading, User
 from popi_jax.data.sources import prism
 from popi_jax.errors import UserError
 
 Rows = dict[str, list[dict[str, Any]]]
 DEFAULTS = {
     "on_bad_row": "error",
+    "split_by": "user",
+    "revision": "",
     "validation_fraction": 0.0,
     "test_fraction": 0.0,
     "num_shots": 6,
@@ -175,7 +178,7 @@ def test_half_of_the_conversations_or_num_shots(
 def test_equal_times_are_ordered_by_number(tmp_path: Path) -> None:
     rows = world(0)
     for number in (10, 9):
-        add_conversation(rows, number, "user0", [[("a", 80), ("b", 20)]])
+        add_conversation(rows, number, "user0", [[(f"a {number}", 80), (f"b {number}", 20)]])
     (user,) = load(tmp_path, rows)
     assert [s.prompt for s in user.shots] == ["question 9.0"]
 
@@ -269,6 +272,107 @@ def test_a_target_whose_prompt_was_shown_is_dropped(tmp_path: Path) -> None:
     assert load(tmp_path, rows) == []
 
 
+def test_a_pair_that_the_signals_hold_is_left_out(tmp_path: Path) -> None:
+    rows = world(4)
+    for row in rows["utterances"]:
+        if row["conversation_id"] == "c3" and row["if_chosen"]:
+            row["model_response"] = "Good: 1"  # that of a shot, but for signs
+    loaded = prism.load(write(tmp_path, rows), options())
+    assert [p.chosen for user in loaded.users for p in user.pairs] == ["good 2"]
+    assert loaded.left_out == {"pairs: a reply is among the signals of its user": 1}
+
+
+def test_what_is_counted_and_left_out(tmp_path: Path) -> None:
+    rows = world(4)
+    rows["survey"] += [survey_row("user1"), survey_row("user2")]
+    add_conversation(rows, 9, "user1", [[("a", 80), ("b", 20)]])
+    loaded = prism.load(write(tmp_path, rows), options())
+    assert loaded.counts == {"people": 3, "conversations": 5, "utterances": 10}
+    assert loaded.counts.keys() == prism.SOURCE.card.counts.keys()
+    few = "people with fewer than 2 conversations that hold a pair"
+    assert loaded.left_out == {few: 2}
+
+
+def test_every_text_tells_its_conversation(tmp_path: Path) -> None:
+    (user,) = load(tmp_path, world(4))
+    assert [x.conversation for x in user.shots] == ["c0", "c1"]
+    assert [x.conversation for x in user.comments] == ["c0", "c1"]
+    assert [x.conversation for x in user.pairs] == ["c2", "c3"]
+
+
+def crowd(people: int, conversations: int, prompt: str = "") -> Rows:
+    """People who all chat alike, about the same prompt if one is given."""
+    rows: Rows = {"survey": [], "conversations": [], "utterances": []}
+    for number in range(people):
+        rows["survey"].append(survey_row(f"user{number}"))
+        for k in range(conversations):
+            name = conversations * number + k
+            turns = [[(f"good {name}", 80), (f"bad {name}", 20)]]
+            if prompt and k == conversations - 1:
+                turns = [[("hello to you", 80), ("hi", 20)]]
+            add_conversation(rows, name, f"user{number}", turns, day=k + 1)
+            if prompt and k == conversations - 1:
+                for row in rows["utterances"][-2:]:
+                    row["user_prompt"] = prompt
+    return rows
+
+
+@pytest.mark.parametrize("split_by", ["user", "conversation"])
+def test_equal_pairs_of_two_splits_stay_in_training(tmp_path: Path, split_by: str) -> None:
+    changes = {"validation_fraction": 0.3, "test_fraction": 0.3, "split_by": split_by}
+    users = load(tmp_path, crowd(40, 4, "Hello!"), **changes)
+    splits = {split: [u for u in users if u.split == split] for split in SPLITS}
+    assert all(len(found) > 3 for found in splits.values())
+    greeted = {
+        split: sum(p.prompt[0]["content"] == "Hello!" for u in found for p in u.pairs)
+        for split, found in splits.items()
+    }
+    assert greeted["train"] > 1 and greeted["validation"] == greeted["test"] == 0
+    finder = LeakFinder(shared_replies=False, shared_people=split_by == "conversation")
+    assert [leak for user in users for leak in finder.check(user)] == []
+    loaded = prism.load(tmp_path, options(**changes))
+    told = "pairs: the same prompt with the same replies is in another split"
+    assert loaded.left_out == {told: 40 - greeted["train"]}
+
+
+def test_without_training_equal_pairs_stay_in_test(tmp_path: Path) -> None:
+    changes = {"validation_fraction": 0.5, "test_fraction": 0.5}
+    users = load(tmp_path, crowd(20, 4, "Hello!"), **changes)
+    greeted = {u.split for u in users for p in u.pairs if p.prompt[0]["content"] == "Hello!"}
+    assert greeted == {"test"}
+
+
+def test_conversations_of_a_person_are_dealt_to_splits(tmp_path: Path) -> None:
+    rows = crowd(12, 10)
+    changes = {"validation_fraction": 0.3, "test_fraction": 0.3, "num_shots": 3, "num_pairs": 4}
+    users = load(tmp_path, rows, split_by="conversation", **changes)
+    by_person: dict[str, list[User]] = {}
+    for user in users:
+        by_person.setdefault(user.user_id, []).append(user)
+    assert len(by_person) == 12 and max(map(len, by_person.values())) == 3
+    places: dict[str, set[str]] = {}
+    for same in by_person.values():
+        assert len({user.split for user in same}) == len(same)
+        assert len({(user.shots, user.comments, user.profile, user.survey) for user in same}) == 1
+        assert len(same[0].shots) == 3
+        told = {shot.conversation for shot in same[0].shots}
+        for user in same:
+            assert 1 <= len(user.pairs) <= 4
+            for pair in user.pairs:
+                places.setdefault(pair.conversation, set()).add(user.split)
+                assert pair.conversation not in told
+    assert all(len(splits) == 1 for splits in places.values()) and len(places) > 60
+    # where a conversation is does not depend on the others
+    few = {c for c in places if int(c[1:]) < 60}
+    rows = {k: [r for r in v if int(r["user_id"][4:]) < 6] for k, v in rows.items()}
+    again = {
+        pair.conversation: user.split
+        for user in load(tmp_path, rows, split_by="conversation", **changes)
+        for pair in user.pairs
+    }
+    assert again == {c: next(iter(places[c])) for c in few}
+
+
 def test_survey_tells_what_is_known(tmp_path: Path) -> None:
     (user,) = load(tmp_path, world(2))
     assert user.survey == (
@@ -313,13 +417,7 @@ def test_latents_fill_oracle_and_readings_of_the_shots(tmp_path: Path) -> None:
 
 
 def test_splits_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
-    rows: Rows = {"survey": [], "conversations": [], "utterances": []}
-    for number in range(60):
-        rows["survey"].append(survey_row(f"user{number}"))
-        for k in range(2):
-            add_conversation(
-                rows, 2 * number + k, f"user{number}", [[("a", 80), ("b", 20)]], day=k + 1
-            )
+    rows = crowd(60, 2)
     changes = {"validation_fraction": 0.2, "test_fraction": 0.3}
     before = {u.user_id: u.split for u in load(tmp_path, rows, **changes)}
     rows["survey"] = rows["survey"][::-1][:30]

@@ -1,0 +1,29 @@
+"""ELIX: five levels of knowledge judge explanations (FSPO, arXiv 2502.19312).
+
+Command: python -m popi_jax.train --config=configs/elix.py
+Hardware, time and result: not measured.
+Licence: none stated; the code repository of FSPO has no licence file, its dataset cards were not
+seen.
+
+With base weights the figures are those of official code f88878c6 (configs/official.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import compose
+from configs.official import apply_official, apply_small
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = compose(arg)
+    c.name = "elix"
+    c.data.source = "elix"
+    c.data.path = "data/elix"
+    if c.model.checkpoint:
+        apply_official(c)
+    else:
+        apply_small(c, arg)
+    # official code f88878c6: blocks of 4 shots and one target, twice through the rows
+    c.data.num_shots = 4
+    c.data.passes = 2
+    return c
