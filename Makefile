@@ -110,7 +110,7 @@ test-slow: $(STAMP) ## the tests that take minutes or the network
 	$(RUN) pytest -q -m "slow or network" $(ARGS)
 
 golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
-	for name in prism elix review roleplay prefeval jsonl smoke; do \
+	for name in prism elix review roleplay alignx psoups ufp4 prefeval personamem jsonl smoke; do \
 	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
 
 bench: $(STAMP) ## time every program of benchmarks/ on this machine

@@ -2,8 +2,10 @@
 for all commands."""
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +20,18 @@ from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.config import Config, to_json
 from popi_jax.data import (
     batches,
-    encode,
     examples,
     measure,
     prompts,
     selection,
     tokenizer,
+    tokens,
     warmup_batches,
 )
 from popi_jax.data.measure import Measured
 from popi_jax.data.prepared import Dataset, prepare
 from popi_jax.data.tokenizer import Tokenizer
+from popi_jax.data.tokens import Encoded
 from popi_jax.errors import UserError
 from popi_jax.models.decode import Sampling
 from popi_jax.models.fused_attention import choose_kernel
@@ -68,9 +71,15 @@ class Run(NamedTuple):
     config_json: str  # as given, and what data and base are: stored with each checkpoint
     mesh: Mesh  # set as the current mesh
     dataset: Dataset
+    open_users: Callable[[], Encoded]
     measured: Measured  # of the training users
     inference: RoleParts
     generator: RoleParts
+
+    @property
+    def users(self) -> Encoded:
+        """The training users as token ids; they are encoded where that was not done before."""
+        return self.open_users()
 
     @property
     def prompt_tokens(self) -> PromptTokens:
@@ -112,10 +121,11 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     splits = selection.select_splits(dataset.splits, config.data.signals)
     dataset = dataset._replace(splits=splits)
     words = load_tokenizer(config, dataset, begun=stored is not None)
-    measured = load_measured(config, dataset, words, begun=stored is not None)
+    dataset, config = examples.split_pairs(dataset, config)
+    open_users = functools.cache(partial(encode_users, config, dataset, words))
+    measured = load_measured(config, dataset, words, open_users, begun=stored is not None)
     _warn_about_cuts(config, measured.truncations)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **measured.lengths))
-    dataset, config = examples.split_pairs(dataset, config)
     batches.check_personas(dataset.splits["train"], config)
     origin = {"data": dataset.data, "prepared": dataset.prepared.name}
     config_json = _add_origin(config_json, origin, found.to_json())
@@ -123,7 +133,7 @@ def open_run(config: Config, *, must_exist: bool = False) -> Run:
     if config.model.checkpoint and (told := find_too_long_rows(config)):
         raise UserError(told)
     inference, generator = make_roles(config, words)
-    return Run(config, config_json, mesh, dataset, measured, inference, generator)
+    return Run(config, config_json, mesh, dataset, open_users, measured, inference, generator)
 
 
 def make_roles(config: Config, words: Tokenizer) -> tuple[RoleParts, RoleParts]:
@@ -266,20 +276,41 @@ def _warn_about_thoughts(words: Tokenizer) -> None:
         )
 
 
-def load_measured(config: Config, dataset: Dataset, words: Tokenizer, *, begun: bool) -> Measured:
+def encode_users(config: Config, dataset: Dataset, words: Tokenizer) -> Encoded:
+    """The training users, encoded by process 0 and read by all from the prepared copy; called by
+    all processes."""
+    users = dataset.splits["train"]
+
+    def wait(count: int) -> None:
+        limit_s = distributed.BARRIER_S + count // 50
+        distributed.wait_for_all("the users that process 0 encodes", limit_s)
+
+    host = tokens.Host(distributed.is_main_process(), wait)
+    return tokens.open_encoded(users, words, config, dataset.prepared / "tokens", host=host)
+
+
+def load_measured(
+    config: Config,
+    dataset: Dataset,
+    words: Tokenizer,
+    open_users: Callable[[], Encoded],
+    *,
+    begun: bool,
+) -> Measured:
     """What was measured of the training users, kept beside the tokenizer, so that a run that
-    continues need not encode them again."""
+    continues need not measure them again."""
     path = epath.Path(config.workdir) / "tokenizer" / "measured.json"
-    if begun and path.exists():
-        return measure.from_json(path.read_text(), path)
-    users, make = dataset.splits["train"], warmup_batches.make_warmup_batches
-    lengths, cut = encode.fit_lengths(users, words, config)
+    if begun and path.exists() and not measure.is_outdated(text := path.read_text()):
+        return measure.from_json(text, path)
+    users, make = open_users(), warmup_batches.make_warmup_batches
+    lengths = measure.fit_lengths(users.lengths, words, config)
     fitted = dataclasses.replace(config, data=dataclasses.replace(config.data, **lengths))
     # of one seed, so that runs that differ in theirs share their programs
     main, warmup = batches.make_user_batches(users, words, fitted, seed=0), None
     if config.warmup.steps:
         items = warmup_batches.find_items(dataset, config)
         warmup = make(users, words, fitted, seed=0, items=items)
+    cut = measure.count_truncations(users.lengths)
     measured = Measured(lengths, cut, measure.measure_fill(main, warmup))
     if distributed.is_main_process():
         files.write_whole(path, measure.to_json(measured))
@@ -301,10 +332,11 @@ def _add_origin(config_json: str, origin: dict[str, Any], base: dict[str, str]) 
 
 
 def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
+    """Raises: UserError when no pair is left."""
     d = config.data
     if cut.contexts or cut.turns or cut.answers:
         logging.warning(
-            "Too long and shortened, in the %d training users measured: %d signals "
+            "Too long and shortened, of all %d training users: %d signals "
             "(data.context_len = %d), %d prompts of %d (data.turn_len = %d), %d replies of %d "
             "(data.answer_len = %d).",
             *(cut.users, cut.contexts, d.context_len),
@@ -312,13 +344,16 @@ def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
         )
     if cut.emptied:
         logging.warning(
-            "Of %d of the %d training users measured nothing is shown at all: their profile, which "
-            "is never cut, is longer than data.context_len = %d; raise it.",
+            "Of %d of the %d training users measured nothing at all is shown: no whole item of "
+            "their signals fits into data.context_len = %d; raise it.",
             *(cut.emptied, cut.users, d.context_len),
         )
     if cut.equal:
-        logging.warning(
-            "%d of %d pairs of the training users measured do not count: chosen and rejected are "
-            "equal within data.answer_len = %d; raise it.",
-            *(cut.equal, cut.pairs, d.answer_len),
+        told = (
+            f"{cut.equal} of {cut.pairs} pairs of the training users measured do not count: chosen "
+            f"and rejected are equal within data.answer_len = {d.answer_len}; raise it where they "
+            "differ later."
         )
+        if cut.equal == cut.pairs:
+            raise UserError(told)
+        logging.warning("%s", told)

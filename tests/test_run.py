@@ -12,7 +12,9 @@ import pytest
 from popi_jax import run
 from popi_jax.config import from_config_dict
 from popi_jax.data import measure, tokenizer
+from popi_jax.data.encode import Truncations
 from popi_jax.errors import UserError
+from popi_jax.evals.sweep import make_split
 from tests.data import chat_folders
 from tests.tiny_run import CACHE, config_of, on_devices, shared_run
 
@@ -74,6 +76,42 @@ def test_what_was_measured_is_kept_whole_and_read_again(
     monkeypatch.setattr(measure, "measure_fill", None)  # it is not called again
     with on_devices(1):
         assert run.open_run(config_of(tiny.workdir)).measured == tiny.run.measured
+
+
+def test_what_was_measured_before_pairs_were_compared_is_read() -> None:
+    measured = shared_run(1).run.measured
+    found = json.loads(measure.to_json(measured))
+    del found["truncations"]["equal"], found["truncations"]["emptied"]
+    assert measure.from_json(json.dumps(found)) == measured
+
+
+def test_what_is_shortened_and_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(Path("nowhere"))
+    none = Truncations(0, 0, 0, users=9, pairs=20)
+    run._warn_about_cuts(config, none)
+    assert not caplog.records
+    run._warn_about_cuts(config, none._replace(contexts=3, emptied=2, equal=4))
+    shortened, emptied, equal = (record.getMessage() for record in caplog.records)
+    assert "in the 9 training users measured: 3 signals (data.context_len = " in shortened
+    assert "Of 2 of the 9 training users" in emptied and "data.context_len" in emptied
+    assert "4 of 20 pairs" in equal and f"data.answer_len = {config.data.answer_len}" in equal
+    with pytest.raises(UserError, match="20 of 20 pairs .* data.answer_len"):
+        run._warn_about_cuts(config, none._replace(equal=20))
+
+
+def test_a_run_reads_the_selected_signals(tmp_path: Path) -> None:
+    whole = shared_run(1).run.dataset.splits
+    config = config_of(tmp_path, "--config.data.signals=survey+shots:1")
+    with on_devices(1):
+        found = run.open_run(config)
+    assert len(found.dataset.splits["train"]) == len(whole["train"])
+    for split, users in found.dataset.splits.items():
+        user, known = users[0], whole[split][0]
+        assert known.profile and not user.profile and not user.comments
+        assert (user.survey, user.shots) == (known.survey, known.shots[-1:])
+    assert found.measured.fill.contexts.mean < shared_run(1).run.measured.fill.contexts.mean
+    people = make_split(found.dataset, "test", config.data, 0).users
+    assert people == list(whole["test"])  # a sweep selects by itself
 
 
 def test_rows_beyond_the_positions_of_the_base_are_told(

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from popi_jax.arrays import PairLogps, Tokens, UserBatch
 from popi_jax.data import batches
+from popi_jax.data.encode import encode_user
 from popi_jax.data.prompts import render_signals
 from popi_jax.data.records import Messages, Pair, User
 from popi_jax.errors import UserError
@@ -47,7 +48,9 @@ def encode_pairs(
         data=dataclasses.replace(config.data, num_pairs=count),
         evaluation=dataclasses.replace(config.evaluation, batch_users=size),
     )
-    made = (b.batch for b in batches.make_eval_batches(bare, run.generator.tokenizer, config))
+    words = run.generator.tokenizer
+    encoded = [encode_user(user, words, config) for user in bare]
+    made = (b.batch for b in batches.make_eval_batches(encoded, words.pad_id, config))
     nothing = Tokens(np.zeros((size, 1), np.int32), np.zeros(size, np.int32))
     return [b._replace(context=nothing) for b in made]
 

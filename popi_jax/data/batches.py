@@ -1,10 +1,11 @@
-"""Users -> padded numpy batches, in an order that depends on the seed alone: not on processes,
-threads or workers.
+"""Users -> padded numpy batches. Batch s of a stage is a function of the seed and s alone: not of
+processes, threads, workers or where a run began.
 
 Refuses to touch jax: batches are numpy, and worker processes must not start a device."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -12,12 +13,24 @@ import numpy as np
 from jaxtyping import Bool
 
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.encode import EncodedUser, Ids, Truncations, encode_user, get_told_len
+from popi_jax.data.encode import (
+    EncodedUser,
+    Ids,
+    Truncations,
+    encode_context,
+    encode_user,
+    get_told_len,
+    tell,
+)
+from popi_jax.data.order import Order
 from popi_jax.data.prompts import Tokenizer, encode_answer
 from popi_jax.data.records import User
+from popi_jax.data.selection import draw_signals
+from popi_jax.data.tokens import Encoded
 from popi_jax.errors import UserError
 
-_MAX_CACHED_USERS = 20_000  # about 5 kB each; others are encoded anew each time
+ENDLESS = 1 << 40  # batches
+_AHEAD = 4  # that are made while an update runs
 
 
 class EvalBatch(NamedTuple):
@@ -36,43 +49,94 @@ def derive_data_seed(seed: int, stage: Literal["warmup", "main"]) -> int:
 
 
 def make_user_batches(
-    source: Sequence[User],
+    users: Encoded,
     tokenizer: Tokenizer,
     cfg: Any,
     *,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
-    """Makes endless `UserBatch`es of numpy arrays: this process's rows of the global batch of
-    `cfg.batch.users`.
+) -> grain.MapDataset:
+    """Makes the `UserBatch` of each step, of numpy arrays: this process's rows of the global batch
+    of `cfg.batch.users`.
 
-    Users are reshuffled each epoch and an epoch may end inside a batch. K = `cfg.batch.pairs` of a
-    user's usable pairs are drawn without replacement; rows beyond those that the user has are
-    masked, as are all of a user without persona where the generator reads personas. The global
-    batch is the concatenation of the processes' batches and does not depend on their number;
-    `index` = step * users + its row in it.
+    Users are drawn as `Order` says, each once per epoch. K = `cfg.batch.pairs` of the pairs of a
+    user that count are drawn without replacement; rows beyond those that the user has are masked,
+    as are all of a user without persona where the generator reads personas. The global batch is the
+    concatenation of the processes' batches and does not depend on their number; `index` = step *
+    users + its row in it.
 
-    Raises: UserError when the users of a batch cannot be divided among the processes, or `source`
-    is empty."""
+    Raises: UserError when the users of a batch cannot be divided among the processes, or there are
+    none."""
     size, count = cfg.batch.users, cfg.batch.pairs
     rows = pick_own_rows(size, "batch.users", process_index, process_count)
-    users = EncodedUsers(source, tokenizer, cfg)
+    check_users(users)
+    loads, parts = list_loads(users.lengths, count), cfg.batch.microbatches
+    order = Order(loads, len(users.ids), (size,), seed=seed, microbatches=parts)
+
+    def show(user: EncodedUser, some: User) -> EncodedUser:
+        told = tell(some, tokenizer, cfg) if cfg.generator.reads == "signals" else user.told
+        return user._replace(context=encode_context(some, tokenizer, cfg), told=told)
 
     def counts(user: EncodedUser) -> bool:
         return cfg.generator.reads != "persona" or bool(user.oracle)
 
-    def make(step: int, members: np.ndarray, rngs: list[np.random.Generator]) -> UserBatch:
-        drawn = users.take(members[rows])
+    def make(step: int) -> UserBatch:
+        numbers, rngs = order.take(step)[rows], make_rngs(seed, step, size)[rows]
+        drawn = [users.ids[n] for n in numbers.tolist()]
         picks = [
             rng.permutation(np.array(u.usable, int))[: count if counts(u) else 0]
-            for u, rng in zip(drawn, rngs[rows], strict=True)
+            for u, rng in zip(drawn, rngs, strict=True)
         ]
+        if cfg.data.signals_draw == "epoch":
+            shown = [
+                draw_signals(users.source[n], rng)
+                for n, rng in zip(numbers.tolist(), rngs, strict=True)
+            ]
+            drawn = [show(u, some) for u, some in zip(drawn, shown, strict=True)]
         index = step * size + np.arange(size)[rows]
-        batch = _pad_users(drawn, picks, index, members[rows], tokenizer.pad_id, cfg.data, count)
+        batch = _pad_users(drawn, picks, index, numbers, tokenizer.pad_id, cfg.data, count)
         return batch._replace(**_add_texts(drawn, tokenizer, cfg))
 
-    return make_steps(len(source), size, make, seed=seed, workers=cfg.data.workers)
+    return grain.MapDataset.range(ENDLESS).map(make)
+
+
+def check_users(users: Encoded) -> None:
+    """Raises: UserError when there is none."""
+    if not len(users.ids):
+        raise UserError("data.path: no user in this split; check the path and the split fractions")
+
+
+def list_loads(lengths: np.ndarray, pairs: int) -> np.ndarray:
+    """[users 3] the tokens that each user brings to a batch where `pairs` of the pairs are drawn:
+    signals, prompts with both replies, replies. What the generator is told in place of a summary is
+    left out: runs that differ in it see the same batches."""
+    drawn = np.minimum(lengths["pairs"], pairs) / np.maximum(lengths["pairs"], 1)
+    answers = drawn * lengths["answers"]
+    kinds = lengths["context"], drawn * lengths["turns"] + answers, answers
+    return np.stack(kinds, axis=1).astype(np.float32)
+
+
+def make_rngs(seed: int, step: int, rows: int) -> list[np.random.Generator]:
+    """One generator for each row of the global batch of a step."""
+    seeds = np.random.default_rng((seed, step)).integers(2**63, size=rows)
+    return [np.random.default_rng(s) for s in seeds]
+
+
+@contextlib.contextmanager
+def iterate(made: grain.MapDataset, start: int = 0, workers: int = 0) -> Iterator[Iterator[Any]]:
+    """The batches from step `start` on, made ahead by a thread or by `workers` processes, which end
+    with the context."""
+    dataset = made[start:].to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+    )
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    iterator = iter(dataset)
+    try:
+        yield iterator
+    finally:
+        iterator.close()
 
 
 def check_personas(users: Iterable[User], cfg: Any) -> None:
@@ -94,16 +158,15 @@ def teaches(cfg: Any) -> bool:
     return any(phase.split()[:1] == ["supervised"] for phase in cfg.schedule.phases)
 
 
-def make_eval_batches(users: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> Iterator[EvalBatch]:
+def make_eval_batches(users: Sequence[EncodedUser], pad_id: int, cfg: Any) -> Iterator[EvalBatch]:
     """Yields all users in order with all their pairs (at most `data.num_pairs`),
     `evaluation.batch_users` to a batch.
 
     The last batch is filled with its first user, all of whose pairs are masked: no row is ever
     without a context."""
-    size, count, pad_id = cfg.evaluation.batch_users, cfg.data.num_pairs, tokenizer.pad_id
+    size, count = cfg.evaluation.batch_users, cfg.data.num_pairs
     for start in range(0, len(users), size):
-        own = range(start, min(start + size, len(users)))
-        rows = [encode_user(users[i], tokenizer, cfg) for i in own]
+        rows = [users[i] for i in range(start, min(start + size, len(users)))]
         fill = size - len(rows)
         user_ids = [u.user_id for u in rows] + [""] * fill
         picks = [np.arange(len(u.turns)) for u in rows] + [np.arange(0)] * fill
@@ -134,60 +197,6 @@ def encode_all(
     made = _pad_users(rows, picks, numbers, numbers, tokenizer.pad_id, limits, max(count, 1))
     cuts = zip(*(row.truncations for row in rows), strict=True)
     return made, Truncations(*map(sum, cuts))
-
-
-class EncodedUsers:
-    """Encodes users of a source on demand and keeps them; a copy sent to a worker process starts
-    empty."""
-
-    def __init__(self, source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> None:
-        self._parts = (source, tokenizer, cfg)
-        self._cache: dict[int, EncodedUser] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return EncodedUsers, self._parts
-
-    def take(self, numbers: np.ndarray) -> list[EncodedUser]:
-        """Returns the users of these numbers."""
-        return [self._encode(n) for n in numbers.tolist()]
-
-    def _encode(self, number: int) -> EncodedUser:
-        found = self._cache.get(number)
-        if found is None:
-            source, tokenizer, cfg = self._parts
-            found = encode_user(source[number], tokenizer, cfg)
-            if len(self._cache) < _MAX_CACHED_USERS:
-                self._cache[number] = found
-        return found
-
-
-def make_steps(
-    num_users: int,
-    size: int,
-    make: Callable[[int, np.ndarray, list[np.random.Generator]], Any],
-    *,
-    seed: int,
-    workers: int,
-) -> grain.IterDataset:
-    """Repeats make(step, user numbers of the global batch, one generator per row of it) for ever.
-
-    What is batched are numbers, which cost nothing; each process then reads its own rows only.
-    Batches are made before the dataset becomes an iterator, so that their content does not depend
-    on `workers`. Raises: UserError when there is no user."""
-    if not num_users:
-        raise UserError("data.path: no user in this split; check the path and the split fractions")
-
-    def batch(numbered: tuple[int, np.ndarray], rng: np.random.Generator) -> Any:
-        step, members = numbered
-        seeds = rng.integers(2**63, size=size)
-        return make(int(step), members, [np.random.default_rng(s) for s in seeds])
-
-    numbers = grain.MapDataset.range(num_users).seed(seed).shuffle().repeat().batch(size)
-    steps = numbers.map_with_index(lambda step, members: (step, members)).random_map(batch)
-    dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-    if not workers:
-        return dataset
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def pick_own_rows(size: int, field: str, process_index: int, process_count: int) -> slice:

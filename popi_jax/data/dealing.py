@@ -4,7 +4,7 @@ has the same shape and next to no padding. Numpy alone."""
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 _MOST = 3  # groups of examples, each with a program of its own
 _SHORTER = 0.7  # of the longest of the group before: so much shorter is worth another group
@@ -71,3 +71,51 @@ def round_up(length: int) -> int:
 def find_longest(lengths: Sequence[int] | np.ndarray) -> int:
     """The padded length of texts, at least 1."""
     return round_up(int(max(np.max(lengths, initial=0), 1)))
+
+
+def deal_evenly(
+    loads: Float[np.ndarray, "examples kinds"], rooms: Sequence[int]
+) -> list[Int[np.ndarray, " members"]]:
+    """The numbers of the examples in each part: `rooms` of them, so that each part has about its
+    share of every kind of load.
+
+    The largest examples come first; each goes where it evens out best what is there."""
+    left, sums = np.array(rooms), np.zeros((len(rooms), loads.shape[1]))
+    size = np.array(rooms, float)
+    loads = loads - loads.mean(axis=0)
+    dealt = np.zeros(len(loads), int)
+    for example in np.argsort(-(loads**2).sum(axis=1), kind="stable"):
+        # to the square of a part's sum, which by chance alone grows with its room
+        added = (2 * sums @ loads[example] + loads[example] @ loads[example]) / size
+        added[left == 0] = np.inf
+        dealt[example] = part = int(added.argmin())
+        sums[part] += loads[example]
+        left[part] -= 1
+    return [np.flatnonzero(dealt == part) for part in range(len(rooms))]
+
+
+def group_evenly(
+    loads: Float[np.ndarray, "examples kinds"], size: int
+) -> Int[np.ndarray, "groups size"]:
+    """The numbers of the examples in groups of about the same loads; the halves of a group have
+    about the same loads too, and so have their halves. `size` divides the examples.
+
+    Pairs are made of examples that even out best, the largest examples first, then pairs of pairs;
+    what cannot be halved is dealt out."""
+    if size == 1:
+        return np.arange(len(loads))[:, None]
+    if size % 2:
+        return np.stack(deal_evenly(loads, [size] * (len(loads) // size)))
+    loads = loads - loads.mean(axis=0)
+    squares = (loads**2).sum(axis=1)
+    left, pairs = squares.copy(), list[tuple[int, int]]()
+    for first in np.argsort(-squares, kind="stable"):
+        if left[first] < np.inf:
+            left[first] = np.inf
+            # the square of their sum, but for that of the first
+            second = int((left + 2 * loads @ loads[first]).argmin())
+            left[second] = np.inf
+            pairs.append((int(first), second))
+    made = np.array(pairs)
+    whole = group_evenly(loads[made].sum(axis=1), size // 2)
+    return made[whole].reshape(len(whole), size)

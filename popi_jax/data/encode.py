@@ -3,7 +3,7 @@ that."""
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from popi_jax.data.records import Messages, User
 from popi_jax.data.selection import drop_items, list_item_sizes
 from popi_jax.errors import UserError
 
-_MEASURED_USERS = 4096
 _KNOWN_TEXTS = 1024  # prompts, and replies, that are kept encoded: many users share theirs
 _LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 
@@ -189,30 +188,6 @@ def tell_persona(user: User, tokenizer: Tokenizer, cfg: Any) -> Ids:
     unknown."""
     text = user.oracle.strip()
     return prompts.encode_summary(tokenizer, text, cfg)[: cfg.data.summary_len]
-
-
-def fit_lengths(
-    users: Sequence[User], tokenizer: Tokenizer, cfg: Any
-) -> tuple[dict[str, Any], Truncations]:
-    """Returns the padded lengths of `cfg.data`, lowered to what the longest texts need, and what
-    had to be shortened.
-
-    At most `_MEASURED_USERS` users, evenly spaced, are measured; others that are longer are
-    shortened like any other. Raises: UserError when a limit does not hold the headers alone."""
-    stride = -(-len(users) // _MEASURED_USERS)
-    encoded = [encode_user(users[i], tokenizer, cfg) for i in range(0, len(users), stride)]
-    contexts = [u.context for u in encoded]
-    turns = [prompts.render_summary_turn(tokenizer, cfg)]
-    answers: list[Ids] = []
-    for u in encoded:
-        turns += [*u.turns, *(turn for turn, _ in u.readings)]
-        answers += [*u.chosen, *u.rejected, *(answer for _, answer in u.readings)]
-    lengths = {
-        name: min(getattr(cfg.data, name), round_up(max(map(len, texts), default=1)))
-        for name, texts in (("context_len", contexts), ("turn_len", turns), ("answer_len", answers))
-    }
-    parts = zip(*(u.truncations for u in encoded), strict=True)
-    return lengths, Truncations(*(sum(part) for part in parts))
 
 
 def round_up(length: int) -> int:

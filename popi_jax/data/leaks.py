@@ -56,7 +56,8 @@ class LeakFinder:
     """Looks at users one after the other.
 
     shared_replies: replies come from a small pool (Loaded.shared_replies), so that equal ones tell
-    nothing. shared_people: a split keeps conversations together, not people."""
+    nothing. shared_people: a split keeps something else together, not
+    people."""
 
     def __init__(self, *, shared_replies: bool, shared_people: bool) -> None:
         self._shared_replies, self._shared_people = shared_replies, shared_people
@@ -77,9 +78,10 @@ class LeakFinder:
         """What leaks in the pairs of a user, given all users before."""
         position = len(self._users)
         self._users.append((user.user_id, user.split))
-        first = self._people.setdefault(user.user_id, position)
+        person = user.user_id.partition("#")[0]  # "ann#2" is ann with other signals
+        first = self._people.setdefault(person, position)
         if self._users[first][1] != user.split and not self._shared_people:
-            return [Leak("person", user.user_id, "", user.user_id)]
+            return [Leak("person", user.user_id, "", self._users[first][0])]
         heard = _list_texts(user)
         whole = "\n".join([*heard, fold(user.profile), fold(user.survey)])
         persona = fold(user.oracle)
@@ -94,7 +96,7 @@ class LeakFinder:
             if pair.conversation in told:
                 kinds.append("conversation")
             elif pair.conversation:
-                first = self._conversations.setdefault(pair.conversation, position)
+                first = self._conversations.setdefault(f"{person}/{pair.conversation}", position)
                 if self._users[first][1] != user.split:
                     kinds, other = [*kinds, "conversation"], self._users[first][0]
             if not kinds:

@@ -163,9 +163,7 @@ def _find(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Source, Path]:
 def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
     """Writes a prepared copy. Raises: UserError, after which nothing of it is left."""
     loaded = source.load(folder, cfg)
-    finder = LeakFinder(
-        shared_replies=loaded.shared_replies, shared_people=cfg.split_by == "conversation"
-    )
+    finder = LeakFinder(shared_replies=loaded.shared_replies, shared_people=cfg.split_by != "user")
     tally, found = _Tally(), list[Leak]()
     total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
     progress = Progress(total, label=f"preparing {source.name}", unit="users")

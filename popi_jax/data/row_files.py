@@ -50,7 +50,7 @@ def read_values(path: Path) -> Iterator[Value]:
 
     The name tells the format: .parquet, .csv (cells are texts, named by the first line), .json (an
     array of objects, or JSON lines), any other one is JSON lines (UTF-8; blank lines are passed
-    over). Memory: a line of JSON lines, an item of an array, a row group of parquet.
+    over). Memory: a line of JSON lines, an item of an array, some pages of parquet.
     Raises: UserError when the file is missing, damaged, of another kind or without any row."""
     name = check_file(path).name.lower()
     head = _read_head(path)
@@ -342,7 +342,9 @@ def _read_parquet(path: Path) -> Iterator[Value]:
             where = f"{path}: row {number + 1} or one of the next {BATCH}" if number else str(path)
             raise UserError(f"{where}: not parquet, or damaged ({told}).") from None
 
-    with ask(lambda: parquet.ParquetFile(path)) as file:
+    # as it is, pyarrow keeps all that was read of a file, and reads a row group at once
+    streamed = {"pre_buffer": False, "buffer_size": BLOCK}
+    with ask(lambda: parquet.ParquetFile(path, **streamed)) as file:
         names = file.schema_arrow.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

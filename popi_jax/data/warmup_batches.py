@@ -10,9 +10,11 @@ import numpy as np
 from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import batches, prompts
 from popi_jax.data.encode import EncodedUser, Ids, encode_user, fit_signals, round_up
+from popi_jax.data.order import Order
 from popi_jax.data.prepared import Dataset
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.data.records import ITEM_SEPARATOR, User
+from popi_jax.data.tokens import Encoded
 from popi_jax.errors import UserError
 
 _WRONG_SLOTS = 8  # most wrong items that are added to a summary for the generator
@@ -25,8 +27,7 @@ Example = tuple[Ids, list[tuple[Ids, Ids]]]  # a context, and the turns behind i
 class Curriculum(NamedTuple):
     """What all tasks draw from."""
 
-    source: Sequence[User]
-    encoded: batches.EncodedUsers
+    users: Encoded
     tokenizer: Tokenizer
     cfg: Any
     reading_cfg: Any  # `cfg` with the context length of reading exercises
@@ -34,9 +35,13 @@ class Curriculum(NamedTuple):
     prefix: Ids  # of the generator's contexts
     summary_turn: Ids
 
+    def take(self, numbers: np.ndarray) -> list[EncodedUser]:
+        """The users of these numbers."""
+        return [self.users.ids[n] for n in numbers.tolist()]
+
 
 def make_warmup_batches(
-    source: Sequence[User],
+    users: Encoded,
     tokenizer: Tokenizer,
     cfg: Any,
     *,
@@ -44,8 +49,9 @@ def make_warmup_batches(
     process_index: int = 0,
     process_count: int = 1,
     items: tuple[str, ...] = (),
-) -> grain.IterDataset:
-    """Makes endless `WarmupBatch`es as `batches.make_user_batches` makes those of the main stage.
+) -> grain.MapDataset:
+    """Makes the `WarmupBatch` of each step as `batches.make_user_batches` makes those of the main
+    stage.
 
     Each task has users of its own. Summaries that are lists name items in the order of `items`; ()
     where summaries are free text.
@@ -57,12 +63,12 @@ def make_warmup_batches(
         batches.pick_own_rows(size, f"warmup.{task}_users", process_index, process_count)
         for task, size in zip(_TASKS, sizes, strict=True)
     ]
+    batches.check_users(users)
     parts = Curriculum(
-        source=source,
-        encoded=batches.EncodedUsers(source, tokenizer, cfg),
+        users=users,
         tokenizer=tokenizer,
         cfg=cfg,
-        reading_cfg=_fit_reading_contexts(source, tokenizer, cfg),
+        reading_cfg=_fit_reading_contexts(users.source, tokenizer, cfg),
         items=items,
         prefix=prompts.render_generator_prefix(tokenizer, cfg),
         summary_turn=prompts.render_summary_turn(tokenizer, cfg),
@@ -73,7 +79,11 @@ def make_warmup_batches(
             "of model.summary_instruction with its headers; raise the one or shorten the other"
         )
 
-    def make(step: int, members: np.ndarray, rngs: Rngs) -> WarmupBatch:
+    loads = batches.list_loads(users.lengths, cfg.batch.pairs)
+    order = Order(loads, len(users.ids), tuple(sizes), seed=seed)
+
+    def make(step: int) -> WarmupBatch:
+        members, rngs = order.take(step), batches.make_rngs(seed, step, sum(sizes))
         made, start = [], 0
         for make_task, size, own in zip(_MAKERS, sizes, rows, strict=True):
             part = slice(start, start + size)
@@ -81,8 +91,7 @@ def make_warmup_batches(
             start += size
         return WarmupBatch(*made)
 
-    workers = cfg.data.workers
-    return batches.make_steps(len(source), sum(sizes), make, seed=seed, workers=workers)
+    return grain.MapDataset.range(batches.ENDLESS).map(make)
 
 
 def find_items(dataset: Dataset, cfg: Any) -> tuple[str, ...]:
@@ -115,7 +124,7 @@ def _make_generator_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> 
     """Answering: behind a context that tells of the user stand K = `batch.pairs` random prompts
     with their chosen replies."""
     d, examples = parts.cfg.data, list[Example]()
-    for user, rng in zip(parts.encoded.take(members), rngs, strict=True):
+    for user, rng in zip(parts.take(members), rngs, strict=True):
         context = parts.prefix + _tell(user, parts, rng)[: d.summary_len]
         picks = rng.permutation(len(user.turns))[: parts.cfg.batch.pairs]
         examples.append((context, [(user.turns[k], user.chosen[k]) for k in picks]))
@@ -144,7 +153,7 @@ def _make_summary_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> De
     """Summarising: behind the signals stand the request for a summary, and up to `warmup.readings`
     reading exercises."""
     d, w, examples = parts.cfg.data, parts.cfg.warmup, list[Example]()
-    for user, rng in zip(parts.encoded.take(members), rngs, strict=True):
+    for user, rng in zip(parts.take(members), rngs, strict=True):
         summary = _summarise(user, parts, rng)[: d.summary_len]
         picks = rng.permutation(len(user.readings))[: w.readings]
         exercises = [user.readings[k] for k in picks]
@@ -177,7 +186,7 @@ def _make_reading_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> De
     without exercises has only masked rows."""
     d, w, words, examples = parts.cfg.data, parts.cfg.warmup, parts.tokenizer, list[Example]()
     for number, rng in zip(members.tolist(), rngs, strict=True):
-        user = parts.source[number]
+        user = parts.users.source[number]
         stated = bool(user.stated) and rng.random() < w.reading_survey
         short = _keep_survey(user) if stated else _draw_exercise(user, w.reading_shots, rng)
         encoded = encode_user(short, words, parts.reading_cfg)

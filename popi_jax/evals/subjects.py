@@ -3,7 +3,6 @@ when they are asked for; what they are is told by the content of their files."""
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,13 +71,6 @@ def open_reader(place: str, command: Config, mesh: Mesh) -> Reader:
     parts = make_roles(config, words)[1]
     weights = _name_folder(config, parts, mesh, folder)
     return Reader(config, parts, weights, weights)
-
-
-def identify_words(words: Tokenizer) -> str:
-    """A hash of all that decides about the ids of a conversation."""
-    _, (text, settings, template, _, system_role) = words.__reduce__()
-    parts = repr((text, sorted(settings.items()), template, system_role))
-    return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
 def identify_shape(parts: RoleParts) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +143,7 @@ def make_main_update(
 
 def draw_lengths(run: Run, plan: UpdatePlan, at: Start) -> Spread:
     """How long the summaries of the first batches are, before the first update."""
-    cfg, users, words = run.config, run.dataset.splits["train"], run.inference.tokenizer
+    cfg, words = run.config, run.inference.tokenizer
     sampler, role = plan_run(run).sampler, plan.inference
 
     def draw(state: TrainState, frozen: Frozen, batch: Any, number: Array) -> Array:
@@ -153,10 +152,13 @@ def draw_lengths(run: Run, plan: UpdatePlan, at: Start) -> Spread:
         return sampler.sample(writer, batch, key, role.group_size).summaries.lengths
 
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = make_user_batches(users, words, cfg, seed=derive_data_seed(cfg.seed, "main"), **place)
+    seed = derive_data_seed(cfg.seed, "main")
+    batches = make_user_batches(run.users, words, cfg, seed=seed, **place)
     program, rules = jax.jit(draw), run.inference.model.rules
     found = [
-        program(at.state, at.frozen, place_batch(batch, run.mesh, rules), jnp.int32(number))
-        for number, batch in enumerate(islice(iter(batches), places.BATCHES))
+        program(
+            at.state, at.frozen, place_batch(batches[number], run.mesh, rules), jnp.int32(number)
+        )
+        for number in range(places.BATCHES)
     ]
     return places.measure_lengths(found, run.mesh)

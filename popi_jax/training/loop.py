@@ -1,6 +1,7 @@
 """The host loop: next batch, dispatch, log the previous step, save, resume. All numerics are in the
 jitted programs."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ from popi_jax.arrays import Frozen, Metrics, Params, TrainState
 from popi_jax.checkpoints import manager as checkpoints
 from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config, flatten_stored
-from popi_jax.data.batches import derive_data_seed, make_user_batches
+from popi_jax.data.batches import derive_data_seed, iterate, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
@@ -71,33 +72,50 @@ class Trained(NamedTuple):
 
 
 class StagedBatches:
-    """The batches of both stages behind one position, which a checkpoint stores."""
+    """The batches of both stages. Batch n of a stage follows from n alone, so that a checkpoint
+    stores the step, and a run goes on from any of them at once, with any number of hosts and
+    workers."""
 
-    def __init__(self, warmup: Any, main: Any, warmup_steps: int) -> None:
-        self._warmup, self._main = iter(warmup), iter(main)
-        self._warmup_steps, self._step = warmup_steps, 0
+    def __init__(self, warmup: Any, main: Any, warmup_steps: int, workers: int = 0) -> None:
+        self._stages, self._warmup_steps, self._workers = (warmup, main), warmup_steps, workers
+        self._step = 0
+        # of the stage that goes on, opened at the first batch, so that setting a step costs nothing
+        self._opened: tuple[int, contextlib.ExitStack, Iterator[Any]] | None = None
 
     def __iter__(self) -> "StagedBatches":
         return self
 
     def __next__(self) -> Any:
-        source = self._warmup if self._step < self._warmup_steps else self._main
-        batch = next(source)
+        stage = int(self._step >= self._warmup_steps)
+        if self._opened is None or self._opened[0] != stage:
+            self.close()
+            start = self._step - stage * self._warmup_steps
+            stack = contextlib.ExitStack()
+            made = stack.enter_context(iterate(self._stages[stage], start, self._workers))
+            self._opened = stage, stack, made
+        batch = next(self._opened[2])
         self._step += 1
         return batch
 
     def skip_warmup(self) -> None:
-        self._step = self._warmup_steps
+        self._go_to(self._warmup_steps)
 
     def get_state(self) -> bytes:
-        warmup, main = self._warmup.get_state(), self._main.get_state()
-        return json.dumps({"step": self._step, "warmup": warmup, "main": main}).encode()
+        return json.dumps({"step": self._step}).encode()
 
     def set_state(self, state: bytes) -> None:
-        states = json.loads(state)
-        self._step = states["step"]
-        self._warmup.set_state(states["warmup"])
-        self._main.set_state(states["main"])
+        """Also reads what former versions stored: positions of each stage beside the step."""
+        self._go_to(json.loads(state)["step"])
+
+    def close(self) -> None:
+        """Ends the processes that make batches."""
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+    def _go_to(self, step: int) -> None:
+        self.close()
+        self._step = step
 
 
 class Host(NamedTuple):
@@ -113,13 +131,13 @@ class Host(NamedTuple):
 
 
 def open_batches(run: Run) -> StagedBatches:
-    cfg, users, words = run.config, run.dataset.splits["train"], run.inference.tokenizer
+    cfg, users, words = run.config, run.users, run.inference.tokenizer
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     seed = derive_data_seed(cfg.seed, "warmup")
     warmup = make_warmup_batches(users, words, cfg, seed=seed, items=run.summary_items, **place)
     seed = derive_data_seed(cfg.seed, "main")
     main = make_user_batches(users, words, cfg, seed=seed, **place)
-    return StagedBatches(warmup, main, cfg.warmup.steps)
+    return StagedBatches(warmup, main, cfg.warmup.steps, cfg.data.workers)
 
 
 def train(run: Run, *, warm_start: str = "") -> Trained:
@@ -196,6 +214,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:
             stop.close()
+            batches.close()
             checkpoints.close(manager)
     if not setup.reads_frozen_generator(plan):  # but the evaluation does
         shapes = setup.own_params(plan, abstract)

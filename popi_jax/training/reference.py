@@ -73,7 +73,7 @@ def stand_on_base(own: Frozen, base: Params) -> Frozen:
 def score_training_pairs(params: Params, run: Run) -> PairLogps:
     """The generator's log-probs of all pairs of the training users behind no summary: [users x
     data.num_pairs]."""
-    cfg, users, role = run.config, run.dataset.splits["train"], run.generator
+    cfg, users, role = run.config, run.users.ids, run.generator
     size, scorer = cfg.evaluation.batch_users, Scorer(role.model)
 
     def score(params: Params, batch: UserBatch) -> PairLogps:
@@ -83,7 +83,7 @@ def score_training_pairs(params: Params, run: Run) -> PairLogps:
     program, found = jax.jit(score, out_shardings=replicated(run.mesh)), []
     count, shown = -(-len(users) // size), is_main_process()
     with Progress(count, label="reference", enabled=shown) as progress:
-        for number, batch in enumerate(make_eval_batches(users, role.tokenizer, cfg)):
+        for number, batch in enumerate(make_eval_batches(users, role.tokenizer.pad_id, cfg)):
             placed = place_whole(batch.batch, run.mesh, role.model.rules)
             found.append(jax.device_get(program(params, placed)))
             progress.update(number + 1)

@@ -1,15 +1,14 @@
 """A few made people, a configuration of small limits, and a look into padded tokens."""
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.base import compose
 from popi_jax.config import Config, from_config_dict
-from popi_jax.data import prompts, tokenizer
+from popi_jax.data import batches, prompts, tokenizer, tokens, warmup_batches
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 
 ITEMS = (
@@ -93,7 +92,18 @@ def decode_at(tokenizer: tokenizer.Tokenizer, tokens: Any, *at: int) -> str:
 
 def take(dataset: Any, count: int) -> list[Any]:
     """The first batches."""
-    return list(itertools.islice(iter(dataset), count))
+    return [dataset[step] for step in range(count)]
+
+
+def user_batches(users: Sequence[User], words: tokenizer.Tokenizer, cfg: Config, **how: Any) -> Any:
+    """Of the main stage."""
+    return batches.make_user_batches(tokens.encode_users(users, words, cfg), words, cfg, **how)
+
+
+def warm_batches(users: Sequence[User], words: tokenizer.Tokenizer, cfg: Config, **how: Any) -> Any:
+    """Of the warm-up."""
+    encoded = tokens.encode_users(users, words, cfg)
+    return warmup_batches.make_warmup_batches(encoded, words, cfg, **how)
 
 
 def write_users(users: Iterable[User], path: Path) -> None:

@@ -52,3 +52,29 @@ def test_lengths_are_rounded_up_by_a_thirtysecond_at_most():
     for n in range(1, 5000):
         assert n <= dealing.round_up(n) <= n * (1 + 1 / 32)
     assert dealing.find_longest(np.zeros(0, int)) == 1
+
+
+def test_parts_get_their_share_of_each_kind_of_load() -> None:
+    """Two kinds that cannot be balanced by their sum: who has much of one has little of the
+    other."""
+    one = np.repeat([0.0, 10.0], 6)
+    loads = np.stack([one, 10 - one], axis=1)
+    parts = dealing.deal_evenly(loads, [2, 4, 6])
+    assert [len(part) for part in parts] == [2, 4, 6]
+    assert sorted(np.concatenate(parts)) == list(range(12))
+    assert [loads[part].mean(axis=0).tolist() for part in parts] == [[5.0, 5.0]] * 3
+
+
+def test_groups_are_balanced_and_their_halves_too() -> None:
+    loads = np.arange(16.0)[:, None]
+    groups = dealing.group_evenly(loads, 8)
+    assert sorted(groups.reshape(-1)) == list(range(16))
+    assert loads[groups].sum(axis=(1, 2)).tolist() == [60.0, 60.0]
+    assert (loads[groups].reshape(-1, 2).sum(axis=1) == 15).all()  # pairs: 15 + 0, 14 + 1, ...
+
+
+@pytest.mark.parametrize(("users", "size"), [(1, 1), (6, 3), (12, 6), (12, 12), (30, 10), (7, 7)])
+def test_groups_of_any_size_hold_each_example_once(users: int, size: int) -> None:
+    found = dealing.group_evenly(np.random.default_rng(0).normal(size=(users, 2)), size)
+    assert found.shape == (users // size, size)
+    assert sorted(found.reshape(-1)) == list(range(users))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from popi_jax.data import batches, encode, examples, prompts
+from popi_jax.data import encode, examples, prompts
 from popi_jax.data.prepared import Dataset
 from popi_jax.data.sources import made_people
 from popi_jax.errors import UserError
 from popi_jax.evals.conditions import find_others, have_others
-from tests.data.people import USERS, decode_at, make_config, make_tokenizer, take
+from tests.data.people import USERS, decode_at, make_config, make_tokenizer, take, user_batches
 
 WORDS = make_tokenizer()
 CFG = make_config(data__prompt_aware=True, batch__pairs=1)
@@ -36,7 +36,7 @@ def test_a_run_reads_its_users_as_examples() -> None:
     assert examples.split_pairs(dataset, make_config()) == (dataset, make_config())
     found, cfg = examples.split_pairs(dataset, CFG)
     assert cfg.data.num_pairs == 1 and len(found.splits["test"]) == 0
-    for batch in take(batches.make_user_batches(found.splits["train"], WORDS, cfg, seed=0), 3):
+    for batch in take(user_batches(found.splits["train"], WORDS, cfg, seed=0), 3):
         assert batch.pair_mask.all() and batch.turns.ids.shape[1] == 1
         for row in range(4):
             # the context ends with the prompt that the turn asks

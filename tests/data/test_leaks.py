@@ -89,6 +89,8 @@ def test_two_splits() -> None:
     again = user(pairs=(pair(2),), split="test")
     assert look(user(), again) == [Leak("person", "ann", "", "ann")]
     assert look(user(), again, shared_people=True) == []
+    draw = user("ann#2", pairs=(pair(2),), split="test")
+    assert look(user(), draw) == [Leak("person", "ann#2", "", "ann")]
     talk = [
         user(pairs=(pair(n, conversation="c1"),), split=s) for n, s in ((0, "train"), (2, "test"))
     ]

@@ -13,7 +13,16 @@ from popi_jax.data import prompts, warmup_batches
 from popi_jax.data.records import Reading, User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
-from tests.data.people import ITEMS, USERS, decode_at, ids_at, make_config, make_tokenizer, take
+from tests.data.people import (
+    ITEMS,
+    USERS,
+    decode_at,
+    ids_at,
+    make_config,
+    make_tokenizer,
+    take,
+    warm_batches,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +57,7 @@ def warm(
         for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey")
     }
     changes = true | changes
-    return take(
-        warmup_batches.make_warmup_batches(
-            users, tokenizer, make_config(**changes), seed=0, items=items
-        ),
-        count,
-    )
+    return take(warm_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
 
 
 def told(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:

@@ -122,7 +122,9 @@ def test_margins_are_those_of_each_user_behind_the_user_s_text(
     whole = dataclasses.replace(
         cfg, evaluation=dataclasses.replace(cfg.evaluation, batch_users=len(users))
     )
-    (batch,) = batches.make_eval_batches(users, words, whole)
+    (batch,) = batches.make_eval_batches(
+        [encode.encode_user(user, words, whole) for user in users], words.pad_id, whole
+    )
     program = jax.jit(Scorer(tiny.run.generator.model).score_pairs)
     now, before = jax.device_get((tiny.now.generator.params, tiny.frozen.generator))
 

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from popi_jax.config import Config
-from popi_jax.data import batches, encode, prompts
+from popi_jax.data import encode, prompts
 from popi_jax.evals import conditions
 from popi_jax.evals.conditions import People
-from tests.data.people import USERS, ids_at, make_config, make_tokenizer, make_user, take
+from tests.data.people import (
+    USERS,
+    ids_at,
+    make_config,
+    make_tokenizer,
+    make_user,
+    take,
+    user_batches,
+)
 
 WORDS = make_tokenizer()
 PHASES = ("generator 3",)
@@ -29,7 +37,7 @@ def test_training_tells_what_the_evaluation_tells(reads: str, context_len: int) 
     (condition,) = (c for c in conditions.CONDITIONS if c.name == name)
     shown = condition.make_texts(People(USERS, WORDS, cfg))
     seen = set()
-    for batch in take(batches.make_user_batches(USERS, WORDS, cfg, seed=0), 6):
+    for batch in take(user_batches(USERS, WORDS, cfg, seed=0), 6):
         assert batch.told.ids.shape[1] == (context_len if reads == "signals" else 24)
         for row in range(4):
             number = int(batch.pair_number[row, 0]) // cfg.data.num_pairs
@@ -47,10 +55,10 @@ def test_training_tells_what_the_evaluation_tells(reads: str, context_len: int) 
 
 def test_batches_of_other_runs_have_no_such_texts() -> None:
     """Not an array more, and the others are the same."""
-    (plain,) = take(batches.make_user_batches(USERS, WORDS, make_config(), seed=0), 1)
+    (plain,) = take(user_batches(USERS, WORDS, make_config(), seed=0), 1)
     assert plain.told is None and plain.taught is None and len(jax.tree.leaves(plain)) == 11
     for reads in ("signals", "nothing"):
-        (batch,) = take(batches.make_user_batches(USERS, WORDS, config_for(reads), seed=0), 1)
+        (batch,) = take(user_batches(USERS, WORDS, config_for(reads), seed=0), 1)
         jax.tree.map(np.testing.assert_array_equal, batch._replace(told=None), plain)
         assert (batch.told is None) == (reads == "nothing")
 
@@ -59,7 +67,7 @@ def test_users_without_persona_are_left_out() -> None:
     users = [dataclasses.replace(make_user(n, 3), oracle=" " if n % 2 else "") for n in range(3)]
     users.append(make_user(3, 3))
     cfg = config_for("persona")
-    for batch in take(batches.make_user_batches(users, WORDS, cfg, seed=0), 2):
+    for batch in take(user_batches(users, WORDS, cfg, seed=0), 2):
         known = batch.told.lengths > 0
         assert sorted(known) == [False, False, False, True]
         assert (batch.pair_mask.sum(axis=1) == np.where(known, 3, 0)).all()
@@ -68,7 +76,7 @@ def test_users_without_persona_are_left_out() -> None:
 def test_what_is_taught_is_the_persona_as_a_reply() -> None:
     users = [*USERS[:3], dataclasses.replace(make_user(3, 3), oracle="")]
     cfg = make_config(schedule__phases=("supervised 2", "generator 1"))
-    (batch,) = take(batches.make_user_batches(users, WORDS, cfg, seed=0), 1)
+    (batch,) = take(user_batches(users, WORDS, cfg, seed=0), 1)
     for row in range(4):
         user = users[int(batch.pair_number[row, 0]) // cfg.data.num_pairs]
         expected = [*WORDS.encode(user.oracle), WORDS.eos_id] if user.oracle else []

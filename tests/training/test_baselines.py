@@ -12,7 +12,7 @@ import pytest
 
 from popi_jax.arrays import Frozen, TrainState, UserBatch
 from popi_jax.config import Config
-from popi_jax.data.measure import Fill, Spread
+from popi_jax.data.measure import Fill, Totals
 from popi_jax.distributed import StopRequest
 from popi_jax.errors import UserError
 from popi_jax.popi.update import popi_update
@@ -48,11 +48,11 @@ def told_config(reads: str, microbatches: int = 1) -> Config:
 def budgets_of(cfg: Config, users: UserBatch, shards: int) -> Any:
     """As a run plans them, of the lengths that the users have."""
     fill = Fill(
-        contexts=Spread(10.0, 0.0),
-        pairs=Spread(26.0, 0.0),
-        answers=Spread(16.0, 0.0),
+        contexts=Totals(((1, 1, 10),)),
+        pairs=Totals(((1, 1, 26),)),
+        answers=Totals(((1, 1, 16),)),
         warmup={},
-        told=Spread(0.0, 0.0) if users.told is None else Spread(6.0, 0.0),
+        told=Totals(() if users.told is None else ((1, 1, 6),)),
     )
     with jax.set_mesh(small.make_mesh(1, shards, 1)):
         return setup.plan_budgets(fill, small.GLUE, MODEL, cfg, summary_fill=1.0)

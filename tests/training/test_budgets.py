@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from popi_jax.data.measure import Fill, Spread, TaskFill
+from popi_jax.data.measure import Fill, TaskFill, Totals
 from popi_jax.models.layout import UNSPLIT
 from popi_jax.models.packing import Budget, Budgets
 from popi_jax.training.setup import plan_budgets, plan_warmup_budgets
@@ -13,11 +13,18 @@ from tests.oracles.plain import MODEL
 from tests.training import small
 
 SAMPLED_WHOLE = dataclasses.replace(MODEL, rollout_rules=UNSPLIT)
+
+
+def even(tokens: int) -> Totals:
+    """Of users who have so many tokens each."""
+    return Totals(((1, 1, tokens),))
+
+
 FILL = Fill(
-    contexts=Spread(100.0, 0.0),
-    pairs=Spread(30.0, 0.0),
-    answers=Spread(20.0, 0.0),
-    warmup={"generator": TaskFill(Spread(40.0, 0.0), Spread(7.0, 0.0))},
+    contexts=even(100),
+    pairs=even(30),
+    answers=even(20),
+    warmup={"generator": TaskFill(even(40), even(7))},
 )
 CFG = small.make_config()  # 8 users; summaries of 4 tokens at most
 FILLED = 0.75
@@ -58,7 +65,7 @@ def test_more_spread_needs_more_room_and_many_shards_more_still() -> None:
         with jax.set_mesh(small.make_mesh(shards, 1, 1)):
             return plan_budgets(fill, small.GLUE, MODEL, CFG, summary_fill=FILLED)
 
-    even, uneven = plan(FILL, 1), FILL._replace(pairs=Spread(30.0, 5.0))
-    found = plan(uneven, 1)
-    assert found.pairs > even.pairs and found._replace(pairs=0) == even._replace(pairs=0)
-    assert 4 * plan(uneven, 4).pairs > found.pairs
+    uneven = FILL._replace(pairs=Totals(((8, 1, 250), (2, 4, 70), (1, 8, 40))))
+    before, found = plan(FILL, 1), plan(uneven, 1)
+    assert found.pairs == 250 and found._replace(pairs=0) == before._replace(pairs=0)
+    assert plan(uneven, 4).pairs == 70

@@ -1,6 +1,7 @@
 """The host loop: what it writes and saves, how it stops, and that a killed run continues as if it
 never was."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,38 +35,37 @@ ROOT = Path(__file__).parents[2]
 STATE = TrainState(None, None, None, None)  # the loop only hands it on
 
 
-class Numbers:
-    """0, 1, 2, … with a position, as the iterators of grain have it."""
-
-    def __init__(self, start: int) -> None:
-        self.next = start
-
-    def __iter__(self) -> "Numbers":
-        return self
-
-    def __next__(self) -> int:
-        self.next += 1
-        return self.next - 1
-
-    def get_state(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+def staged() -> StagedBatches:
+    """Three steps of a warm-up: 0, 1, 2; then 100, 101, ..."""
+    numbers = grain.MapDataset.range(1000)
+    return StagedBatches(numbers, numbers.map(lambda n: 100 + n), 3)
 
 
 def test_batches_of_both_stages_continue_at_their_position() -> None:
-    def staged() -> StagedBatches:
-        return StagedBatches(Numbers(0), Numbers(100), 3)
-
-    batches = staged()
-    assert [next(batches) for _ in range(6)] == [0, 1, 2, 100, 101, 102]
+    with contextlib.closing(staged()) as batches:
+        assert [next(batches) for _ in range(6)] == [0, 1, 2, 100, 101, 102]
     for taken in (0, 2, 3, 5):
-        batches, again = staged(), staged()
-        for _ in range(taken):
-            next(batches)
-        again.set_state(batches.get_state())
-        assert [next(again) for _ in range(4)] == [next(batches) for _ in range(4)]
+        with contextlib.closing(staged()) as batches, contextlib.closing(staged()) as again:
+            for _ in range(taken):
+                next(batches)
+            next(again)
+            again.set_state(batches.get_state())
+            assert [next(again) for _ in range(4)] == [next(batches) for _ in range(4)]
+
+
+def test_positions_of_former_versions_are_read() -> None:
+    """They named those of each stage too; the main stage had one from its own start."""
+    before = {"step": 5, "warmup": {"next_index": 3}, "main": {"next_index": 2}}
+    with contextlib.closing(staged()) as batches:
+        batches.set_state(json.dumps(before).encode())
+        assert next(batches) == 102
+        assert json.loads(batches.get_state()) == {"step": 6}
+
+
+def test_the_main_stage_begins_at_its_start_without_a_warm_up_of_its_own() -> None:
+    with contextlib.closing(staged()) as batches:
+        batches.skip_warmup()
+        assert [next(batches), next(batches)] == [100, 101]
 
 
 class Scripted:
@@ -172,7 +173,7 @@ def test_exit_status_of_a_run_that_was_stopped(
     def stop(run: Run, *, warm_start: str) -> None:
         raise Stopped(int(number), 3)
 
-    run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None)
+    run = Run(None, "", small.make_mesh(1, 1, 1), None, None, None, None, None)
     monkeypatch.setattr("popi_jax.run.open_run", lambda _: run)
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(SystemExit) as exited:

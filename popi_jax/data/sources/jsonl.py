@@ -60,14 +60,14 @@ def list_files(path: Path) -> list[Path]:
 
 
 def load(path: Path, cfg: Any) -> Loaded:
-    """Reads a file, split by user_id, or a folder of train.jsonl, validation.jsonl and test.jsonl
-    (or with another of SUFFIXES).
+    """Reads a file, split by user_id or by conversation, or a folder of train.jsonl,
+    validation.jsonl and test.jsonl (or with another of SUFFIXES).
 
     Args: cfg: the `data` part of the configuration.
-    Raises: UserError, also when a user_id occurs in two files of a folder."""
+    Raises: UserError, also when what is kept together occurs in two files of a folder."""
     users: list[User] = []
     bad_rows: list[str] = []
-    # user_id -> its split and where it was first seen
+    # what is kept together, user_id or conversation -> its split and where it was first seen
     split_by_name: dict[str, tuple[str, str]] = {}
     files = list_files(path)
     for split, file in zip(SPLITS if path.is_dir() else ("",), files, strict=True):
@@ -87,18 +87,23 @@ def _read_records(
 
     def parse(row: Row) -> Record:
         record = _parse_record(_leave_out_null(row, file))
-        name = record.user.user_id
-        own = split or choose_split(name, cfg.validation_fraction, cfg.test_fraction)
+        name, talks = record.user.user_id, cfg.split_by == "conversation"
+        if talks and not record.pair.conversation:
+            allowed = "the id of a conversation, by which data.split_by = conversation splits"
+            raise row.make_error("conversation", "", allowed, "Add it, or split by user.")
+        kept = f"{name}/{record.pair.conversation}" if talks else name
+        own = split or choose_split(kept, cfg.validation_fraction, cfg.test_fraction)
         user, first = told.setdefault(name, (record.user, row.where))
         for field in ("oracle", "groups"):
             found, known = getattr(record.user, field), getattr(user, field)
             if found != known:
                 allowed = f"the same of each user_id, {show(known)} at {first}"
                 raise row.make_error(field, found, allowed, "Correct it.")
-        earlier, first = split_by_name.setdefault(name, (own, row.where))
+        earlier, first = split_by_name.setdefault(kept, (own, row.where))
         if earlier != own:
-            allowed = f"a user of one split only (also at {first})"
-            raise row.make_error("user_id", name, allowed, "Keep each user in one file.")
+            field, what = ("conversation", "conversation") if talks else ("user_id", "user")
+            allowed = f"a {what} of one split only (also at {first})"
+            raise row.make_error(field, kept, allowed, f"Keep each {what} in one file.")
         row.check_unique("record_id", seen)
         return Record(dataclasses.replace(record.user, split=own), record.pair)
 
@@ -197,10 +202,11 @@ def _group(records: list[Record], cfg: Any) -> list[User]:
     pairs: dict[User, list[Pair]] = {}
     for record in records:
         pairs.setdefault(record.user, []).append(record.pair)
-    draws: dict[str, int] = {}
+    draws: dict[str, dict[User, int]] = {}  # of the signals of each name, in any split
     users: list[User] = []
     for user, held_out in pairs.items():
-        draw = draws[user.user_id] = draws.get(user.user_id, 0) + 1
+        known = draws.setdefault(user.user_id, {})
+        draw = known.setdefault(dataclasses.replace(user, split=""), len(known) + 1)
         name = _escape(user.user_id)
         user_id = name if draw == 1 else f"{name}#{draw}"
         shots, kept = user.shots[: cfg.num_shots], tuple(held_out[: cfg.num_pairs])
@@ -271,7 +277,11 @@ SOURCE = Source(
         page="",
         licence="the licence is that of the person who provided them.",
     ),
-    options=("on_bad_row", "validation_fraction", "test_fraction", "num_shots", "num_pairs"),
+    options=(
+        *("on_bad_row", "split_by", "validation_fraction", "test_fraction", "num_shots"),
+        "num_pairs",
+    ),
     files=list_files,
     load=load,
+    splits=("user", "conversation"),
 )

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from benchmarks import made_alignx
@@ -17,6 +18,7 @@ from popi_jax.data.json_rows import Row
 from popi_jax.data.leaks import LeakFinder
 from popi_jax.data.prompts import list_training_texts
 from popi_jax.data.records import User
+from popi_jax.data.row_files import read_values
 from popi_jax.data.sources import alignx, alignx_axes, alignx_rows
 from popi_jax.errors import UserError
 from tests.checkpoints import fake_hub
@@ -435,3 +437,12 @@ def test_made_files_are_in_the_format(tmp_path: Path) -> None:
     assert 500 < sum(sizes) / len(sizes) < 8000
     finder = LeakFinder(shared_replies=False, shared_people=False)
     assert [leak for user in users for leak in finder.check(user)] == []
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    made_alignx.write(path, 20_000, seed=0)
+    most = 0
+    for number, _ in enumerate(read_values(path)):
+        most = max(most, pa.total_allocated_bytes()) if number % 200 == 0 else most
+    assert number == 19_999 and path.stat().st_size > 75e6 > 1.25 * most

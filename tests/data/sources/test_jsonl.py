@@ -1,6 +1,7 @@
 """Own data: grouping, splits, every rule of the format, and writing what was read."""
 
 import copy
+import dataclasses
 import gzip
 import json
 import types
@@ -13,6 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from popi_jax.config_data import DataConfig
+from popi_jax.data.prepared import prepare
 from popi_jax.data.records import Comment, Pair, Shot, User
 from popi_jax.data.sources import jsonl
 from popi_jax.data.splits import choose_split
@@ -39,6 +42,7 @@ RECORD: dict[str, Any] = {
 
 def options(**changes: object) -> types.SimpleNamespace:
     fields = {
+        "split_by": "user",
         "on_bad_row": "error",
         "validation_fraction": 0.2,
         "test_fraction": 0.2,
@@ -303,3 +307,43 @@ def test_a_folder_may_hold_any_format_once(tmp_path: Path) -> None:
     ]
     write(tmp_path / "test.jsonl", [record(user_id="d")])
     assert "found test.jsonl, test.parquet, allowed: one of them" in error(tmp_path)
+
+
+def test_split_by_conversation(tmp_path: Path) -> None:
+    """A person is in several splits with the same signals, a conversation in one alone."""
+    rows = [
+        {
+            "user_id": f"u{n % 4}",
+            "record_id": str(n),
+            "prompt": [{"role": "user", "content": f"what of {n}?"}],
+            "chosen": f"tea {n}",
+            "rejected": "b",
+            "conversation": f"c{n // 8}",
+            "signals": {"profile": f"I am {n % 4}"},
+        }
+        for n in range(160)
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = dataclasses.replace(
+        DataConfig(),
+        source="jsonl",
+        path=str(path),
+        prepared=str(tmp_path / "p"),
+        split_by="conversation",
+        num_pairs=100,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+    )
+    splits = prepare(cfg, allow_sample=False).splits
+    assert [sorted(u.user_id for u in users) for users in splits.values()] == [
+        [f"u{n}" for n in range(4)]
+    ] * 3
+    talks = [
+        {(u.user_id, p.conversation) for u in users for p in u.pairs} for users in splits.values()
+    ]
+    assert sum(map(len, talks)) == len(set.union(*talks)) == 80
+    del rows[7]["conversation"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"talks.jsonl:8: field \"conversation\".*or split by user"):
+        prepare(cfg, allow_sample=False)
