@@ -21,6 +21,7 @@ from popi_jax.config_rules import list_settings
 from popi_jax.data import leaks, prepared_files
 from popi_jax.data.leaks import Leak, LeakFinder
 from popi_jax.data.prepared_files import FileSums, UserWriter
+from popi_jax.data.read_ahead import read_ahead
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import (
     alignx,
@@ -56,6 +57,7 @@ SOURCES = (
 )
 FORMAT = 4  # raise it whenever a source or `User` changes what it makes of the same files
 OPTIONS = [field.name for field in list_settings(DataConfig) if field.data]
+_LARGE = 10_000  # users: from so many on, another process reads them
 _SHOWN = 8  # leaks of a kind that an error names
 _TOLD_AFTER = 2000  # users: so often the progress is shown
 
@@ -163,6 +165,8 @@ def _find(cfg: Any, allow_sample: bool, trained_on: str) -> tuple[Source, Path]:
 def _write(source: Source, folder: Path, cfg: Any, home: Path) -> None:
     """Writes a prepared copy. Raises: UserError, after which nothing of it is left."""
     loaded = source.load(folder, cfg)
+    if loaded.total >= _LARGE:
+        loaded = read_ahead(loaded, source.load, folder, cfg)
     finder = LeakFinder(shared_replies=loaded.shared_replies, shared_people=cfg.split_by != "user")
     tally, found = _Tally(), list[Leak]()
     total = loaded.total or (len(loaded.users) if isinstance(loaded.users, Sized) else 0)
