@@ -289,7 +289,7 @@ def _run_blocks(
     many = count >= _MANY
     if many and show:
         logging.info("Encoding %d users", count)
-    with Progress(count, label="users encoded", enabled=show and many) as progress:
+    with Progress(count, label="encoding", unit="users", enabled=show and many) as progress:
         if not many:
             for block in blocks:
                 encode = functools.partial(_encode_one, source, tokenizer, cfg)
