@@ -40,7 +40,7 @@ options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
 .PHONY: help setup data train eval sweep transfer baselines summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
-  bench-padding bench-growth bench-restart bench-evaluation bench-gpu bench-peers-setup bench-peers profile clean
+  bench-padding bench-growth bench-restart bench-data bench-evaluation bench-gpu bench-peers-setup bench-peers profile clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -135,6 +135,9 @@ profile: $(STAMP) ## trace PROGRAM, and show where its time goes
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
+
+bench-data: $(STAMP) ## how fast a large made set is prepared, encoded and read in batches
+	$(RUN) benchmarks.data $(ARGS)
 
 bench-evaluation: $(STAMP) ## time the scoring of pairs beside lm-evaluation-harness
 	$(RUN) benchmarks.evaluation $(ARGS)
