@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_programs([WORKLOADS[name] for name in args.workloads], args.geometry), args.rounds
     )
     sample = ["--config.data.path=data/none", "--config.data.download=false"]
-    shares = {} if args.no_padding else padding.measure_configuration("prism:scale=laptop", sample)
-    result["padding"] = {name: one._asdict() for name, one in shares.items()}
+    shares = [] if args.no_padding else padding.measure_configuration("prism:scale=laptop", sample)
+    result["padding"] = shares
     tables.write_json(args.out, result)
     print(render(result))
     if shares:

@@ -1,15 +1,15 @@
 """How much of what the models compute holds no token, and what it saves to leave that out.
 
-Looks at batches of a configuration (--config and --config.FIELD=VALUE as for training; the default
-is that of make train on its sample), then times the gradient steps on texts of uneven lengths, with
-padding and without, in turns."""
+Looks at batches of a configuration, as a run makes them and as users who are only shuffled, for
+devices that hold one user of a batch or more (--config and --config.FIELD=VALUE as for training;
+the default is that of make train on its sample), then times the gradient steps on texts of uneven
+lengths, with padding and without, in turns."""
 
 import argparse
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,17 @@ import numpy as np
 from benchmarks import options, tables
 from benchmarks.workloads import TINY, WIDE, WORKLOADS, Geometry, Workload
 from popi_jax.arrays import Tokens, UserBatch
-from popi_jax.data.measure import Fill
+from popi_jax.data.measure import Fill, Spread, Totals
 
-BATCHES = 20
+BATCHES = 128  # of another order than those that places are planned from
+FIRST = 8  # from which former versions planned places
+USERS_OF_A_DEVICE = (1, 2, 4)  # and all
 MEAN, STD = 0.55, 0.2  # of the lengths of uneven texts, as parts of the longest
+PARTS = {
+    "signals": ("context",),
+    "prompts and replies": ("turns", "chosen", "rejected"),
+    "replies": ("chosen", "rejected"),
+}
 
 
 class Padding(NamedTuple):
@@ -32,30 +39,48 @@ class Padding(NamedTuple):
     fitting: float  # share of the batches
 
 
-def measure_padding(batches: Iterable[UserBatch], fill: Fill) -> dict[str, Padding]:
+def list_budgets(fill: Fill) -> dict[str, Totals]:
+    return dict(zip(PARTS, (fill.contexts, fill.pairs, fill.answers), strict=True))
+
+
+def measure_padding(
+    batches: Iterable[UserBatch], budgets: Mapping[str, Totals | Spread], shards: int = 1
+) -> dict[str, Padding]:
     """Of the signals and of the pairs, summaries left out, and of the replies, to which the LM head
-    is applied."""
+    is applied; a batch fits where all of its shards do."""
     seen = list(batches)
-    parts = {
-        "signals": (("context",), fill.contexts),
-        "prompts and replies": (("turns", "chosen", "rejected"), fill.pairs),
-        "replies": (("chosen", "rejected"), fill.answers),
-    }
     found = {}
-    for name, (fields, spread) in parts.items():
+    for name, fields in PARTS.items():
         texts: list[list[Tokens]] = [[getattr(batch, field) for field in fields] for batch in seen]
-        tokens = np.array([sum(int(np.sum(part.lengths)) for part in batch) for batch in texts])
+        rows = np.stack([count_tokens(batch) for batch in texts])
+        tokens = rows.reshape(len(seen), shards, -1).sum(axis=2)
         slots = np.array([sum(part.ids.size for part in batch) for batch in texts])
-        places = spread.budget(seen[0].index.size, 1)
-        computed = np.where(tokens <= places, np.minimum(places, slots), slots)
+        places = budgets[name].budget(rows.shape[1] // shards, shards)
+        fitting = (tokens <= places).all(axis=1)
+        computed = np.where(fitting, np.minimum(places * shards, slots), slots)
         of_slots, of_computed = (float(1 - tokens.sum() / size.sum()) for size in (slots, computed))
-        found[name] = Padding(of_slots, of_computed, float(np.mean(tokens <= places)))
+        found[name] = Padding(of_slots, of_computed, float(fitting.mean()))
     return found
 
 
-def measure_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
-    """Of the first batches that a run makes. In a process of its own: a run starts devices and sets
-    a mesh.
+def count_tokens(texts: Sequence[Tokens]) -> np.ndarray:
+    """[users]"""
+    return np.sum([x.lengths.reshape(len(x.lengths), -1).sum(axis=1) for x in texts], axis=0)
+
+
+def guess_budgets(batches: Sequence[UserBatch]) -> dict[str, Spread]:
+    """As if users shared a batch by chance, from the first batches: how places were planned before
+    batches were dealt."""
+    found = {}
+    for name, fields in PARTS.items():
+        counts = np.stack([count_tokens([getattr(b, f) for f in fields]) for b in batches])
+        found[name] = Spread(float(counts.mean()), float(counts.std()))
+    return found
+
+
+def measure_configuration(name: str, settings: Sequence[str]) -> list[dict[str, Any]]:
+    """Of the batches that a run makes, beside those of users who are shuffled alone. In a process
+    of its own: a run starts devices and sets a mesh.
 
     Raises: UserError.
     """
@@ -63,17 +88,41 @@ def measure_configuration(name: str, settings: Sequence[str]) -> dict[str, Paddi
         return pool.apply(_measure_configuration, (name, settings))
 
 
-def _measure_configuration(name: str, settings: Sequence[str]) -> dict[str, Padding]:
+class Alike(Sequence[Any]):
+    """Encoded users who all seem to have the same lengths, so that dealing them is shuffling."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids, self.lengths = ids, np.zeros_like(ids.lengths)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.ids[number]
+
+
+def _measure_configuration(name: str, settings: Sequence[str]) -> list[dict[str, Any]]:
     from popi_jax import cli
-    from popi_jax.data import batches
+    from popi_jax.data.batches import make_user_batches
     from popi_jax.run import open_run
 
     with tempfile.TemporaryDirectory() as workdir:
         config = cli.load_config(name, [f"--config.workdir={workdir}", *settings])
         run = open_run(config)
-        users, words = run.dataset.splits["train"], run.inference.tokenizer
-        made = batches.make_user_batches(users, words, run.config, seed=config.seed)
-        return measure_padding(islice(iter(made), BATCHES), run.measured.fill)
+        words, cfg, rows = run.inference.tokenizer, run.config, []
+        shuffled = run.users._replace(ids=Alike(run.users.ids))  # type: ignore[arg-type]
+        for order, users in (("shuffled", shuffled), ("dealt", run.users)):
+            made = make_user_batches(users, words, cfg, seed=cfg.seed + 1)
+            batches = [made[step] for step in range(BATCHES)]
+            budgets = guess_budgets(batches[:FIRST])
+            if order == "dealt":
+                budgets = list_budgets(run.measured.fill)  # type: ignore[assignment]
+            size = cfg.batch.users
+            for each in [n for n in USERS_OF_A_DEVICE if n < size and size % n == 0] + [size]:
+                for part, found in measure_padding(batches, budgets, size // each).items():
+                    row = {"part": part, "order": order, "users_of_a_device": each}
+                    rows.append(row | found._asdict())
+        return rows
 
 
 def cut_texts(users: UserBatch, seed: int = 0) -> UserBatch:
@@ -116,11 +165,15 @@ def time_steps(work: Workload, geometry: Geometry, rounds: int) -> list[dict[str
     return rows
 
 
-def render(shares: dict[str, Padding]) -> str:
-    rows = [(name, *(f"{100 * share:.1f} %" for share in one)) for name, one in shares.items()]
-    return tables.render_table(
-        ("padding", "of slots", "of what is computed", "batches that fit"), rows
-    )
+def render(found: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for row in sorted(
+        found, key=lambda row: ([*PARTS].index(row["part"]), row["users_of_a_device"])
+    ):
+        shares = (f"{100 * row[name]:.1f} %" for name in ("slots", "computed", "fitting"))
+        rows.append((row["part"], row["order"], row["users_of_a_device"], *shares))
+    head = ("padding", "order", "users of a device", "of slots", "of what is computed", "that fit")
+    return tables.render_table(head, rows)
 
 
 def render_steps(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     print(render(shares))
-    result: dict[str, Any] = {"padding": {name: one._asdict() for name, one in shares.items()}}
+    result: dict[str, Any] = {"padding": shares}
     if not args.no_steps:
         result["steps"] = [
             *time_steps(WORKLOADS["popi"], TINY, args.rounds),

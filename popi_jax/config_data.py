@@ -2,7 +2,16 @@
 
 import dataclasses
 
-from popi_jax.config_rules import BELOW_ONE, FOLDER, HAS_END, PLACE, at_least, one_of, setting
+from popi_jax.config_rules import (
+    BELOW_ONE,
+    FOLDER,
+    HAS_END,
+    ON_DISK,
+    PLACE,
+    at_least,
+    one_of,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +29,7 @@ class DataConfig:
         "", "which of several forms of a data set, see docs/data.md; '' = its first", data=True
     )
     path: str = setting(
-        "data/prism", "folder or file of the published files", PLACE, free=True, path=True
+        "data/prism", "folder or file of the published files", PLACE, ON_DISK, free=True, path=True
     )
     revision: str = setting(
         "", "commit of the hub to download; '' = the one that the source names", data=True
@@ -29,6 +38,7 @@ class DataConfig:
         "data/prepared",
         "folder of the copies, one per content and options",
         FOLDER,
+        ON_DISK,
         free=True,
         path=True,
     )

@@ -92,6 +92,7 @@ JSON_OBJECT = Allowed(
     """must be a JSON object, as '{"enable_thinking": false}', or ''""", lambda x: _is_object(x)
 )
 FOLDER = Allowed("must name a folder", bool)
+ON_DISK = Allowed("must be on a disk of this machine; copy it here first", lambda x: "://" not in x)
 PLACE = Allowed("must name the folder or file of the data", bool)
 NAME = Allowed(
     "must consist of letters, digits, '_', '-' and '.'",

@@ -311,7 +311,7 @@ def load_measured(
         items = warmup_batches.find_items(dataset, config)
         warmup = make(users, words, fitted, seed=0, items=items)
     cut = measure.count_truncations(users.lengths)
-    measured = Measured(lengths, cut, measure.measure_fill(main, warmup))
+    measured = Measured(lengths, cut, measure.measure_fill(main, warmup, users=len(users.ids)))
     if distributed.is_main_process():
         files.write_whole(path, measure.to_json(measured))
     return measured

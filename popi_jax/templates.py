@@ -13,6 +13,7 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
+from popi_jax.config_rules import expand_home
 from popi_jax.errors import UserError, did_you_mean
 
 OURS = Path(__file__).parent / "data" / "templates"
@@ -45,7 +46,7 @@ def read_setting(kind: str, value: str, *, in_user_message: bool = False) -> str
     the field, the file and the line."""
     where, text = f"config.model.{kind}_template", value
     if value.startswith("@"):
-        path = Path(value[1:]).expanduser()
+        path = Path(expand_home(value[1:], where))
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:

@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks.growth_chart import choose_step
 from benchmarks.programs import make_users
 from benchmarks.workloads import TINY, WORKLOADS, Workload
-from popi_jax.data.measure import Fill, Spread
+from popi_jax.data.measure import Totals
 
 MINUTE = Workload("minute", "dpo", users=2, pairs=1, prompt_len=8, answer_len=4)
 SMALL = TINY._replace(
@@ -208,16 +208,19 @@ def test_profile_sums_up_the_operations_of_the_program() -> None:
 def test_padding_is_the_share_without_a_token() -> None:
     users = make_users(MINUTE, 64)
     half = users._replace(chosen=users.chosen._replace(lengths=users.chosen.lengths // 2))
-    full, replies = Spread(8.0, 0.0), Spread(6.0, 0.0)
-    pairs = users.turns.ids.shape[-1] + 6.0
-    found = padding.measure_padding([half], Fill(full, Spread(pairs, 0.0), replies, {}))
+    pairs = users.turns.ids.shape[-1] + 6
+
+    def measure_with(pairs: int, replies: int) -> dict[str, padding.Padding]:
+        most = {"signals": 8, "prompts and replies": pairs, "replies": replies}
+        budgets = {name: Totals(((1, 1, tokens),)) for name, tokens in most.items()}
+        return padding.measure_padding([half], budgets)
+
+    found = measure_with(pairs, 6)
     slots = users.turns.ids.size + 2 * users.chosen.ids.size
     assert found["prompts and replies"].slots == pytest.approx(users.chosen.ids.size / 2 / slots)
     assert found["replies"] == pytest.approx((0.25, 0.0, 1.0))
     # one token too few in the budget: computed padded
-    found = padding.measure_padding(
-        [half], Fill(full, Spread(pairs - 0.5, 0.0), Spread(7.0, 0.0), {})
-    )
+    found = measure_with(pairs - 1, 7)
     assert found["prompts and replies"][1:] == pytest.approx(
         (found["prompts and replies"].slots, 0.0)
     )

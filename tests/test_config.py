@@ -145,6 +145,12 @@ def test_empty_values_of_arg_mean_defaults() -> None:
             "psoups, ufp4, prefeval, personamem, jsonl. "
             'Did you mean "prism"?',
         ),
+        (
+            "data.path",
+            "gs://bucket/mine.jsonl",
+            'config.data.path = "gs://bucket/mine.jsonl": must be on a disk of this machine',
+        ),
+        ("data.prepared", "gs://bucket/x", 'config.data.prepared = "gs://bucket/x": must be on a'),
         ("generator.beta", 0.0, "config.generator.beta = 0.0: must be above 0"),
         ("generator.beta", float("nan"), "config.generator.beta = NaN: must be a finite number"),
         ("seed", True, "config.seed = true: must be a whole number"),

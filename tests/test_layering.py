@@ -27,7 +27,7 @@ ALLOWED = {
     "config_rules": {"errors"},
     "phases": {"errors"},
     "signals": {"errors"},
-    "templates": {"errors"},
+    "templates": {"config_rules", "errors"},
     "config_data": {"config_rules"},
     "config": {"config_data", "config_rules", "errors", "phases", "signals", "templates"},
     "cli": {"config", "config_rules", "errors"},

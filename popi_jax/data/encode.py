@@ -14,6 +14,8 @@ from popi_jax.data.selection import drop_items, list_item_sizes
 from popi_jax.errors import UserError
 
 _KNOWN_TEXTS = 1024  # prompts, and replies, that are kept encoded: many users share theirs
+# characters of a token: texts of more for each token of their limit are not encoded as a whole
+_LONG = 6
 _LENGTH_MULTIPLE = 4  # padded lengths are multiples of it
 
 Ids = list[int]
@@ -134,29 +136,35 @@ def fit_signals(user: User, tokenizer: Tokenizer, cfg: Any) -> Signals:
             tokenizer, text + asked, m.summary_instruction, m.summary_system
         )
 
-    text, ids = read(0)
-    if len(ids) <= limit:
-        return Signals(text, ids, shortened=False, emptied=False)
-    sizes = list_item_sizes(user)
-    _check_room(read(len(sizes))[1], limit, "data.context_len")
-    dropped = _find_fewest(sizes, lambda count: len(read(count)[1]), limit)
-    return Signals(*read(dropped), shortened=True, emptied=dropped == len(sizes))
+    sizes, known = list_item_sizes(user), dict[int, int]()
+    if sum(sizes) <= _LONG * limit:
+        text, ids = read(0)
+        known[0] = len(ids)
+        if len(ids) <= limit:
+            return Signals(text, ids, shortened=False, emptied=False)
+    known[len(sizes)] = len(_check_room(read(len(sizes))[1], limit, "data.context_len"))
+    dropped = _find_fewest(sizes, lambda count: len(read(count)[1]), limit, known)
+    emptied = 0 < dropped == len(sizes)
+    return Signals(*read(dropped), shortened=dropped > 0, emptied=emptied)
 
 
-def _find_fewest(sizes: list[int], count_tokens: Callable[[int], int], limit: int) -> int:
+def _find_fewest(
+    sizes: list[int], count_tokens: Callable[[int], int], limit: int, known: dict[int, int]
+) -> int:
     """The fewest first items without which there are at most `limit` tokens.
 
-    sizes: in characters. count_tokens: of what is left without so many of them, which is more than
-    `limit` for 0 and not for all. Tokens are taken to grow with characters, so that few numbers are
-    tried."""
+    sizes: in characters. count_tokens: of what is left without so many of them. known: what it
+    returns without all of them, where there are at most `limit`, and without none if that is known
+    to be more. Tokens are taken to grow with characters, so that few numbers are tried."""
     left = [*itertools.accumulate(sizes[::-1], initial=0)][::-1]  # characters behind so many
-    low, high = 0, len(sizes)  # too few, and enough
-    tokens = {n: count_tokens(n) for n in (low, high)}
+    tokens, low, high = dict(known), 0 if 0 in known else -1, len(sizes)  # too few, and enough
     while high - low > 1:
-        share = (limit - tokens[high]) / (tokens[low] - tokens[high])
-        most = left[high] + share * (left[low] - left[high])
-        guess = next((n for n in range(low + 1, high) if left[n] <= most), high - 1)
-        guess = (low + high) // 2 if len(tokens) % 4 == 1 else guess  # were they not to grow so
+        rate = (tokens[high] - known[len(sizes)]) / left[high] if left[high] else 1 / _LONG
+        most = tokens[low] if low in tokens else max(rate * left[0], limit + 1)
+        share = (limit - tokens[high]) / (most - tokens[high])
+        fitting = left[high] + share * (left[max(low, 0)] - left[high])
+        guess = next((n for n in range(low + 1, high) if left[n] <= fitting), high - 1)
+        guess = (low + high) // 2 if len(tokens) % 4 == 0 else guess  # were they not to grow so
         tokens[guess] = count_tokens(guess)
         low, high = (low, guess) if tokens[guess] <= limit else (guess, high)
     return high

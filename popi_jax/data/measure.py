@@ -13,12 +13,14 @@ import numpy as np
 from popi_jax.arrays import Demonstrations, WarmupBatch
 from popi_jax.data import prompts
 from popi_jax.data.encode import Truncations, round_up
+from popi_jax.data.order import WINDOW
 from popi_jax.data.prompts import Tokenizer
 from popi_jax.errors import UserError
 
 _BATCHES, _WARMUP_BATCHES = 64, 16  # that are looked at, at most ...
 _ROWS = 2048  # ... and about so many users, but at least ...
 _LEAST = 8  # ... so many batches
+_SPARE = 2.0  # deviations of the mean of a window
 # share of batches, about, that may exceed a budget: they cost more, a larger budget costs always
 _TOO_MANY = 0.02
 
@@ -93,19 +95,30 @@ def count_truncations(lengths: np.ndarray) -> Truncations:
     return Truncations(*(int(lengths[f"cut_{name}"].sum()) for name in Truncations._fields))
 
 
-def measure_fill(main: grain.MapDataset, warmup: grain.MapDataset | None = None) -> Fill:
-    """Looks at the first batches of a run; `warmup`: those of its warm-up, where it has one."""
+def measure_fill(
+    main: grain.MapDataset, warmup: grain.MapDataset | None = None, *, users: int
+) -> Fill:
+    """Looks at the first batches of a run; `warmup`: those of its warm-up, where it has one.
+
+    users: of the training split. Where windows hold a part of them, later windows may be heavier
+    than the first, for which some places are spared."""
     made = _take(main, _BATCHES, lambda batch: len(batch.index))
     replies = [(b.chosen.lengths + b.rejected.lengths).sum(axis=1) for b in made]
     prompt_tokens = [b.turns.lengths.sum(axis=1) for b in made]
     seen = _take(warmup, _WARMUP_BATCHES, count_rows) if warmup is not None else []
     tasks = WarmupBatch._fields if seen else ()
+    # how much the mean of a window differs from that of all users, in deviations of a user
+    spare = _SPARE * math.sqrt(max(1 / WINDOW - 1 / max(users, 1), 0))
+
+    def total(counts: Sequence[np.ndarray]) -> Totals:
+        return measure_totals(counts, spare)
+
     return Fill(
-        contexts=measure_totals([b.context.lengths for b in made]),
-        pairs=measure_totals([p + r for p, r in zip(prompt_tokens, replies, strict=True)]),
-        answers=measure_totals(replies),
-        warmup={task: _measure_task([getattr(b, task) for b in seen]) for task in tasks},
-        told=measure_totals([b.told.lengths for b in made if b.told is not None]),
+        contexts=total([b.context.lengths for b in made]),
+        pairs=total([p + r for p, r in zip(prompt_tokens, replies, strict=True)]),
+        answers=total(replies),
+        warmup={task: _measure_task([getattr(b, task) for b in seen], total) for task in tasks},
+        told=total([b.told.lengths for b in made if b.told is not None]),
     )
 
 
@@ -119,17 +132,20 @@ def _take(batches: grain.MapDataset, most: int, count: Callable[[Any], int]) -> 
     return [first, *(batches[step] for step in range(1, number))]
 
 
-def _measure_task(parts: list[Demonstrations]) -> TaskFill:
+def _measure_task(
+    parts: list[Demonstrations], total: Callable[[Sequence[np.ndarray]], Totals]
+) -> TaskFill:
     answers = [p.answers.lengths.sum(axis=1) for p in parts]
     tokens = [
         p.context.lengths + p.turns.lengths.sum(axis=1) + a
         for p, a in zip(parts, answers, strict=True)
     ]
-    return TaskFill(measure_totals(tokens), measure_totals(answers))
+    return TaskFill(total(tokens), total(answers))
 
 
-def measure_totals(counts: Sequence[np.ndarray]) -> Totals:
-    """counts: [rows] the tokens of each row of some batches. Each way of dividing a batch into
+def measure_totals(counts: Sequence[np.ndarray], spare: float = 0.0) -> Totals:
+    """counts: [rows] the tokens of each row of some batches. spare: deviations of a row that are
+    added for each row. Each way of dividing a batch into
     shards and microbatches is measured, so that a run may go on with other devices."""
     if not counts:
         return Totals(())
@@ -141,7 +157,7 @@ def measure_totals(counts: Sequence[np.ndarray]) -> Totals:
             parts = tokens.reshape(len(tokens), shards, users, -1).sum(axis=2)
             heaviest = parts.max(axis=1).reshape(-1)
             found = np.quantile(heaviest, 1 - _TOO_MANY / 2, method="higher")
-            most.append((users, shards, int(found)))
+            most.append((users, shards, math.ceil(found + users * spare * tokens.std())))
     return Totals(tuple(most))
 
 

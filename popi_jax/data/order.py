@@ -1,8 +1,8 @@
 """Which users each batch holds: a function of the seed and the number of the batch alone.
 
-The users of an epoch are shuffled, and those of `WINDOW` batches at a time dealt out so that all
-batches, and the halves, quarters, ... of each, get about the same number of tokens: a shard that
-holds few users then loses little to padding."""
+The users of an epoch are shuffled, and those of whole batches, about `WINDOW` at a time, dealt out
+so that all batches, and the halves, quarters, ... of each, get about the same number of tokens: a
+shard that holds few users then loses little to padding."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 
 from popi_jax.data.dealing import deal_evenly, group_evenly
 
-WINDOW = 16  # batches that are dealt together; large ones fewer,
-_ROWS = 4096  # so that no more users are
+WINDOW = 4096  # users that are dealt together, at most; an epoch of fewer is a window
 _TOGETHER = 2  # windows that are kept
 
 
@@ -39,7 +38,7 @@ class Order:
         self._loads, self._users, self._parts = loads, users, parts
         self._seed, self._microbatches = seed, microbatches
         self._shuffled = grain.MapDataset.range(users).seed(seed).shuffle().repeat()
-        self._batches = max(min(WINDOW, _ROWS // sum(parts)), 1)
+        self._batches = max(min(WINDOW, users) // sum(parts), 1)
         self._windows: dict[int, np.ndarray] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

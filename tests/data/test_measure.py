@@ -3,6 +3,7 @@ with."""
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ CFG, TOKENIZER = make_config(), make_tokenizer()
 
 def fill_of(cfg: Any) -> measure.Fill:
     made = warm_batches(USERS, TOKENIZER, cfg, seed=0, items=ITEMS) if cfg.warmup.steps else None
-    return measure.measure_fill(user_batches(USERS, TOKENIZER, cfg, seed=0), made)
+    return measure.measure_fill(user_batches(USERS, TOKENIZER, cfg, seed=0), made, users=len(USERS))
 
 
 def test_a_budget_holds_for_nearly_all_batches() -> None:
@@ -51,6 +52,9 @@ def test_the_most_tokens_of_a_shard_by_hand() -> None:
     assert found.budget(2, 1) == 10  # the second microbatch of the first batch: 2 + 8
     assert found.budget(1, 4) == found.budget(1, 1) == found.budget(1, 2) == 9
     assert found.budget(3, 1) == 27  # of another division than those of these batches
+    # half a deviation of each of the rows
+    spared = measure_totals([np.array([1, 2, 4, 8]), np.array([9, 0, 0, 0])], 0.5)
+    assert spared.budget(4, 1) == math.ceil(15 + 4 * 0.5 * math.sqrt(11.75))
     assert Totals(()).budget(3, 1) == 1  # rows without any place cannot be computed
 
 

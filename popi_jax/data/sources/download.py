@@ -176,12 +176,9 @@ def _place(folder: Path, cached: Path, record: dict[str, Any]) -> None:
     """Puts the files of the record and the record itself into the folder, all or none as far as a
     file system allows: a new or empty folder appears whole, in another files are replaced one by
     one."""
+    part = folder.parent / f".download-{uuid.uuid4().hex}"
     try:
-        part = folder.parent / f".download-{uuid.uuid4().hex}"
         part.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be made ({e.strerror}); see data.path.") from None
-    try:
         for name in record["sha256"]:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -195,6 +192,11 @@ def _place(folder: Path, cached: Path, record: dict[str, Any]) -> None:
             for name in (*record["sha256"], RECORD):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).replace(folder / name)
+    except OSError as e:
+        if disk_is_full(e):
+            raise
+        told = f"cannot be written ({e.strerror or e}; field data.path); give another folder."
+        raise UserError(f"{folder}: {told}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -6,6 +6,7 @@ reconstructs the history and never labels a pair: it is random on a tie. Order i
 `generated_datetime`, then the id."""
 
 import dataclasses
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,9 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
     Raises: FilesMissing when there are none and none can be had; UserError when some are missing.
     """
     folder = Path(cfg.path)
+    if not folder.is_dir() and os.path.lexists(folder):
+        told = "a file" if folder.exists() else "a link to nothing"
+        raise UserError(f"{folder}: found {told} (field data.path), allowed: a folder.")
     missing = [name for name in FILES if not (folder / name).exists()]
     if not missing:
         return folder
@@ -106,7 +110,7 @@ def load(folder: Path, cfg: Any) -> Loaded:
         users, left_out = _remove_leaks(users, shared_people=cfg.split_by == "conversation")
     users = [dataclasses.replace(user, pairs=user.pairs[: cfg.num_pairs]) for user in users]
     few = sum(len(talks[user_id]) < 2 for user_id in tables.people)
-    left_out |= {"people with fewer than 2 conversations that hold a pair": few} if few else {}
+    left_out |= {"person with fewer than 2 conversations that hold a pair": few} if few else {}
     counts = {
         "people": len(tables.people),
         "conversations": len(tables.conversations),
@@ -214,7 +218,7 @@ def _remove_leaks(users: list[User], shared_people: bool) -> tuple[list[User], d
     kept: dict[int, User] = {}
     for place in sorted(range(len(users)), key=lambda i: _KEEPING.index(users[i].split)):
         leaking = finder.check(users[place])
-        left_out.update(f"pairs: {KINDS[leak.kind]}" for leak in leaking)
+        left_out.update(f"pair where {KINDS[leak.kind]}" for leak in leaking)
         kept[place] = leave_out(users[place], leaking)
     return [kept[i] for i in range(len(users)) if kept[i].pairs], dict(left_out)
 

@@ -140,6 +140,15 @@ def test_what_is_not_the_published_file_is_refused(served: FakeHub, tmp_path: Pa
     fetch(folder)
 
 
+def test_a_folder_that_cannot_be_written_is_told(served: FakeHub, tmp_path: Path) -> None:
+    served.push(NAME, FILES)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "people"):
+        told = refusal(folder, UserError)
+        assert told.startswith(f"{folder}: cannot be written (") and "data.path" in told
+    assert not list(tmp_path.glob(".download-*"))
+
+
 def test_two_at_the_same_time(served: FakeHub, tmp_path: Path) -> None:
     served.push(NAME, FILES)
     folder = tmp_path / "people"

@@ -279,7 +279,7 @@ def test_a_pair_that_the_signals_hold_is_left_out(tmp_path: Path) -> None:
             row["model_response"] = "Good: 1"  # that of a shot, but for signs
     loaded = prism.load(write(tmp_path, rows), options())
     assert [p.chosen for user in loaded.users for p in user.pairs] == ["good 2"]
-    assert loaded.left_out == {"pairs: a reply is among the signals of its user": 1}
+    assert loaded.left_out == {"pair where a reply is among the signals of its user": 1}
 
 
 def test_what_is_counted_and_left_out(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_what_is_counted_and_left_out(tmp_path: Path) -> None:
     loaded = prism.load(write(tmp_path, rows), options())
     assert loaded.counts == {"people": 3, "conversations": 5, "utterances": 10}
     assert loaded.counts.keys() == prism.SOURCE.card.counts.keys()
-    few = "people with fewer than 2 conversations that hold a pair"
+    few = "person with fewer than 2 conversations that hold a pair"
     assert loaded.left_out == {few: 2}
 
 
@@ -331,7 +331,7 @@ def test_equal_pairs_of_two_splits_stay_in_training(tmp_path: Path, split_by: st
     finder = LeakFinder(shared_replies=False, shared_people=split_by == "conversation")
     assert [leak for user in users for leak in finder.check(user)] == []
     loaded = prism.load(tmp_path, options(**changes))
-    told = "pairs: the same prompt with the same replies is in another split"
+    told = "pair where the same prompt with the same replies is in another split"
     assert loaded.left_out == {told: 40 - greeted["train"]}
 
 
@@ -371,6 +371,14 @@ def test_conversations_of_a_person_are_dealt_to_splits(tmp_path: Path) -> None:
         for pair in user.pairs
     }
     assert again == {c: next(iter(places[c])) for c in few}
+
+
+def test_the_path_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "survey.jsonl").write_text("")
+    for name, found in (("link", "a link to nothing"), ("survey.jsonl", "a file")):
+        with pytest.raises(UserError, match=f"{name}: found {found} .*allowed: a folder"):
+            prism.find_folder(options(path=tmp_path / name), True)
 
 
 def test_survey_tells_what_is_known(tmp_path: Path) -> None:
