@@ -12,6 +12,7 @@ from benchmarks import (
     accelerator,
     bench,
     compare,
+    data,
     growth,
     measure,
     operations,
@@ -250,3 +251,24 @@ def test_starts_end_at_a_whole_line_of_metrics(tmp_path: pathlib.Path) -> None:
     assert restart.read_last_step(tmp_path) == 2
     text = restart.render({"smoke": {"cold": [6.0, 8.0], "warm": [2.0, 4.0]}})
     assert "| smoke | 7 | 3 | 2.5 | 2.00 to 3.00 |" in text
+
+
+def test_rows_become_batches(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages in this process, on a minute's work; what they say is told per user."""
+    monkeypatch.setattr(data, "measure", lambda stage, *given: data._measure_here(stage, *given))
+    monkeypatch.setattr(data, "WORKERS", (0,))
+    monkeypatch.setattr(data, "BATCHES", 2)
+    settings = ["--config.batch.users=4", "--config.mesh.num_devices=0"]
+    found = data.run_stages(tmp_path, 40, settings, updates=False)
+    assert found["prepare"]["users"] == 40 and not found["prepare"]["again"]
+    assert 0 < found["encode"]["users"] <= 40
+    reading = found["batches, 0 workers"]
+    assert reading["users_per_s"] == pytest.approx(8 / reading["seconds"])
+    again = data.run_stages(tmp_path, 40, settings, updates=False)
+    assert again["prepare"]["again"] and again["encode"]["again"]
+    found["updates"] = {"seconds": 1.0, "users_per_s": reading["users_per_s"] / 12, "peak_mb": 1.0}
+    found["updates"]["workers_peak_mb"] = 0.0
+    lines = data.render(found).splitlines()
+    assert next(line for line in lines if "0 workers" in line).endswith("| 12 |")
+    with pytest.raises(SystemExit):
+        data.main(["--rows=0"])
