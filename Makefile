@@ -112,6 +112,7 @@ test-slow: $(STAMP) ## the tests that take minutes or the network
 golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
 	for name in prism elix review roleplay alignx psoups ufp4 prefeval personamem jsonl smoke; do \
 	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
+	$(RUN) tests.data.record_templates
 
 bench: $(STAMP) ## time every program of benchmarks/ on this machine
 	$(RUN) benchmarks.bench $(ARGS)
