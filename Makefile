@@ -40,7 +40,7 @@ options := $(subst $(space),$(comma),$(strip $(options)))
 FLAGS = --config=$(CONFIG)$(if $(options),:$(options)) --config.workdir='$(WORKDIR)' $(ARGS)
 
 .PHONY: help setup data train eval sweep transfer baselines summarize generate export fit fit-table print-config lint test test-slow golden bench bench-compare \
-  bench-padding bench-growth bench-restart bench-evaluation bench-gpu bench-peers-setup bench-peers profile clean
+  bench-padding bench-growth bench-restart bench-data bench-evaluation bench-gpu bench-peers-setup bench-peers profile clean
 
 help: ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -112,6 +112,7 @@ test-slow: $(STAMP) ## the tests that take minutes or the network
 golden: $(STAMP) ## rewrite tests/golden after an intended change of a default
 	for name in prism elix review roleplay alignx psoups ufp4 prefeval personamem jsonl smoke; do \
 	  $(RUN) popi_jax.train --config=$$name:scale=laptop --print_config > tests/golden/$$name.json; done
+	$(RUN) tests.data.record_templates
 
 bench: $(STAMP) ## time every program of benchmarks/ on this machine
 	$(RUN) benchmarks.bench $(ARGS)
@@ -135,6 +136,9 @@ profile: $(STAMP) ## trace PROGRAM, and show where its time goes
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
+
+bench-data: $(STAMP) ## how fast a large made set is prepared, encoded and read in batches
+	$(RUN) benchmarks.data $(ARGS)
 
 bench-evaluation: $(STAMP) ## time the scoring of pairs beside lm-evaluation-harness
 	$(RUN) benchmarks.evaluation $(ARGS)

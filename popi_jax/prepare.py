@@ -22,10 +22,10 @@ def main(config: Config) -> None:
     if _USERS.value < 0:
         raise UserError(f"--users={_USERS.value}: must be at least 0")
     dataset = prepare(config.data, allow_sample=distributed.is_alone_on_cpu(os.environ))
-    print(overview.describe(dataset, config.data, _load_tokenizer(config, dataset)))
+    print(overview.describe(dataset, config, _load_tokenizer(config, dataset)))
     for users in dataset.splits.values():
         for user in users[: _USERS.value]:
-            print(f"\n{overview.show_user(user, config.data)}")
+            print(f"\n{overview.show_user(user, config)}")
 
 
 def _load_tokenizer(config: Config, dataset: Any) -> Any:

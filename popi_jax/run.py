@@ -344,14 +344,14 @@ def _warn_about_cuts(config: Config, cut: measure.Truncations) -> None:
         )
     if cut.emptied:
         logging.warning(
-            "Of %d of the %d training users measured nothing at all is shown: no whole item of "
-            "their signals fits into data.context_len = %d; raise it.",
+            "Of %d of the %d training users nothing at all is shown: no whole item of their "
+            "signals fits into data.context_len = %d; raise it.",
             *(cut.emptied, cut.users, d.context_len),
         )
     if cut.equal:
         told = (
-            f"{cut.equal} of {cut.pairs} pairs of the training users measured do not count: chosen "
-            f"and rejected are equal within data.answer_len = {d.answer_len}; raise it where they "
+            f"{cut.equal} of {cut.pairs} pairs of the training users do not count: chosen and "
+            f"rejected are equal within data.answer_len = {d.answer_len}; raise it where they "
             "differ later."
         )
         if cut.equal == cut.pairs:

@@ -7,7 +7,20 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, elix, jsonl, personamem, prefeval, prism, review, roleplay, smoke
+from configs import (
+    alignx,
+    base,
+    elix,
+    jsonl,
+    personamem,
+    prefeval,
+    prism,
+    psoups,
+    review,
+    roleplay,
+    smoke,
+    ufp4,
+)
 from configs.models import MODELS
 from configs.scales import SCALES
 from configs.schedules import SCHEDULES
@@ -19,6 +32,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 BASE = base.compose("scale=laptop")
 DATASETS = {"prism": prism, "prefeval": prefeval, "jsonl": jsonl, "smoke": smoke}
 DATASETS |= {"elix": elix, "personamem": personamem, "review": review, "roleplay": roleplay}
+DATASETS |= {"alignx": alignx, "psoups": psoups, "ufp4": ufp4}
 SETTINGS = config_rules.list_settings(config.Config)
 
 

@@ -196,8 +196,8 @@ def measure_load(start: str) -> Load:
     ("start", "most"),
     [
         ("popi_jax.popi.update", Load(19, 3300, 7)),
-        ("popi_jax.training.loop", Load(58, 11200, 9)),
-        ("popi_jax.train", Load(76, 14000, 13)),  # it ends with a sweep of its run
+        ("popi_jax.training.loop", Load(71, 13200, 13)),
+        ("popi_jax.train", Load(88, 15700, 17)),  # it ends with a sweep of its run
     ],
 )
 def test_what_one_must_load_stays_small(start: str, most: Load) -> None:

@@ -92,7 +92,7 @@ def test_what_is_shortened_and_left_out_is_told(caplog: pytest.LogCaptureFixture
     assert not caplog.records
     run._warn_about_cuts(config, none._replace(contexts=3, emptied=2, equal=4))
     shortened, emptied, equal = (record.getMessage() for record in caplog.records)
-    assert "in the 9 training users measured: 3 signals (data.context_len = " in shortened
+    assert "of all 9 training users: 3 signals (data.context_len = " in shortened
     assert "Of 2 of the 9 training users" in emptied and "data.context_len" in emptied
     assert "4 of 20 pairs" in equal and f"data.answer_len = {config.data.answer_len}" in equal
     with pytest.raises(UserError, match="20 of 20 pairs .* data.answer_len"):
@@ -109,7 +109,8 @@ def test_a_run_reads_the_selected_signals(tmp_path: Path) -> None:
         user, known = users[0], whole[split][0]
         assert known.profile and not user.profile and not user.comments
         assert (user.survey, user.shots) == (known.survey, known.shots[-1:])
-    assert found.measured.fill.contexts.mean < shared_run(1).run.measured.fill.contexts.mean
+    lengths = [r.measured.lengths["context_len"] for r in (found, shared_run(1).run)]
+    assert lengths[0] < lengths[1]
     people = make_split(found.dataset, "test", config.data, 0).users
     assert people == list(whole["test"])  # a sweep selects by itself
 

@@ -169,3 +169,18 @@ def test_a_missing_file_and_a_target_that_is_the_source(tiny, tmp_path):
     ):
         summarize.main(config_of(tiny.workdir))
     assert len(read_jsonl(path)) == 1
+
+
+def test_users_of_a_file_are_read_as_the_run_reads_its_own(tiny, monkeypatch):
+    seen = []
+
+    def spy(users, tokenizer, config):
+        seen.extend(users)
+        raise UserError("seen")
+
+    monkeypatch.setattr(generators.batches, "encode_all", spy)
+    user = tiny.run.dataset.splits["test"][0]
+    config = config_of(tiny.workdir, "--config.data.signals=profile")
+    with pytest.raises(UserError, match="seen"):
+        generators.summarize_users(tiny.run, {}, [user], config=config, temperature=0.0)
+    assert user.shots and (seen[0].profile, seen[0].shots) == (user.profile, ())

@@ -228,7 +228,7 @@ def check_same_run(workdir: str, config_json: str) -> None:
 
 def _tell_change(before: dict[str, Any], now: dict[str, Any], name: str) -> str:
     """How a setting differs; "" where a run may go on with it."""
-    told = f"{name} was {_show(before, name)}, is {_show(now, name)}"
+    told = f"{name} was {_tell(before, name)}, is {_tell(now, name)}"
     if name != "schedule.phases":
         return told
     try:
@@ -364,3 +364,9 @@ def _shorten(error: BaseException) -> str:
 
 def _show(flat: dict[str, Any], name: str) -> str:
     return json.dumps(flat[name]) if name in flat else "absent"
+
+
+def _tell(flat: dict[str, Any], name: str) -> str:
+    """The same, cut: a template may have many lines."""
+    shown = _show(flat, name)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."

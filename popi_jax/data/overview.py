@@ -15,11 +15,11 @@ _PERCENTILES = (50, 90, 99, 100)
 
 
 def describe(dataset: Dataset, cfg: Any, tokenizer: Tokenizer) -> str:
-    """The whole text but the users. cfg: the `data` part of the configuration."""
+    """The whole text but the users. cfg: the configuration."""
     parts = [
         _show_card(dataset),
         _show_splits(dataset.stats),
-        _show_checks(dataset, cfg),
+        _show_checks(dataset, cfg.data),
         _show_lengths(dataset.splits["train"], cfg, tokenizer),
     ]
     return "\n\n".join(parts)
@@ -32,7 +32,7 @@ def show_user(user: User, cfg: Any) -> str:
     groups = ", ".join(f"{k}: {v}" for k, v in {**user.groups, **pair.groups}.items())
     parts = [
         f"--- user {user.user_id} of the {user.split} split",
-        f"--- signals\n{render_signals(user, cfg.pair_layout)}",
+        f"--- signals\n{_render(user, cfg)}",
         f"--- first of {len(user.pairs)} held-out pairs ({pair.record_id})",
         f"{asked}\nchosen: {pair.chosen}\nrejected: {pair.rejected}",
         f"--- true persona, never shown to the inference model\n{user.oracle or '(unknown)'}",
@@ -104,12 +104,9 @@ def _show_lengths(users: Sequence[User], cfg: Any, tokenizer: Tokenizer) -> str:
     for user in measured:
         for name, text in _list_parts(user, cfg):
             counts.setdefault(name, []).append(len(tokenizer.encode(text)))
-    limits = {
-        "signals": cfg.context_len,
-        "prompt": cfg.turn_len,
-        "chosen": cfg.answer_len,
-        "rejected": cfg.answer_len,
-    }
+    d = cfg.data
+    limits = {"signals": d.context_len, "prompt": d.turn_len}
+    limits |= dict.fromkeys(("chosen", "rejected"), d.answer_len)
     heads = [*(f"{p} %" if p < 100 else "longest" for p in _PERCENTILES), "limit"]
     lines = [f"{'tokens':<20}{'texts':>8}" + "".join(f"{head:>10}" for head in heads)]
     for name, found in counts.items():
@@ -124,7 +121,7 @@ def _show_lengths(users: Sequence[User], cfg: Any, tokenizer: Tokenizer) -> str:
 
 
 def _list_parts(user: User, cfg: Any) -> Iterator[tuple[str, str]]:
-    yield "signals", render_signals(user, cfg.pair_layout)
+    yield "signals", _render(user, cfg)
     for name in ("profile", "survey"):
         if text := getattr(user, name):
             yield f"  {name}", text
@@ -138,6 +135,10 @@ def _list_parts(user: User, cfg: Any) -> Iterator[tuple[str, str]]:
         yield "rejected", pair.rejected
     if user.oracle:
         yield "true persona", user.oracle
+
+
+def _render(user: User, cfg: Any) -> str:
+    return render_signals(user, cfg.data.pair_layout, cfg.model.signals_template)
 
 
 def _align(rows: Mapping[str, str]) -> str:

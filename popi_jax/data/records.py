@@ -63,8 +63,7 @@ class User:
     baselines that ask for it (generator.reads = persona, "supervised" phases) may see it, no other
     inference model. `stated` is a summary of what the profile alone says, `readings` are reading
     exercises, one for each shot in order: both for the warm-up only. `groups` of users and pairs
-    serve the tables of an evaluation; no model ever sees them, and they hold nothing of the
-    oracle."""
+    serve the tables of an evaluation; no model ever sees them."""
 
     user_id: str
     profile: str

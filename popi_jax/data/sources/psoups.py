@@ -4,7 +4,8 @@ each of two opposed personas that answer the same prompts.
 The persona is the oracle. The field `profile` is not read: it is derived from the past pairs by a
 model of AlignX's axes, so it holds nothing that they do not, with much noise. A past pair one of
 whose replies repeats the persona's instruction word for word, as an example sentence, is left out:
-it would tell the truth instead of showing it (327 of the 2,400 of friendly_unfriendly.json)."""
+it would tell the truth instead of showing it (327 of the 2,400 of friendly_unfriendly.json). Other
+replies work on words of that instruction, such as its adjectives: they stay."""
 
 import functools
 from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import made_alignx
 from popi_jax.config import Config
-from popi_jax.data import batches, encode, prepared, tokenizer
+from popi_jax.data import encode, prepared, tokenizer
 from popi_jax.data.json_rows import Row
 from popi_jax.data.leaks import LeakFinder
 from popi_jax.data.prompts import list_training_texts
@@ -22,6 +22,7 @@ from popi_jax.data.row_files import read_values
 from popi_jax.data.sources import alignx, alignx_axes, alignx_rows
 from popi_jax.errors import UserError
 from tests.checkpoints import fake_hub
+from tests.data.people import user_batches
 from tests.data.sources import alignx_files
 from tests.data.sources.alignx_files import (
     COMMENTS,
@@ -406,7 +407,7 @@ def test_from_the_files_to_the_first_batch(folder: Path) -> None:
     config = _make_config(folder)
     texts = list_training_texts(dataset.splits["train"], config)
     words = tokenizer.train(texts, 400)
-    batch = next(iter(batches.make_user_batches(dataset.splits["train"], words, config, seed=1)))
+    batch = user_batches(dataset.splits["train"], words, config, seed=1)[0]
     assert batch.chosen.ids.shape[:2] == (config.batch.users, 1)
     encoded = encode.encode_user(user, words, config)
     assert encoded.oracle_text == user.oracle and encoded.truncations.contexts == 0

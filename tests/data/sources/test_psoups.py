@@ -8,11 +8,12 @@ import pytest
 
 from configs.psoups import get_config
 from popi_jax.config import from_config_dict
-from popi_jax.data import batches, encode, prepared, tokenizer
+from popi_jax.data import encode, prepared, tokenizer
 from popi_jax.data.leaks import LeakFinder, fold
 from popi_jax.data.prompts import list_training_texts
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import persona_pairs, psoups, ufp4
+from tests.data.people import user_batches
 from tests.data.sources.alignx_files import (
     PAIRS,
     PERSONAS,
@@ -217,7 +218,7 @@ def _go_to_a_batch(name: str, files: Path, tmp_path: Path) -> prepared.Dataset:
     c.data.path, c.batch.users = str(files), 4
     config = from_config_dict(c)
     words = tokenizer.train(list_training_texts(dataset.splits["train"], config), 400)
-    batch = next(iter(batches.make_user_batches(dataset.splits["train"], words, config, seed=1)))
+    batch = user_batches(dataset.splits["train"], words, config, seed=1)[0]
     assert batch.chosen.ids.shape[:2] == (4, 1)
     user = dataset.splits["train"][0]
     assert encode.encode_user(user, words, config).oracle_text == user.oracle
