@@ -189,8 +189,9 @@ def test_a_run_behind_signals_continues_as_if_it_never_stopped(
 
 def test_personas_that_no_training_user_has_are_told(tmp_path: Path) -> None:
     line = '{"user_id": "u%d", "signals": {"profile": "i am %d ."}, "record_id": "%d", '
-    line += '"prompt": [{"role": "user", "content": "why ?"}], "chosen": "yes", "rejected": "no"}\n'
-    (tmp_path / "own.jsonl").write_text("".join(line % (n, n, n) for n in range(40)))
+    line += '"prompt": [{"role": "user", "content": "why %d ?"}], '
+    line += '"chosen": "yes", "rejected": "no"}\n'
+    (tmp_path / "own.jsonl").write_text("".join(line % (n, n, n, n) for n in range(40)))
     for schedule in ("persona", "supervised"):
         own = {"data.path": tmp_path / "own.jsonl", "batch.pairs": 2}
         config = load_tiny(f"jsonl:scale=laptop,schedule={schedule}", tmp_path / schedule, **own)
