@@ -146,15 +146,16 @@ def update_models(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     """Users a second that updates of the main stage consume, after two that compile."""
     import jax
 
-    from popi_jax.run import open_run
+    from popi_jax import run as runs
+    from popi_jax.data import tokenizer
     from popi_jax.sharding import place_batch
     from popi_jax.training import choices, loop, reference, setup
 
+    words = tokenizer.load(folder / "tokenizer")  # else the run would train one of its own
+    runs.load_tokenizer = lambda *_, **__: words
     with tempfile.TemporaryDirectory() as workdir:
         config = load_config(folder, settings, workdir)
-        words = folder / "tokenizer"
-        (Path(workdir) / "tokenizer").symlink_to(words.absolute())
-        run = open_run(config)
+        run = runs.open_run(config)
         plan = choices.plan_run(run).plan
         roles = setup.Roles(plan.inference.role, plan.generator.role)
         abstract = setup.abstract_state(run.inference.model, roles, run.mesh, run.config)
