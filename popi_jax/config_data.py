@@ -57,8 +57,10 @@ class DataConfig:
         one_of("", "user", "topic", "target", "conversation", "published"),
         data=True,
     )
-    validation_fraction: float = setting(0.03, "of users", BELOW_ONE, data=True)
-    test_fraction: float = setting(0.12, "of users", BELOW_ONE, data=True)
+    validation_fraction: float = setting(
+        0.03, "of users, or of what data.split_by keeps together", BELOW_ONE, data=True
+    )
+    test_fraction: float = setting(0.12, "of the same", BELOW_ONE, data=True)
     num_shots: int = setting(6, "most past pairs in a user's signals", at_least(0), data=True)
     num_pairs: int = setting(8, "most held-out pairs kept of a user", at_least(1), data=True)
     passes: int = setting(

@@ -93,7 +93,8 @@ def check_file(path: Path) -> Path:
     if path.is_file():
         return path
     if path.exists():
-        raise UserError(f"{path}: found a folder, allowed: a file. Check the field data.path.")
+        found = "a folder" if path.is_dir() else "a device or pipe"
+        raise UserError(f"{path}: found {found}, allowed: a file. Check the field data.path.")
     others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     found = f"found {shorten(', '.join(others), 200)}"
     if not others:
