@@ -144,4 +144,4 @@ def test_only_process_0_reads_the_files_of_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.distributed, "is_main_process", lambda: False)
     monkeypatch.setattr(evaluation.distributed, "tell_all", lambda text: '{"rows": [1]}' + text)
     outcome = Outcome(cell=None, labels={}, key="not-there-yet", status="done")
-    assert evaluation._list_results([outcome], str(tmp_path)) == {"rows": [1]}
+    assert evaluation._share_results([outcome], str(tmp_path)) == {"rows": [1]}

@@ -69,7 +69,7 @@ def evaluate_run(
         "split": split,
         "step": step,
         "bayes": _find_optimum(run, users.users),
-        **_list_results(outcomes, out),
+        **_share_results(outcomes, out),
         "examples": [
             {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
             for user, row in zip(users.users[:NUM_EXAMPLES], summaries, strict=False)
@@ -117,20 +117,24 @@ def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
     return {**dict.fromkeys(BOUNDS), **(compute(users) if compute else {})}
 
 
-def _list_results(outcomes: Sequence[Outcome], out: str) -> dict[str, Any]:
+def _share_results(outcomes: Sequence[Outcome], out: str) -> dict[str, Any]:
     """Process 0 reads the files and tells all: it may still be writing the last of them when
     another process comes here, and disks that are shared show files late."""
     told = ""
     if distributed.is_main_process():
-        rows, before = [], {}
-        for record in read_records(outcomes, out):
-            row = _score(record)
-            if record.header["labels"]["generator"] == BEFORE_RL:
-                before[row.pop("condition")] = row
-            else:
-                rows.append(row)
-        told = json.dumps({"rows": rows, "before_rl": before})
+        told = json.dumps(_list_results(read_records(outcomes, out)))
     return json.loads(distributed.tell_all(told))
+
+
+def _list_results(found: Sequence[CellRecord]) -> dict[str, Any]:
+    rows, before = [], {}
+    for record in found:
+        row = _score(record)
+        if record.header["labels"]["generator"] == BEFORE_RL:
+            before[row.pop("condition")] = row
+        else:
+            rows.append(row)
+    return {"rows": rows, "before_rl": before}
 
 
 def _score(record: CellRecord) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import grain
 import pytest
+from absl import flags
 
 from popi_jax import config_rules, distributed
 from popi_jax.config_data import DataConfig
@@ -25,6 +27,7 @@ from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError
 from tests.data.people import make_config, write_users
+from tests.tiny_run import command
 
 
 def options(tmp_path: Path, **changes: object) -> DataConfig:
@@ -304,8 +307,11 @@ def test_made_data_are_refused_by_make_data_where_make_train_refuses_them(
 ) -> None:
     import jax
 
-    from popi_jax import prepare
-
+    other = flags.FLAGS["users"] if "users" in flags.FLAGS else None
+    prepare = command("prepare")
+    monkeypatch.setattr(prepare, "_USERS", types.SimpleNamespace(value=1))
+    if other is not None:  # of a command that was imported before
+        flags.FLAGS["users"] = other
     for name in ("devices", "default_backend", "process_count"):  # no device is started for it
         monkeypatch.setattr(jax, name, lambda: pytest.fail("asked for devices"))
     for name, value in env.items():

@@ -96,7 +96,9 @@ def test_a_plan_has_what_a_run_gives_to_its_update(tmp_path: Path) -> None:
         mesh = dataclasses.replace(config.mesh, fsdp=1)
         config = dataclasses.replace(run.config, mesh=mesh)
         made = plan.make_plan(config, target.Target(jax.devices()[:1], "", "one"))
-        batch = place_batch(next(open_batches(run)._main), made.mesh, RULES)
+        batches = open_batches(run)
+        batches.skip_warmup()
+        batch = place_batch(next(batches), made.mesh, RULES)
     model = dataclasses.replace(made.model, vocab_size=run.inference.model.vocab_size)
     assert model == run.inference.model
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731

@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from popi_jax.config import Config
-from popi_jax.data import batches, blocks, encode, prepared, tokenizer
+from popi_jax.data import blocks, encode, prepared, tokenizer
 from popi_jax.data.leaks import LeakFinder
 from popi_jax.data.prompts import list_training_texts
 from popi_jax.data.records import SPLITS, User
 from popi_jax.data.sources import elix, fspo
 from tests.checkpoints import fake_hub
 from tests.checkpoints.fake_hub import FakeHub
+from tests.data.people import user_batches
 from tests.data.sources import fspo_files
 from tests.data.sources.fspo_files import load, make_elix, make_options, refuse, write_published
 
@@ -97,7 +98,7 @@ def test_splits_are_honest(folder: Path) -> None:
         train, validation, test = (list_triples(users, split) for split in SPLITS)
         assert train and validation and test, changes
         assert not (train & test or train & validation or validation & test), changes
-        finder = LeakFinder(shared_replies=False, shared_people=False)
+        finder = LeakFinder(shared_replies=False, shared_people=changes != BY_USER)
         assert [leak for user in users for leak in finder.check(user)] == [], changes
         prompts = {t[0] for t in train} & {t[0] for t in validation}
         if changes == BY_USER:
@@ -252,7 +253,7 @@ def test_from_the_files_to_the_first_batch(folder: Path) -> None:
     train = dataset.splits["train"]
     config = read_config(folder)
     words = tokenizer.train(list_training_texts(train, config), 400)
-    batch = next(iter(batches.make_user_batches(train, words, config, seed=1)))
+    batch = user_batches(train, words, config, seed=1)[0]
     assert batch.chosen.ids.shape[:2] == (config.batch.users, 1)
     encoded = encode.encode_user(train[0], words, config)
     assert encoded.oracle_text == train[0].oracle and encoded.truncations.contexts == 0
