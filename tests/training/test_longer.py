@@ -55,7 +55,7 @@ def test_it_equals_the_run_that_was_begun_with_all_updates(
     once = train(tmp_path / "once", whole)
     first = train(tmp_path / "twice", short)
     assert int(first.step) == 2 and jax.tree.leaves(first.generator.opt_state) == []
-    with caplog.at_level(std_logging.INFO):
+    with caplog.at_level(std_logging.INFO, logger="absl"):
         twice = train(tmp_path / "twice", whole)
     assert "Continuing at step 2 of 4" in caplog.text
     assert "goes on from 2 to 4 updates" in caplog.text
