@@ -404,7 +404,7 @@ def test_a_damaged_copy_is_told_and_made_again(
     else:
         gone = {"no stats": stats, "no shard": shard, "no info": shard.parent / "dataset_info.json"}
         gone[damage].unlink()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="absl"):
         again = prepared.prepare(cfg, allow_sample=False)
     assert "the prepared copy is damaged" in caplog.text and "made again" in caplog.text
     assert again.prepared == first.prepared and list(again.splits["train"]) == users
