@@ -12,7 +12,7 @@ With base weights the figures are those of official code f88878c6 (configs/offic
 from ml_collections import ConfigDict
 
 from configs.base import compose
-from configs.official import apply_official, apply_small
+from configs.official import apply_figures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,10 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.path = "data/alignx"
     c.data.form = "mixed"  # serves all four tests
     c.data.split_by = "published"
-    if c.model.checkpoint:
-        apply_official(c)
-    else:
-        apply_small(c, arg)
+    apply_figures(c, arg)
     c.data.num_pairs = c.batch.pairs = 1  # a row has one target
     c.data.num_shots = 4
     return c

@@ -11,7 +11,7 @@ With base weights the figures are those of official code f88878c6 (configs/offic
 from ml_collections import ConfigDict
 
 from configs.base import compose
-from configs.official import apply_official, apply_small
+from configs.official import apply_figures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -19,10 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "elix"
     c.data.source = "elix"
     c.data.path = "data/elix"
-    if c.model.checkpoint:
-        apply_official(c)
-    else:
-        apply_small(c, arg)
+    apply_figures(c, arg)
     # official code f88878c6: blocks of 4 shots and one target, twice through the rows
     c.data.num_shots = 4
     c.data.passes = 2

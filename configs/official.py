@@ -58,6 +58,14 @@ OFFICIAL: dict[str, object] = {
 }
 
 
+def apply_figures(c: ConfigDict, arg: str) -> None:
+    """Lays the official figures over a configuration with base weights, else small limits."""
+    if c.model.checkpoint:
+        apply_official(c)
+    else:
+        apply_small(c, arg)
+
+
 def apply_official(c: ConfigDict) -> None:
     """Lays the figures over a configuration with base weights.
 

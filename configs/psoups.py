@@ -12,7 +12,7 @@ not use this set.
 from ml_collections import ConfigDict
 
 from configs.base import compose, parse_arg
-from configs.official import apply_official, apply_small
+from configs.official import apply_figures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,12 +24,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # of 128 targets
     c.data.validation_fraction = 0.1
     c.data.test_fraction = 0.2
-    if c.model.checkpoint:
-        apply_official(c)
-        if parse_arg(arg).schedule == "default":  # about one pass through 430 rows
-            c.schedule.phases = ("inference 60", "generator 60")
-    else:
-        apply_small(c, arg)
+    apply_figures(c, arg)
+    if c.model.checkpoint and parse_arg(arg).schedule == "default":  # one pass through 430 rows
+        c.schedule.phases = ("inference 60", "generator 60")
     c.data.num_pairs = c.batch.pairs = 1  # a row has one target
     c.data.num_shots = 4
     return c

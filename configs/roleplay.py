@@ -11,7 +11,7 @@ With base weights the figures are those of official code f88878c6 (configs/offic
 from ml_collections import ConfigDict
 
 from configs.base import compose
-from configs.official import apply_official, apply_small
+from configs.official import apply_figures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -19,10 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.name = "roleplay"
     c.data.source = "roleplay"
     c.data.path = "data/roleplay"
-    if c.model.checkpoint:
-        apply_official(c)
-    else:
-        apply_small(c, arg)
+    apply_figures(c, arg)
     # official code f88878c6: blocks of 8 shots and one target, once through the rows
     c.data.num_shots = 8
     c.data.passes = 1

@@ -11,7 +11,7 @@ not use this set.
 from ml_collections import ConfigDict
 
 from configs.base import compose
-from configs.official import apply_official, apply_small
+from configs.official import apply_figures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,10 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.source = "ufp4"
     c.data.path = "data/ufp4"
     c.data.split_by = "target"
-    if c.model.checkpoint:
-        apply_official(c)
-    else:
-        apply_small(c, arg)
+    apply_figures(c, arg)
     c.data.num_pairs = c.batch.pairs = 1  # a row has one target
     c.data.num_shots = 4
     return c

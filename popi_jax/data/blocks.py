@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from popi_jax.data.leaks import LONG, fold
+from popi_jax.data.leaks import Heard, fold, fold_signals, hear
 from popi_jax.data.records import SPLITS, Pair, Shot, User
 from popi_jax.data.splits import choose_split, split_topics
 
@@ -140,8 +140,8 @@ def cut_blocks(rows: Iterable[Preference], cut: Cut) -> Blocks:
         while len(block.pairs) >= least:
             blocks.append(block)
             if not cut.passes:
-                heard, whole = _hear(block.shots)
-                away = sum(_is_given_away(row, heard, whole) for row in queue)
+                heard = hear(fold_signals(_make_shots(block.shots)))
+                away = sum(_is_given_away(row, heard) for row in queue)
                 unused.update({GIVEN_AWAY: away, TOO_MANY: len(queue) - away})
                 break
             block = _take_block(queue, cut)
@@ -174,7 +174,7 @@ def plan_users(
 def make_user(planned: Planned, *, grouped: bool) -> User:
     """grouped: the person is a group for the tables of an evaluation, "level"."""
     user_id, split, block = planned
-    shots = (Shot(row.prompt, row.chosen, row.rejected) for row in block.shots)
+    shots = _make_shots(block.shots)
     pairs = (
         Pair(f"{user_id}/{n}", [{"role": "user", "content": row.prompt}], row.chosen, row.rejected)
         for n, row in enumerate(block.pairs, 1)
@@ -184,7 +184,7 @@ def make_user(planned: Planned, *, grouped: bool) -> User:
         user_id=user_id,
         profile="",
         survey="",
-        shots=tuple(shots),
+        shots=shots,
         comments=(),
         pairs=tuple(pairs),
         oracle=first.oracle,
@@ -204,27 +204,22 @@ def name_person(person: str) -> str:
 def _take_block(queue: deque[Preference], cut: Cut) -> Block:
     """Takes what a block needs from the front of the queue, or less when it holds too few."""
     shots = tuple(queue.popleft() for _ in range(min(cut.num_shots, len(queue))))
-    heard, whole = _hear(shots)
+    heard = hear(fold_signals(_make_shots(shots)))
     pairs: list[Preference] = []
     waiting: list[Preference] = []
     while queue and len(pairs) < cut.num_pairs:
         row = queue.popleft()
-        (waiting if _is_given_away(row, heard, whole) else pairs).append(row)
+        (waiting if _is_given_away(row, heard) else pairs).append(row)
     queue.extendleft(reversed(waiting))
     return Block(shots, tuple(pairs))
 
 
-def _hear(shots: Iterable[Preference]) -> tuple[set[str], str]:
-    texts = [fold(text) for s in shots for text in (s.prompt, s.chosen, s.rejected)]
-    return set(texts), "\n".join(texts)
+def _make_shots(rows: Iterable[Preference]) -> tuple[Shot, ...]:
+    return tuple(Shot(row.prompt, row.chosen, row.rejected) for row in rows)
 
 
-def _is_given_away(row: Preference, heard: set[str], whole: str) -> bool:
-    """Whether a text of the row is among the texts heard, or inside of one; as data/leaks.py."""
-    for text in map(fold, (row.prompt, row.chosen, row.rejected)):
-        if text in heard or (len(text) >= LONG and text in whole):
-            return True
-    return False
+def _is_given_away(row: Preference, heard: Heard) -> bool:
+    return heard.holds(row.prompt, row.chosen, row.rejected)
 
 
 def _digest(*texts: str) -> bytes:

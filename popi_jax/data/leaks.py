@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from popi_jax.data.records import Pair, User
+from popi_jax.data.records import Comment, Pair, Shot, User
 
 # kind -> what it means
 KINDS = {
@@ -52,6 +52,31 @@ def fold(text: str) -> str:
     return folded or lower.strip()
 
 
+class Heard(NamedTuple):
+    """What is told of a user, folded."""
+
+    texts: frozenset[str]
+    whole: str  # all of them, and longer texts that are only looked into
+
+    def holds(self, *texts: str) -> bool:
+        """Whether one of the texts is one of those, or, where it is long, stands inside of them."""
+        folded = map(fold, texts)
+        return any(t in self.texts or (len(t) >= LONG and t in self.whole) for t in folded)
+
+
+def hear(folded: Iterable[str], inside: Iterable[str] = ()) -> Heard:
+    """Of folded texts; `inside`: those that are only looked into."""
+    texts = frozenset(folded)
+    return Heard(texts, "\n".join([*texts, *inside]))
+
+
+def fold_signals(shots: Iterable[Shot], comments: Iterable[Comment] = ()) -> list[str]:
+    """The folded texts of past pairs and comments."""
+    texts = [text for s in shots for text in (s.prompt, s.chosen, s.rejected)]
+    texts += [text for c in comments for text in (c.prompt, c.comment) if text]
+    return [fold(text) for text in texts]
+
+
 class LeakFinder:
     """Looks at users one after the other.
 
@@ -82,16 +107,17 @@ class LeakFinder:
         first = self._people.setdefault(person, position)
         if self._users[first][1] != user.split and not self._shared_people:
             return [Leak("person", user.user_id, "", self._users[first][0])]
-        heard = _list_texts(user)
-        whole = "\n".join([*heard, fold(user.profile), fold(user.survey)])
+        heard = hear(
+            fold_signals(user.shots, user.comments), (fold(user.profile), fold(user.survey))
+        )
         persona = fold(user.oracle)
-        if len(persona) >= SPOKEN and persona in whole:
+        if len(persona) >= SPOKEN and persona in heard.whole:
             return [Leak("oracle", user.user_id, "")]
         told = {s.conversation for s in user.shots} | {c.conversation for c in user.comments}
         told -= {""}
         found = []
         for pair in user.pairs:
-            kinds = [*self._look_inside(pair, heard, whole)]
+            kinds = [*self._look_inside(pair, heard)]
             other = ""
             if pair.conversation in told:
                 kinds.append("conversation")
@@ -114,14 +140,10 @@ class LeakFinder:
             return ["split"], other
         return [], ""
 
-    def _look_inside(self, pair: Pair, heard: set[str], whole: str) -> Iterator[str]:
-        def is_there(text: str) -> bool:
-            return text in heard or (len(text) >= LONG and text in whole)
-
-        if is_there(fold(pair.prompt[-1]["content"])):
+    def _look_inside(self, pair: Pair, heard: Heard) -> Iterator[str]:
+        if heard.holds(pair.prompt[-1]["content"]):
             yield "prompt"
-        replies = () if self._shared_replies else (pair.chosen, pair.rejected)
-        if any(is_there(fold(reply)) for reply in replies):
+        if not self._shared_replies and heard.holds(pair.chosen, pair.rejected):
             yield "reply"
 
 
@@ -130,13 +152,6 @@ def leave_out(user: User, leaks: list[Leak]) -> User:
     leaking = {leak.record_id for leak in leaks}
     kept = () if "" in leaking else tuple(p for p in user.pairs if p.record_id not in leaking)
     return dataclasses.replace(user, pairs=kept)
-
-
-def _list_texts(user: User) -> set[str]:
-    """The folded texts of past pairs and comments."""
-    texts = [text for s in user.shots for text in (s.prompt, s.chosen, s.rejected)]
-    texts += [text for c in user.comments for text in (c.prompt, c.comment) if text]
-    return {fold(text) for text in texts}
 
 
 def _number(pair: Pair) -> int:

@@ -23,7 +23,7 @@ from popi_jax.data.records import Pair, User
 from popi_jax.data.sources import alignx_axes, download
 from popi_jax.data.sources import alignx_rows as rows
 from popi_jax.data.sources.alignx_rows import Layout, Record
-from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.errors import UserError
 
 REPOSITORY, TESTS = "JinaLeejnl/AlignX", "JinaLeejnl/AlignX-test"
@@ -56,18 +56,15 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
     path = Path(cfg.path)
     if path.is_file() or (path.is_dir() and rows.list_data(path)):
         return path
-    reason = "field data.download is False."
-    if may_download:
-        try:
-            download.download_hub(path / "train", REPOSITORY, cfg.revision, PATTERNS)
-            if cfg.split_by == "published":
-                download.download_hub(path / "test", TESTS, "", TEST_PATTERNS)
-            return path
-        except download.DownloadFailed as e:
-            reason = str(e)
     pages = f"huggingface.co/datasets/{REPOSITORY} (and {TESTS})"
     fix = f"Put the files of {pages} there, or set data.path to their folder."
-    raise FilesMissing(f"{path}: no data files (field data.path), and no download: {reason} {fix}")
+
+    def fetch() -> None:
+        download.download_hub(path / "train", REPOSITORY, cfg.revision, PATTERNS)
+        if cfg.split_by == "published":
+            download.download_hub(path / "test", TESTS, "", TEST_PATTERNS)
+
+    return download.fill_folder(path, may_download, fetch, missing="data files", fix=fix)
 
 
 def load(folder: Path, cfg: Any) -> Loaded:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from popi_jax.data.json_rows import Row, shorten
-from popi_jax.data.leaks import LONG, fold
+from popi_jax.data.leaks import fold, fold_signals, hear
 from popi_jax.data.records import Comment, Shot
 from popi_jax.data.row_files import check_file
 from popi_jax.data.splits import choose_split
@@ -145,18 +145,10 @@ def count_parquet(paths: Iterable[Path]) -> int:
 def find_answer(record: Record) -> str:
     """Says what of the target stands in the signals of its own row, "" if nothing. Texts are
     compared as data/leaks.py does."""
-    heard = {fold(s.prompt) for s in record.shots} | {fold(s.chosen) for s in record.shots}
-    heard |= {fold(s.rejected) for s in record.shots}
-    heard |= {fold(text) for c in record.comments for text in (c.prompt, c.comment) if text}
-    whole = "\n".join([*heard, fold(record.demographics)])
-
-    def is_there(text: str) -> bool:
-        folded = fold(text)
-        return folded in heard or (len(folded) >= LONG and folded in whole)
-
-    if is_there(record.prompt):
+    heard = hear(fold_signals(record.shots, record.comments), (fold(record.demographics),))
+    if heard.holds(record.prompt):
         return "the prompt is among the signals of its row"
-    if is_there(record.chosen) or is_there(record.rejected):
+    if heard.holds(record.chosen, record.rejected):
         return "a reply is among the signals of its row"
     return ""
 

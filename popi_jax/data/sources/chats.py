@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable
 
-from popi_jax.data.leaks import LONG, SPOKEN, fold
+from popi_jax.data.leaks import SPOKEN, fold, hear
 from popi_jax.data.records import Comment
 
 Message = tuple[str, str]  # role (user | assistant | system), content
@@ -24,10 +24,7 @@ def make_comments(messages: Iterable[Message]) -> tuple[Comment, ...]:
 def hold(comments: Iterable[Comment], texts: Iterable[str]) -> bool:
     """Says whether one of the texts, such as a reply to choose from, is one of a chat or a part of
     one, as data/leaks.py takes it."""
-    said = list_texts(comments)
-    whole = "\n".join(said)
-    folded = map(fold, texts)
-    return any(text in said or (len(text) >= LONG and text in whole) for text in folded)
+    return hear(list_texts(comments)).holds(*texts)
 
 
 def say(comments: Iterable[Comment], persona: str) -> bool:

@@ -12,12 +12,13 @@ import shutil
 import tempfile
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from popi_jax.data.sources.source import FilesMissing
 from popi_jax.errors import UserError, disk_is_full
 
 RECORD = "SOURCE.json"
@@ -26,6 +27,24 @@ TIMEOUT_S = 10  # without an answer of the hub, or without any byte of another a
 
 class DownloadFailed(UserError):
     """The files cannot be had from where they are published."""
+
+
+def fill_folder(
+    folder: Path, may_download: bool, fetch: Callable[[], None], *, missing: str, fix: str
+) -> Path:
+    """Returns the folder when fetch() has put the files there.
+
+    missing: what is not there, like "data files"; fix: what to do without a download. Raises:
+    FilesMissing with the reason where nothing may be or can be downloaded."""
+    reason = "field data.download is False."
+    if may_download:
+        try:
+            fetch()
+            return folder
+        except DownloadFailed as e:
+            reason = str(e)
+    told = f"{folder}: no {missing} (field data.path), and no download: {reason}"
+    raise FilesMissing(f"{told} {fix}")
 
 
 def download_hub(

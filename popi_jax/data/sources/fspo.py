@@ -15,7 +15,7 @@ from popi_jax.data import blocks
 from popi_jax.data.blocks import Cut, Preference, Splitting
 from popi_jax.data.json_rows import Row, shorten, stream_rows
 from popi_jax.data.sources import download
-from popi_jax.data.sources.source import FilesMissing, Loaded
+from popi_jax.data.sources.source import Loaded
 from popi_jax.errors import UserError, did_you_mean
 
 CITATION = (
@@ -53,18 +53,14 @@ def find_folder(cfg: Any, may_download: bool, repository: str) -> Path:
     path = Path(cfg.path)
     if path.is_file() or _list_data(path):
         return path
-    reason = "field data.download is False."
-    if may_download:
-        try:
-            download.download_hub(path, repository, cfg.revision or REVISION, PATTERNS)
-            return path
-        except download.DownloadFailed as e:
-            reason = str(e)
     page = f"huggingface.co/datasets/{repository}"
     fix = f"Put the train and test files of {page} there ({', '.join(ENDS)})"
     fix += ", or set data.path to their folder."
-    told = f"{path}: no data files (field data.path), and no download: {reason}"
-    raise FilesMissing(f"{told} {fix}")
+
+    def fetch() -> None:
+        download.download_hub(path, repository, cfg.revision or REVISION, PATTERNS)
+
+    return download.fill_folder(path, may_download, fetch, missing="data files", fix=fix)
 
 
 def list_files(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from popi_jax.data.records import Pair, Shot, User
 from popi_jax.data.sources import alignx_rows as rows
 from popi_jax.data.sources import download
 from popi_jax.data.sources.alignx_rows import Layout, Record
-from popi_jax.data.sources.source import FilesMissing, Loaded
+from popi_jax.data.sources.source import Loaded
 from popi_jax.data.splits import split_topics
 from popi_jax.errors import UserError
 
@@ -57,16 +57,13 @@ def find_folder(cfg: Any, may_download: bool, kind: Kind) -> Path:
     path = Path(cfg.path)
     if path.is_file() or (path.is_dir() and rows.list_data(path)):
         return path
-    reason = "field data.download is False."
-    if may_download:
-        try:
-            download.download_files(path, f"{RAW}/{kind.folder}", kind.sha256)
-            return path
-        except download.DownloadFailed as e:
-            reason = str(e)
     names = ", ".join(kind.sha256)
     fix = f"Put {names} of benchmark/{kind.folder} of {CODE} there, or set data.path to a file."
-    raise FilesMissing(f"{path}: no data files (field data.path), and no download: {reason} {fix}")
+
+    def fetch() -> None:
+        download.download_files(path, f"{RAW}/{kind.folder}", kind.sha256)
+
+    return download.fill_folder(path, may_download, fetch, missing="data files", fix=fix)
 
 
 def load(folder: Path, cfg: Any, kind: Kind) -> Loaded:

@@ -45,7 +45,7 @@ from popi_jax.data.sources.personamem_rows import (
     parse_v2,
     parse_v3,
 )
-from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import split_topics
 from popi_jax.errors import UserError
 
@@ -82,15 +82,13 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
     if all(any(folder.glob(name)) for name in names):
         return folder
     repository, commit = PLACES[form.split("-")[0] if form in FORMS else "v1"]
-    reason = "field data.download is False."
-    if may_download:
-        try:
-            download.download_hub(folder, repository, cfg.revision or commit, names)
-            return folder
-        except download.DownloadFailed as e:
-            reason = str(e)
-    told = f"{folder}: no {' and '.join(names)} (field data.path), and no download: {reason}"
-    raise FilesMissing(f"{told} Put the files of huggingface.co/datasets/{repository} there.")
+    fix = f"Put the files of huggingface.co/datasets/{repository} there."
+
+    def fetch() -> None:
+        download.download_hub(folder, repository, cfg.revision or commit, names)
+
+    missing = " and ".join(names)
+    return download.fill_folder(folder, may_download, fetch, missing=missing, fix=fix)
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from absl import logging
 from popi_jax.data.json_rows import Row, read_lines
 from popi_jax.data.records import Comment, Pair, User
 from popi_jax.data.sources import chats, download
-from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split, split_topics
 from popi_jax.errors import UserError, did_you_mean
 
@@ -68,19 +68,16 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         _find_home(folder)
         return folder
-    reason = "field data.download is False."
-    if may_download:
-        revision = cfg.revision or REVISION
+
+    def fetch() -> None:
         kinds = (OPTIONS, CHATS["persona"], CHATS["choice"])
         names = [f"{kind}/{topic}.json" for kind in kinds for topic in TOPICS]
+        revision = cfg.revision or REVISION
         url = f"https://raw.githubusercontent.com/{REPOSITORY}/{revision}/{HOME}"
-        try:
-            download.download_files(folder, url, dict.fromkeys(names, ""))
-            return folder
-        except download.DownloadFailed as e:
-            reason = str(e)
-    told = f"{folder}: no PrefEval files (field data.path), and no download: {reason}"
-    raise FilesMissing(f"{told} Copy {HOME}/ of {PAGE} there (CC-BY-NC-4.0).")
+        download.download_files(folder, url, dict.fromkeys(names, ""))
+
+    fix = f"Copy {HOME}/ of {PAGE} there (CC-BY-NC-4.0)."
+    return download.fill_folder(folder, may_download, fetch, missing="PrefEval files", fix=fix)
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from popi_jax.data.sources.prism_rows import (
     Utterance,
     read_tables,
 )
-from popi_jax.data.sources.source import Card, FilesMissing, Loaded, Source
+from popi_jax.data.sources.source import Card, Loaded, Source
 from popi_jax.data.splits import choose_split
 from popi_jax.errors import UserError
 
@@ -65,17 +65,13 @@ def find_folder(cfg: Any, may_download: bool) -> Path:
     if present:
         told = f"{folder}: no {', '.join(missing)} beside {present} (field data.path)"
         raise UserError(f"{told}. Add it, or remove the others.")
-    reason = "field data.download is False."
-    if may_download:
-        try:
-            known = {} if cfg.revision else SHA256
-            download.download_hub(folder, REPOSITORY, cfg.revision or REVISION, FILES, known)
-            return folder
-        except download.DownloadFailed as e:
-            reason = str(e)
     fix = f"Put {', '.join(FILES)} from {PAGE} there, or set data.path to their folder."
-    told = f"{folder}: no PRISM files (field data.path), and no download: {reason}"
-    raise FilesMissing(f"{told} {fix}")
+
+    def fetch() -> None:
+        known = {} if cfg.revision else SHA256
+        download.download_hub(folder, REPOSITORY, cfg.revision or REVISION, FILES, known)
+
+    return download.fill_folder(folder, may_download, fetch, missing="PRISM files", fix=fix)
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -13,7 +13,8 @@ from popi_jax.data import blocks, encode, prepared, tokenizer
 from popi_jax.data.leaks import LeakFinder
 from popi_jax.data.prompts import list_training_texts
 from popi_jax.data.records import SPLITS, User
-from popi_jax.data.sources import elix, fspo
+from popi_jax.data.sources import elix
+from popi_jax.data.sources.source import FilesMissing
 from tests.checkpoints import fake_hub
 from tests.checkpoints.fake_hub import FakeHub
 from tests.data.people import user_batches
@@ -242,7 +243,7 @@ def test_missing_files_are_fetched_at_a_commit(hub: FakeHub, folder: Path, tmp_p
     assert users == load("elix", folder)[0]
     record = json.loads((tmp_path / "new" / "SOURCE.json").read_text())
     assert record["commit"] == commit and {*record["sha256"]} == {*files, "README.md"}
-    with pytest.raises(fspo.FilesMissing, match=r"data.revision.*Put the train and test files"):
+    with pytest.raises(FilesMissing, match=r"data.revision.*Put the train and test files"):
         load("elix", tmp_path / "other", download=True, revision="v9")
 
 
