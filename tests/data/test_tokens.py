@@ -141,6 +141,16 @@ def test_templates_tokenizer_and_split_are_part_of_the_key(monkeypatch: pytest.M
     assert len(set(keys)) == 4
 
 
+def test_a_tokenizer_that_differs_in_other_words_has_another_key() -> None:
+    """Though it encodes the made user of the key alike."""
+    template = WORDS.chat_template.replace(
+        "message['content']", "message['content'] | replace('honey', 'bees')"
+    )
+    other = type(WORDS)(WORDS.tokenizer_json, WORDS.settings, template, WORDS.source)
+    assert tokens._encode_probe(other, CFG) == tokens._encode_probe(WORDS, CFG)
+    assert tokens.identify(USERS, other, CFG) != tokens.identify(USERS, WORDS, CFG)
+
+
 def spoil_nothing(folder: Path) -> None:
     pass
 
