@@ -24,7 +24,7 @@ def main(config: Config) -> None:
     from popi_jax import distributed
     from popi_jax.evals.results import evaluate_run
     from popi_jax.run import open_run
-    from popi_jax.training import loop
+    from popi_jax.training import loop, stage
 
     logging.set_verbosity(logging.INFO)
     run = open_run(config)
@@ -32,11 +32,11 @@ def main(config: Config) -> None:
     logging.info("%s: %d device(s), mesh %s", config.name, jax.device_count(), mesh)
     try:
         trained = loop.train(run, warm_start=_WARM_START.value)
-    except loop.Stopped as stopped:
+    except stage.Stopped as stopped:
         if distributed.is_main_process():
             print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except loop.NotFinite as failure:
+    except stage.NotFinite as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
     if not _EVALUATE.value:

@@ -18,7 +18,7 @@ from popi_jax.errors import UserError
 from popi_jax.popi.update import popi_update
 from popi_jax.run import open_run
 from popi_jax.sharding import place_batch
-from popi_jax.training import loop, setup
+from popi_jax.training import loop, setup, stage
 from tests.oracles import losses as oracle
 from tests.oracles import plain
 from tests.oracles.plain import MODEL, RULES
@@ -177,7 +177,7 @@ def test_a_run_behind_signals_continues_as_if_it_never_stopped(
             return loop.train(open_run(config))
 
     whole = train("whole")
-    with pytest.raises(loop.Stopped, match="step 3"):
+    with pytest.raises(stage.Stopped, match="step 3"):
         train("parts", stops=3)
     monkeypatch.undo()
     parts = train("parts")

@@ -25,8 +25,9 @@ from popi_jax.checkpoints import manager
 from popi_jax.distributed import StopRequest
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.run import Run
-from popi_jax.training import loop
-from popi_jax.training.loop import NotFinite, StagedBatches, Stopped
+from popi_jax.training import loop, stage
+from popi_jax.training.loop import StagedBatches
+from popi_jax.training.stage import NotFinite, Stopped
 from tests.cheap_compiles import CHEAP
 from tests.oracles.plain import MODEL
 from tests.training import small
@@ -98,8 +99,8 @@ class Scripted:
         save = lambda step, state: self.saved.append(step)  # noqa: E731
         try:
             with MetricWriter(self.folder) as writer:
-                host = loop.Host(self.cfg, mesh, MODEL.rules, batches, writer, stop, save)
-                loop.run_stage(host, self.program, STATE, 0, last_step, "test")
+                host = stage.Host(self.cfg, mesh, MODEL.rules, batches, writer, stop, save)
+                stage.run_stage(host, self.program, STATE, 0, last_step, "test")
         finally:
             stop.close()
 
@@ -127,17 +128,17 @@ def test_the_rate_counts_data_and_what_was_sampled(
     """Beside the bar; the clock of this test goes by a second whenever it is read."""
     seconds = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(stage, "time", clock)
     shown: list[dict[str, float]] = []
 
-    class Bar(loop.Progress):
+    class Bar(stage.Progress):
         def update(self, step: int, values: dict[str, float] | None = None) -> None:
             shown.append(values or {})
 
-    monkeypatch.setattr(loop, "Progress", Bar)
+    monkeypatch.setattr(stage, "Progress", Bar)
     scripted = Scripted(tmp_path, save_every=100, log_every=1, at=0, event=None)
     scripted.run(3)
-    data = loop.count_tokens(small.user_batch(0))
+    data = stage.count_tokens(small.user_batch(0))
     # the first rate is of two batches, of which the metrics of one were read
     rates = [values["tokens/s"] for values in shown if values]
     assert rates[0] == pytest.approx(2 * data + Scripted.SAMPLED)
