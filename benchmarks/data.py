@@ -168,7 +168,7 @@ def update_models(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
         for _ in range(2 + UPDATES):
             batch = place_batch(next(batches), run.mesh, run.inference.model.rules)
             start = time.monotonic()
-            state, metrics = update(state, batch)
+            state, metrics = update(state, frozen, batch)
             jax.block_until_ready(metrics)
             times.append(time.monotonic() - start)
         batches.close()

@@ -18,6 +18,7 @@ Words, in one meaning everywhere:
   policy     the weights in training; reference: those at the start of the main stage
   judge      the generator whose margins are the reward of a summary
   rollout    sampled summaries with their log-probs
+  stored     summaries that were written once, at the start of a phase, for all training users
   kind       which roles an update trains
   stage      warm-up or main; phase: a stretch of the main stage
   shard      the part of the users that one device computes; microbatch: a part of an update
@@ -134,6 +135,14 @@ class TrainState(NamedTuple):
     key: Key[Array, ""]  # constant; folded with the step, never split
 
 
+class StoredSummaries(NamedTuple):
+    """A summary of each training user, by number, as the inference model was when they were
+    written."""
+
+    summaries: Tokens  # [train_users seq]; lengths as in `Rollouts`
+    finished: Bool[Array, " train_users"]
+
+
 class Frozen(NamedTuple):
     """Reference policies: the models at the start of the main stage. Never donated, never updated.
 
@@ -145,3 +154,6 @@ class Frozen(NamedTuple):
     # [train pairs]: the generator's log-probs of every pair of the training users without a
     # summary, computed once at the start of the main stage; None where plan.Reference is another
     stored: PairLogps | None = None
+    # those of the present phase of stored summaries, before the first of them empty ones; None
+    # without such a phase
+    summaries: StoredSummaries | None = None

@@ -141,6 +141,10 @@ class GeneratorConfig:
         one_of("dpo", "robust", "ipo", "hinge", "kto", "slic", "cpo", "simpo", "orpo", "rrhf"),
     )
     beta: float = setting(0.1, "of the preference objective, per nat", ABOVE_ZERO)
+    over_beta: bool = setting(
+        False,
+        "its loss and the reward of summaries are divided by beta (dpo, robust, hinge, slic, cpo)",
+    )
     label_smoothing: float = setting(
         0.0, "probability of swapped labels (dpo: cDPO; robust, cpo, simpo)", BELOW_HALF
     )
@@ -254,8 +258,9 @@ class ScheduleConfig:
     phases: tuple[str, ...] = setting(
         ("inference 420", "alternate 3:1 80"),
         'in order, of N updates each: "inference N", "generator N", "joint N" (both in each '
-        'update), "alternate n:m N" (n updates of the inference model, then m of the generator) or '
-        '"supervised N" (the inference model by likelihood on personas, a baseline)',
+        'update), "alternate n:m N" (n updates of the inference model, then m of the generator), '
+        '"stored N" (the generator behind summaries that are written once, at the start of the '
+        'phase) or "supervised N" (the inference model by likelihood on personas, a baseline)',
     )
     log_every: int = setting(10, "updates", at_least(1), free=True)
     save_every: int = setting(50, "updates", at_least(1), free=True)

@@ -314,6 +314,15 @@ def _check_roles(config: "Config") -> None:
     rule += "whose likelihood term it weighs; as published, 1"
     weighed = g.objective in ("orpo", "cpo", "rrhf")
     _require(config, g.sft_coef > 0 or not weighed, "generator.sft_coef", rule)
+    rule = (
+        f"does not go with generator.objective = {g.objective}; take dpo, robust, hinge, slic or "
+    )
+    rule += "cpo, or leave it False"
+    divided = g.objective in ("dpo", "robust", "hinge", "slic", "cpo")
+    _require(config, divided or not g.over_beta, "generator.over_beta", rule)
+    rule = "must be log_sigmoid with generator.over_beta, which divides the loss and that reward"
+    same = i.reward == "log_sigmoid" or not g.over_beta
+    _require(config, same, "inference.reward", rule)
     rule = "needs an average: set generator.ema_decay above 0, e.g. 0.99, or take current or frozen"
     kept = i.reward_generator != "ema" or g.ema_decay > 0
     _require(config, kept, "inference.reward_generator", rule)

@@ -68,6 +68,7 @@ ALSO = {
     "training/longer.py": {"checkpoints", "run"},
     "training/reference.py": {"checkpoints", "distributed", "errors", "progress", "run"},
     "training/restore.py": {"checkpoints", "errors", "run"},
+    "training/stored.py": {"distributed", "errors", "files", "progress", "run"},
     "planning/plan.py": {"arrays", "checkpoints", "models", "popi", "run", "training"},
     "planning/evaluation.py": {"arrays", "models", "popi", "training"},
 }
@@ -194,7 +195,7 @@ def measure_load(start: str) -> Load:
 @pytest.mark.parametrize(
     ("start", "most"),
     [
-        ("popi_jax.popi.update", Load(19, 3300, 7)),
+        ("popi_jax.popi.update", Load(19, 3350, 7)),
         ("popi_jax.training.loop", Load(72, 13300, 14)),
         ("popi_jax.train", Load(89, 15800, 18)),  # it ends with a sweep of its run
     ],

@@ -22,6 +22,8 @@ from popi_jax.losses.masked import masked_mean
 
 WITH_REFERENCE = ("dpo", "robust", "ipo", "hinge", "kto")
 REFERENCE_FREE = ("slic", "cpo", "simpo", "orpo", "rrhf")
+# whose loss is a function of beta (s_w - s_l) alone: over beta its slope at 0 does not depend on it
+OVER_BETA = ("dpo", "robust", "hinge", "slic", "cpo")
 
 
 class BatchTerms(NamedTuple):
@@ -37,6 +39,7 @@ class PreferenceObjective:
 
     name: str = "dpo"  # one of WITH_REFERENCE and REFERENCE_FREE
     beta: float = 0.1  # per nat, or per nat per token; of ORPO the weight of the odds ratio
+    over_beta: bool = False  # of OVER_BETA: the loss is divided by beta, but for sft_coef's part
     label_smoothing: float = 0.0  # probability of swapped labels, < 0.5: dpo, robust, cpo, simpo
     length_normalised: bool = False  # of dpo, robust, hinge, kto, slic, cpo; the others always are
     gamma: float = 0.0  # nats: the margin that SimPO asks for
@@ -50,6 +53,8 @@ class PreferenceObjective:
             raise ValueError(
                 f"the preference objective {self.name!r} is unknown; allowed: {', '.join(allowed)}"
             )
+        if self.over_beta and self.name not in OVER_BETA:
+            raise ValueError(f"over_beta goes with {', '.join(OVER_BETA)}, not with {self.name!r}")
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}; allowed: from 0 to less than 0.5"
@@ -307,8 +312,8 @@ def preference_losses(
     *,
     objective: PreferenceObjective,
 ) -> Float[Array, "*rows"]:
-    """The loss of each pair: the objective's own plus sft_coef times the likelihood of the chosen
-    reply.
+    """The loss of each pair: the objective's own, over beta if it asks for that, plus sft_coef
+    times the likelihood of the chosen reply.
 
     `reference` is not looked at by the objectives of REFERENCE_FREE."""
     o, beta, smoothing = objective, objective.beta, objective.label_smoothing
@@ -339,6 +344,7 @@ def preference_losses(
             losses = orpo_losses(policy, lengths, beta=beta)
         case _:
             losses = rrhf_losses(policy, lengths)
+    losses = losses / beta if o.over_beta else losses
     return losses + o.sft_coef * sft_losses(policy, terms.chosen_len) if o.sft_coef else losses
 
 

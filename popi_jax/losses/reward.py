@@ -1,5 +1,7 @@
 """The reward of a summary: how well the generator behind it ranks the user's pairs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,6 +9,16 @@ from jaxtyping import Array, Bool, Float, Int
 from popi_jax.losses.masked import masked_mean_last
 
 KINDS = ("log_sigmoid", "accuracy", "margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardObjective:
+    """Static settings of a reward."""
+
+    kind: str = "log_sigmoid"  # of a pair: one of KINDS
+    over: float = 1.0  # divides what pairs are worth: beta where it divides the loss too
+    length_penalty: float = 0.0  # per token
+    kl_coef: float = 0.0  # per nat of KL; 0: the KL is in the loss, if at all
 
 
 def pair_rewards(margins: Float[Array, "*rows"], *, kind: str) -> Float[Array, "*rows"]:
@@ -31,23 +43,20 @@ def summary_rewards(
     margins_without_summary: Float[Array, "users pairs"] | None = None,
     kl: Float[Array, "users group"] | None = None,
     *,
-    length_penalty: float,
-    kind: str = "log_sigmoid",
-    kl_coef: float = 0.0,
+    objective: RewardObjective,
 ) -> Float[Array, "users group"]:
-    """Mean over the user's pairs of `pair_rewards`, less `length_penalty` per token and `kl_coef`
-    per nat of `kl`.
+    """Mean over the user's pairs of `pair_rewards`, divided by `over`, less `length_penalty` per
+    token and `kl_coef` per nat of `kl`.
 
     margins_without_summary: the generator's on the same pairs with no summary; their mean reward is
     subtracted. It is the same for all summaries of a user, so it acts only on advantages that
     compare users (baseline or scale "batch"). kl: of each summary to the reference inference model,
     `summed_kl`."""
-    mask = jnp.broadcast_to(pair_mask[:, None, :], margins.shape)
-    rewards = masked_mean_last(pair_rewards(margins, kind=kind), mask)
+    o, mask = objective, jnp.broadcast_to(pair_mask[:, None, :], margins.shape)
+    rewards = masked_mean_last(pair_rewards(margins, kind=o.kind), mask)
     if margins_without_summary is not None:
-        rewards = (
-            rewards
-            - masked_mean_last(pair_rewards(margins_without_summary, kind=kind), pair_mask)[:, None]
-        )
-    rewards = rewards - length_penalty * lengths.astype(jnp.float32)
-    return rewards - kl_coef * kl if kl is not None else rewards
+        without = pair_rewards(margins_without_summary, kind=o.kind)
+        rewards = rewards - masked_mean_last(without, pair_mask)[:, None]
+    rewards = rewards if o.over == 1.0 else rewards / o.over
+    rewards = rewards - o.length_penalty * lengths.astype(jnp.float32)
+    return rewards - o.kl_coef * kl if kl is not None else rewards

@@ -31,7 +31,7 @@ from popi_jax.popi import update as updates
 from popi_jax.popi.plan import Kind
 from popi_jax.popi.rollout import PromptTokens
 from popi_jax.sharding import find_platform, make_mesh
-from popi_jax.training import setup
+from popi_jax.training import abstract, setup
 
 TEMPLATE = 24  # tokens that a chat template puts before a summary, and that ask for one
 USERS = 1275  # of PRISM's training split: decides whether reference log-probs can be stored
@@ -42,6 +42,7 @@ TURN_SCOPES: dict[Mode, tuple[str, ...]] = {
     "generator": ("sampling", "generator_step"),
     "joint": ("sampling", "rewards", "generator_step", "inference_step"),
     "supervised": ("supervised_step",),
+    "stored": ("generator_step",),
 }
 DECODE, HEAD = "decode", "head"
 
@@ -134,7 +135,7 @@ def make_plan(config: Config, target: Target) -> Plan:
     ids = tuple(range(3, 3 + TEMPLATE))
     sampling = Sampling(config.inference.temperature, config.data.summary_len, 2, (0, 1))
     prompts = PromptTokens(ids, ids)
-    made = setup.plan_abstract_update(config, model, prompts, sampling, mesh, num_users=USERS)
+    made = abstract.plan_abstract_update(config, model, prompts, sampling, mesh, num_users=USERS)
     update = jax.jit(
         partial(updates.popi_update, **made.setup._asdict()),
         donate_argnums=(0,),
@@ -146,6 +147,7 @@ def make_plan(config: Config, target: Target) -> Plan:
         Kind(True, False): "inference",
         Kind(True, True): "joint",
         Kind(True, False, supervised=True): "supervised",
+        Kind(False, True, stored=True): "stored",
     }
     modes = [names[kind] for kind in sorted(set(made.setup.plan.kinds))]
     return Plan(
@@ -160,7 +162,8 @@ def count_state_bytes(plan: Plan) -> dict[str, int]:
         "parameters": [role.params for role in roles],
         "optimizer": [role.opt_state for role in roles],
         "averages": [role.ema for role in roles],
-        "reference policies": plan.frozen,
+        "reference policies": plan.frozen._replace(summaries=None),
+        "stored summaries": plan.frozen.summaries,
         "batch": plan.users,
     }
     return {

@@ -39,10 +39,8 @@ def inference_step(
         users.pair_mask,
         rollouts.summaries.lengths,
         margins_without_summary,
-        grpo.summed_kl(rollouts.logps, reference, mask) if plan.reward_kl_coef else None,
-        length_penalty=plan.length_penalty,
-        kind=plan.reward,
-        kl_coef=plan.reward_kl_coef,
+        grpo.summed_kl(rollouts.logps, reference, mask) if plan.reward.kl_coef else None,
+        objective=plan.reward,
     )
     scale, baseline = plan.advantage_scale, plan.advantage_baseline
     advantages = grpo.group_advantages(rewards, scale=scale, baseline=baseline)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from popi_jax.arrays import Params, RoleState
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective
+from popi_jax.losses.reward import RewardObjective
 from popi_jax.models.transformer import join_adapters
 
 
@@ -33,11 +34,13 @@ class Judge(enum.Enum):
 
 class Kind(NamedTuple):
     """Which roles an update trains; supervised: the inference model by likelihood, on
-    `UserBatch.taught`, else by reward."""
+    `UserBatch.taught`, else by reward; stored: the generator behind `Frozen.summaries`, else behind
+    new ones."""
 
     inference: bool
     generator: bool
     supervised: bool = False
+    stored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +88,8 @@ class InferencePlan:
     objective: PolicyObjective
     judge: Judge
     group_size: int
-    reward: str  # see losses/reward.py
+    reward: RewardObjective
     reward_baseline: bool  # whether the reward of no summary is subtracted
-    reward_kl_coef: (
-        float  # per nat of KL that the reward loses; 0: the KL is in the loss, if at all
-    )
-    length_penalty: float
     advantage_scale: str
     advantage_baseline: str
     skip_unfinished: bool
@@ -107,3 +106,9 @@ class UpdatePlan:
     generator: GeneratorPlan
     inference: InferencePlan
     generator_prefix: tuple[int, ...]  # tokens before a summary in the generator's conversation
+    num_pairs: int  # of a user, by which `UserBatch.pair_number` counts
+
+    @property
+    def stores_summaries(self) -> bool:
+        """Whether some updates read stored summaries."""
+        return any(kind.stored for kind in self.kinds)

@@ -76,7 +76,7 @@ def pick_update(kind: Kind, scoring: "PairScoring", sampler: Sampler) -> Callabl
     """The update of a kind: (state, frozen, users, key) -> Updated."""
     if kind.supervised:
         return partial(teach_inference, kind, scoring)
-    if scoring.plan.generator.reads_summaries:
+    if scoring.plan.generator.reads_summaries and not kind.stored:
         return partial(update_roles, kind, sampler, scoring)
     return partial(update_told_generator, kind, scoring)
 
@@ -141,10 +141,13 @@ def update_told_generator(
     users: UserBatch,
     key: Key[Array, ""],
 ) -> Updated:
-    """The generator takes a preference step on the users' pairs behind what the batch tells of
-    them. Nothing is sampled."""
+    """The generator takes a preference step on the users' pairs behind the summaries that are
+    stored of them, or behind what the batch tells of them. Nothing is sampled."""
     del key
-    contexts = scoring.make_told_contexts(users)
+    if kind.stored:
+        contexts = scoring.make_stored_contexts(frozen, users)
+    else:
+        contexts = scoring.make_told_contexts(users)
     reference = scoring.score_reference(frozen, contexts, users)
     inputs = (state.generator, frozen.generator, reference, contexts, users)
     with jax.named_scope("generator_step"):
@@ -205,6 +208,14 @@ class PairScoring:
             return self.make_empty_contexts(users)
         told = jax.tree.map(lambda x: x[:, None], users.told)
         return splice(self.plan.generator_prefix, told, jnp.zeros(told.lengths.shape, bool))
+
+    def make_stored_contexts(self, frozen: Frozen, users: UserBatch) -> Tokens:
+        """The generator's contexts with the users' stored summaries: [users 1 seq]. A user whose
+        pairs are all masked may get another's."""
+        kept: Any = frozen.summaries
+        numbers = users.pair_number[:, 0] // self.plan.num_pairs
+        tokens, finished = jax.tree.map(lambda x: x[numbers][:, None], tuple(kept))
+        return splice(self.plan.generator_prefix, tokens, finished)
 
     @jax.named_scope("reference")
     def score_reference(

@@ -25,7 +25,7 @@ from popi_jax.popi.update import popi_update
 from popi_jax.run import Run
 from popi_jax.sharding import place_batch
 from popi_jax.training import places, setup
-from popi_jax.training.places import Update
+from popi_jax.training.places import MainUpdate
 from popi_jax.training.remat import estimate_need
 
 DRAWS = 2**32 - 1  # folded into the key of summaries that nothing is trained on, as no step is
@@ -54,11 +54,6 @@ def plan_run(run: Run, summary_fill: float = 1.0) -> setup.UpdateSetup:
         generator = dataclasses.replace(made.plan.generator, reference=Reference.PROMPT)
         made = made._replace(plan=dataclasses.replace(made.plan, generator=generator))
     return made
-
-
-def count_pairs(run: Run) -> int:
-    """Of the training users, with those that pad them."""
-    return len(run.dataset.splits["train"]) * run.config.data.num_pairs
 
 
 def jit_update(update: Callable[..., Any], abstract: TrainState) -> Any:
@@ -108,15 +103,14 @@ def settle_remat(
 
 def make_main_update(
     run: Run, at: Start, abstract: TrainState, step: int, chosen: dict[str, Any]
-) -> Update:
+) -> MainUpdate:
     """The update of the main stage, behind `step`; where the configuration does not say how long
     summaries are, it follows them."""
     cfg, model = run.config, run.inference.model
     plan = plan_run(run).plan
 
-    def make(fill: float) -> Update:
-        main = jit_update(partial(popi_update, **plan_run(run, fill)._asdict()), abstract)
-        return lambda state, batch: main(state, at.frozen, batch)
+    def make(fill: float) -> MainUpdate:
+        return jit_update(partial(popi_update, **plan_run(run, fill)._asdict()), abstract)
 
     if cfg.batch.summary_fill or not places.trains_inference(plan):
         return make(cfg.batch.summary_fill or 1.0)

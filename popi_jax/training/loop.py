@@ -24,7 +24,7 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.transformer import join_adapters
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.run import Roles, Run
-from popi_jax.training import choices, longer, reference, setup
+from popi_jax.training import choices, longer, reference, setup, stored
 from popi_jax.training.remat import find_memory
 from popi_jax.training.restore import restore_start
 from popi_jax.training.stage import Host, run_stage
@@ -116,6 +116,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     warmup_roles = setup.plan_warmup_roles(cfg)
     abstract = setup.abstract_state(model, main_roles, mesh, cfg)
     warmup_abstract = setup.abstract_state(model, warmup_roles, mesh, cfg)
+    num_users = len(run.dataset.splits["train"])
     warmup_steps, last_step = cfg.warmup.steps, cfg.warmup.steps + len(plan.kinds)
     base = reference.read_base(cfg, model, mesh)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, run.config_json)
@@ -143,7 +144,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
         if begins:  # another optimizer needs memory
             chosen.pop("remat", "")
     if cfg.model.remat == "auto":
-        shapes = setup.abstract_frozen(plan, abstract, mesh, choices.count_pairs(run))
+        shapes = setup.abstract_frozen(plan, abstract, mesh, cfg, num_users)
         run, chosen = choices.settle_remat(run, chosen, available, (abstract, shapes))
         model = run.inference.model
     stop = distributed.StopRequest()  # from here on: until then a signal ends the process at once
@@ -159,7 +160,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 program = choices.jit_update(warm_up, warmup_abstract)
                 step, state = run_stage(host, program, state, step, warmup_steps, "warm-up")
             if step > warmup_steps:
-                shapes = setup.abstract_frozen(plan, abstract, mesh, choices.count_pairs(run))
+                shapes = setup.abstract_frozen(plan, abstract, mesh, cfg, num_users)
                 frozen = reference.restore_reference(cfg.workdir, shapes, base)
             else:
                 frozen = reference.keep_reference(run, plan, state, base)
@@ -167,10 +168,8 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 layout = setup.get_shardings(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
-                program = choices.make_main_update(
-                    run, choices.Start(state, frozen), abstract, step, chosen
-                )
-                step, state = run_stage(host, program, state, step, last_step, "popi")
+                at = choices.Start(state, frozen)
+                step, state = run_main_stage(run, host, at, abstract, step, chosen)
         finally:
             stop.close()
             batches.close()
@@ -179,6 +178,27 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
         shapes = setup.own_params(plan, abstract)
         frozen = reference.restore_reference(cfg.workdir, shapes, base)
     return Trained(state, frozen)
+
+
+def run_main_stage(
+    run: Run, host: Host, at: choices.Start, abstract: TrainState, step: int, chosen: dict[str, Any]
+) -> tuple[int, TrainState]:
+    """The main stage from `step` to its end. It pauses where summaries are written, which the
+    updates behind read, by one program for all."""
+    state, frozen = at
+    if choices.plan_run(run).plan.stores_summaries:
+        frozen = stored.add_empty(frozen, run)
+    update = choices.make_main_update(run, choices.Start(state, frozen), abstract, step, chosen)
+
+    def run_segment(frozen: Frozen, state: TrainState, step: int, end: int) -> Any:
+        program = lambda state, batch: update(state, frozen, batch)  # noqa: E731
+        return run_stage(host, program, state, step, end, "popi")
+
+    for end, written in stored.list_segments(run.config, step):
+        if written is not None:
+            frozen = stored.add_summaries(frozen, run, state, written=written, step=step)
+        step, state = run_segment(frozen, state, step, end)
+    return step, state
 
 
 def make_first_state(run: Run, roles: setup.Roles) -> TrainState:

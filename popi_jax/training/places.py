@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from popi_jax.arrays import Mean, Metrics, TrainState
+from popi_jax.arrays import Frozen, Mean, Metrics, TrainState
 from popi_jax.data.measure import Spread
 from popi_jax.popi.plan import UpdatePlan
 from popi_jax.sharding import replicated
@@ -26,7 +26,7 @@ WINDOW = 16  # updates after which it is looked whether the places still are the
 ENOUGH = 0.9  # of updates must run without padding
 BATCHES = 1  # whose summaries are drawn at the start
 
-Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+MainUpdate = Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]
 Row = Mapping[str, float]  # metrics of an update, without those that do not apply
 
 
@@ -76,12 +76,12 @@ class Follower:
     steps before (`catch_up`), does as one that never stopped."""
 
     def __init__(
-        self, make: Callable[[int], Update], parts: int, choose: Callable[[int, list[Row]], int]
+        self, make: Callable[[int], MainUpdate], parts: int, choose: Callable[[int, list[Row]], int]
     ) -> None:
         """make(parts): the update. choose(parts, rows): those of the next updates."""
         self._make, self._choose, self.parts = make, choose, parts
         self._rows: deque[tuple[int, Row | Metrics]] = deque(maxlen=WINDOW)
-        self._update: Update | None = None
+        self._update: MainUpdate | None = None
         self._step = 0
 
     def catch_up(self, step: int, rows: Iterable[tuple[int, Row]]) -> None:
@@ -90,10 +90,10 @@ class Follower:
             self._note(number, row)
         self._step = step
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, Metrics]:
         if self._update is None:
             self._update = self._make(self.parts)
-        state, metrics = self._update(state, batch)
+        state, metrics = self._update(state, frozen, batch)
         self._step += 1
         before = self.parts
         self._note(self._step, metrics)

@@ -53,10 +53,10 @@ def keep_reference(run: Run, plan: UpdatePlan, state: TrainState, base: Params) 
 
 
 def restore_reference(workdir: str, shapes: Frozen, base: Params) -> Frozen:
-    """The reference policies of a run, as `shapes` say which.
+    """The reference policies of a run, as `shapes` say which; stored summaries are no part of them.
 
     Raises: UserError where they are not there or cannot be read."""
-    own = manager.restore_frozen(workdir, shapes)
+    own = manager.restore_frozen(workdir, shapes._replace(summaries=None))
     if own is None:
         raise UserError(
             f'config.workdir: "{workdir}/reference" is gone, without which the run cannot '

@@ -12,15 +12,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, Key, PyTree
 
-from popi_jax.arrays import Frozen, PairLogps, Params, RoleState, Tokens, TrainState, UserBatch
+from popi_jax.arrays import (
+    Frozen,
+    PairLogps,
+    Params,
+    RoleState,
+    StoredSummaries,
+    Tokens,
+    TrainState,
+)
 from popi_jax.config import Config, GeneratorConfig, InferenceConfig
-from popi_jax.data.batches import teaches
-from popi_jax.data.encode import get_told_len
 from popi_jax.data.measure import Fill
 from popi_jax.losses.grpo import PolicyObjective
 from popi_jax.losses.preference import PreferenceObjective
+from popi_jax.losses.reward import RewardObjective
 from popi_jax.models.decode import Sampling
-from popi_jax.models.layout import count_shards, spec
+from popi_jax.models.layout import count_shards
 from popi_jax.models.lora import init_lora_boxed
 from popi_jax.models.packing import Budget, Budgets
 from popi_jax.models.transformer import TransformerConfig, init_boxed, logical_names, unbox
@@ -65,6 +72,7 @@ def plan_kinds(phases: tuple[Phase, ...]) -> tuple[Kind, ...]:
         "generator": Kind(False, True),
         "joint": Kind(True, True),
         "supervised": Kind(True, False, supervised=True),
+        "stored": Kind(False, True, stored=True),
     }
     return tuple(kinds[update] for update in list_updates(phases))
 
@@ -97,6 +105,7 @@ def plan_update(
         GeneratorPlan(roles.generator, objective, reference, config.generator.reads == "summary"),
         plan_inference(config, roles.inference),
         prompts.generator_prefix,
+        config.data.num_pairs,
     )
     turn, temperature = prompts.summary_turn, sampling.temperature
     return UpdateSetup(
@@ -112,6 +121,7 @@ def make_objective(config: Config) -> PreferenceObjective:
     return PreferenceObjective(
         name=g.objective,
         beta=g.beta,
+        over_beta=g.over_beta,
         label_smoothing=g.label_smoothing,
         length_normalised=g.length_normalised,
         gamma=g.gamma,
@@ -142,10 +152,13 @@ def plan_inference(config: Config, role: RolePlan) -> InferencePlan:
         objective,
         Judge(i.reward_generator),
         group_size=i.group_size,
-        reward=i.reward,
+        reward=RewardObjective(
+            kind=i.reward,
+            over=config.generator.beta if config.generator.over_beta else 1.0,
+            length_penalty=i.length_penalty,
+            kl_coef=i.kl_coef if in_reward else 0.0,
+        ),
         reward_baseline=i.reward_baseline,
-        reward_kl_coef=i.kl_coef if in_reward else 0.0,
-        length_penalty=i.length_penalty,
         advantage_scale=i.advantage_scale,
         advantage_baseline=i.advantage_baseline,
         skip_unfinished=i.skip_unfinished,
@@ -287,16 +300,32 @@ def abstract_params(model: TransformerConfig, mesh: Mesh, dtype: str) -> Params:
     )
 
 
-def abstract_frozen(plan: UpdatePlan, state: TrainState, mesh: Mesh, num_pairs: int) -> Frozen:
-    """Shapes and shardings of what updates read of the reference policies, all but the base under
-    adapters. num_pairs: of the training users, with those that pad them."""
+def abstract_frozen(
+    plan: UpdatePlan, state: TrainState, mesh: Mesh, config: Config, num_users: int
+) -> Frozen:
+    """Shapes and shardings of what updates read beside the state, all but the base under adapters.
+    num_users: of the training split."""
     frozen = own_params(plan, state)
     if not reads_frozen_generator(plan):
         frozen = frozen._replace(generator={})
     if plan.generator.reference is Reference.STORED:
-        column = jax.ShapeDtypeStruct((num_pairs,), jnp.float32, sharding=replicated(mesh))
+        pairs = num_users * config.data.num_pairs  # with those that pad them
+        column = jax.ShapeDtypeStruct((pairs,), jnp.float32, sharding=replicated(mesh))
         frozen = frozen._replace(stored=PairLogps(column, column))
+    if plan.stores_summaries:
+        kept = abstract_summaries(num_users, config.data.summary_len, mesh)
+        frozen = frozen._replace(summaries=kept)
     return frozen
+
+
+def abstract_summaries(num_users: int, length: int, mesh: Mesh) -> StoredSummaries:
+    """Shapes and shardings of stored summaries, which every device holds whole."""
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+    tokens = Tokens(array(num_users, length), array(num_users))
+    return StoredSummaries(tokens, array(num_users, dtype=jnp.bool_))
 
 
 def own_params(plan: UpdatePlan, state: TrainState) -> Frozen:
@@ -318,60 +347,6 @@ def reads_frozen_generator(plan: UpdatePlan) -> bool:
 
 def get_shardings(abstract: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-class AbstractUpdate(NamedTuple):
-    """The update of a run that need not exist: shapes and layouts of all that it is given."""
-
-    setup: UpdateSetup
-    state: TrainState
-    frozen: Frozen
-    users: UserBatch
-
-
-def plan_abstract_update(
-    config: Config,
-    model: TransformerConfig,
-    prompts: PromptTokens,
-    sampling: Sampling,
-    mesh: Mesh,
-    *,
-    num_users: int,
-) -> AbstractUpdate:
-    """Texts have the longest lengths of the configuration, since there are no data, and rows are
-    computed with their padding. num_users: of the training split."""
-    setup = plan_update(config, model, prompts, sampling, num_users=num_users)
-    plan = setup.plan
-    state = abstract_state(model, Roles(plan.inference.role, plan.generator.role), mesh, config)
-    frozen = abstract_frozen(plan, state, mesh, num_users * config.data.num_pairs)
-    for name in ("inference", "generator"):
-        if getattr(plan, name).role.adapter_scale:
-            base = abstract_params(model, mesh, config.model.dtype)
-            frozen = frozen._replace(**{name: base})  # type: ignore[arg-type]
-    return AbstractUpdate(setup, state, frozen, abstract_users(config, model, mesh))
-
-
-def abstract_users(config: Config, model: TransformerConfig, mesh: Mesh) -> UserBatch:
-    users, pairs, d = config.batch.users, config.batch.pairs, config.data
-    sharding = NamedSharding(mesh, spec(("batch",), model.rules))
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def tokens(*shape: int) -> Tokens:
-        return Tokens(array(*shape), array(*shape[:-1]))
-
-    return UserBatch(
-        index=array(users),
-        context=tokens(users, d.context_len),
-        turns=tokens(users, pairs, d.turn_len),
-        chosen=tokens(users, pairs, d.answer_len),
-        rejected=tokens(users, pairs, d.answer_len),
-        pair_mask=array(users, pairs, dtype=jnp.bool_),
-        pair_number=array(users, pairs),
-        told=tokens(users, told_len) if (told_len := get_told_len(config)) else None,
-        taught=tokens(users, d.summary_len) if teaches(config) else None,
-    )
 
 
 def _init_boxed(

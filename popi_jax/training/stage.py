@@ -15,7 +15,6 @@ from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.progress import Progress
 from popi_jax.sharding import place_batch
-from popi_jax.training.places import Update
 
 SHOWN = {
     "warmup/generator_nll": "generator nll",
@@ -25,6 +24,9 @@ SHOWN = {
     "inference/reward": "reward",
     "inference/accuracy": "accuracy",
 }  # metric -> its name beside the progress bar
+
+
+Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class Stopped(Exception):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.losses.reward import pair_rewards, summary_rewards
+from popi_jax.losses.reward import RewardObjective, pair_rewards, summary_rewards
 from tests.oracles import losses as oracle
 
 few = hypothesis.settings(max_examples=12, deadline=None)
@@ -19,16 +19,13 @@ lengths_of_summaries = hnp.arrays(np.int32, (3, 4), elements=st.integers(1, 9))
 @few
 @hypothesis.given(margins_of_users, masks, lengths_of_summaries, st.sampled_from([0.0, 0.02]))
 def test_rewards_equal_the_equation(margins, mask, lengths, penalty: float) -> None:
-    found = summary_rewards(
-        jnp.asarray(margins), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty
-    )
+    objective = RewardObjective(length_penalty=penalty)
+    found = summary_rewards(*map(jnp.asarray, (margins, mask, lengths)), objective=objective)
     np.testing.assert_allclose(
         found, oracle.rewards(margins, mask, lengths, penalty), rtol=1e-5, atol=1e-5
     )
     garbage = np.where(mask[:, None], margins, np.float32(-1e30))
-    again = summary_rewards(
-        jnp.asarray(garbage), jnp.asarray(mask), jnp.asarray(lengths), length_penalty=penalty
-    )
+    again = summary_rewards(*map(jnp.asarray, (garbage, mask, lengths)), objective=objective)
     np.testing.assert_array_equal(again, found)  # masked pairs do not matter
 
 
@@ -51,9 +48,7 @@ def test_kinds_baseline_and_kl(kind: str) -> None:
         expected[u, g] -= 0.1 * 7 + 0.3 * kl[u, g]
     found = summary_rewards(
         *map(jnp.asarray, (margins, mask, np.full((2, 3), 7), without, kl)),
-        length_penalty=0.1,
-        kind=kind,
-        kl_coef=0.3,
+        objective=RewardObjective(kind, length_penalty=0.1, kl_coef=0.3),
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -9,7 +9,7 @@ import pytest
 
 from popi_jax.models.transformer import TransformerConfig
 from popi_jax.popi.update import popi_update
-from popi_jax.training import remat, setup
+from popi_jax.training import abstract, remat, setup
 from popi_jax.training.remat import POLICIES, Need
 from tests.oracles.plain import MODEL
 from tests.training import small
@@ -67,7 +67,7 @@ def test_an_estimate_is_near_what_the_compiler_needs() -> None:
             state = setup.abstract_state(chosen, roles, small.make_mesh(1, 1, 1), cfg)
             frozen = setup.own_params(made.plan, state)
             need = remat.estimate_need(cfg, chosen, small.GLUE, (state, frozen), 1e12)
-            users = setup.abstract_users(cfg, chosen, small.make_mesh(1, 1, 1))
+            users = abstract.abstract_users(cfg, chosen, small.make_mesh(1, 1, 1))
             update = jax.jit(partial(popi_update, **made._asdict()))
             compiled = update.lower(state, frozen, users).compile()
             temporaries = compiled.memory_analysis().temp_size_in_bytes
