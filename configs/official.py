@@ -1,57 +1,36 @@
 """What the authors of POPI set for a released model, laid over a configuration of one of their
-sets.
+sets: their recipe, the row `official` of configs/schedules.py, and its figures.
 
-The figures come from "official code f88878c6" (YizhuoChen99/POPI, of a later version of the paper),
-never from the paper; nobody has run them here.
-
-Their loss and their reward are divided by beta. Ours are not; a constant factor cancels in AdamW
-(but for its epsilon). So what is weighed against the loss is multiplied by beta here: the KL
-coefficient and the bound of the gradient. Kept as they are here, for want of a setting: summaries
-are sampled in each update, not stored once; their optimizer and weights are bfloat16; their bound
-of the gradient is of the generator's stage alone, ours is of both; their form of the policy loss is
-the default of a library whose version is not told, ours is the default of this project. Frames and
-words of the prompts are ours (docs/paper_map.md)."""
+Both come from "official code f88878c6" (YizhuoChen99/POPI, of a later version of the paper), never
+from the paper; nobody has run them here. What differs still, and why, is in docs/paper_map.md."""
 
 from ml_collections import ConfigDict
 
 from configs.base import parse_arg
+from configs.schedules import SCHEDULES
 from popi_jax.config import Config
 
-BETA = 0.01
 USERS = 8  # examples an update, of both stages: 20,000 in 2,500
 
-# official code f88878c6, in its order: what both stages share, stage 1, stage 3
-OFFICIAL: dict[str, object] = {
+# official code f88878c6: its recipe, then what both stages share, stage 1, stage 3
+OFFICIAL: dict[str, object] = SCHEDULES["official"] | {
     "seed": 42,
     "data.num_pairs": 1,  # an example has one target
-    "batch.pairs": 1,
     "optimizer.name": "adamw",  # torch's, with its defaults:
     "optimizer.b1": 0.9,
     "optimizer.b2": 0.999,
     "optimizer.weight_decay": 0.01,  # times the learning rate, as here
     "optimizer.schedule": "cosine",
     "optimizer.final_lr": 0.0,
-    "schedule.phases": ("inference 2500", "generator 2500"),  # one round
-    # stage 1: the inference model; the generator is still the base, so it and the reference agree
-    "inference.group_size": 8,
-    "inference.temperature": 0.6,
-    "inference.reward": "log_sigmoid",  # of one pair, the target
-    "inference.reward_generator": "current",
-    "inference.advantage_baseline": "group",
-    "inference.advantage_scale": "none",
-    "inference.kl_coef": 2e-3 * BETA,  # 2e-3 beside rewards of -loss / beta
-    "inference.length_penalty": 0.0,  # there is a weight, and it is 0
+    "schedule.phases": ("inference 2500", "stored 2500"),  # one round
+    # stage 1: the inference model
     "inference.learning_rate": 1e-6,
     "inference.lr_warmup_steps": 150,
     "data.context_len": 8192,  # the prompt of the inference model
     "data.summary_len": 2048,  # new tokens
     # stage 3: the generator
-    "generator.objective": "dpo",
-    "generator.beta": BETA,
-    "generator.reference": "prompt",  # the base on the question alone
     "generator.learning_rate": 1e-6,
     "generator.lr_warmup_steps": 150,
-    "optimizer.clip_norm": 10.0 * BETA,  # 10, of the gradient of loss / beta
     # a row of at most 6,144: summary, turn and answer together
     "data.turn_len": 1024,
     "data.answer_len": 6144 - 2048 - 1024,
@@ -71,7 +50,8 @@ def apply_official(c: ConfigDict) -> None:
 
     A schedule, or adapters, that were asked for keep their own phases and learning rates. Rows of
     TPU slices keep their users per update where a chip would else have none."""
-    own = {"schedule.phases"} if c.schedule.phases != Config().schedule.phases else set()
+    known = (Config().schedule.phases, SCHEDULES["official"]["schedule.phases"])
+    own = set() if c.schedule.phases in known else {"schedule.phases"}
     for role in ("inference", "generator"):
         own |= {f"{role}.learning_rate"} if c[role].lora.rank else set()
     c.update_from_flattened_dict({k: v for k, v in OFFICIAL.items() if k not in own})

@@ -24,6 +24,29 @@ SCHEDULES: dict[str, dict[str, object]] = {
     "prompt_aware": {"data.prompt_aware": True, "batch.pairs": 1},
     # a baseline: the inference model alone is trained, by likelihood on the true personas
     "supervised": {"schedule.phases": ("supervised 500",)},
+    # the recipe of POPI's authors (docs/paper_map.md); configs/official.py has its figures
+    "official": {
+        # rounds are more of both; a phase "stored" writes anew
+        "schedule.phases": ("inference 420", "stored 420"),
+        "batch.pairs": 1,
+        "generator.objective": "dpo",
+        "generator.beta": 0.01,
+        "generator.over_beta": True,
+        "generator.reference": "prompt",
+        "inference.group_size": 8,
+        "inference.temperature": 0.6,
+        "inference.reward": "log_sigmoid",
+        # the base in the first round, as nothing has trained it; then that of the round before
+        "inference.reward_generator": "current",
+        "inference.reward_baseline": False,
+        "inference.advantage_baseline": "group",
+        "inference.advantage_scale": "none",
+        "inference.kl_coef": 2e-3,
+        "inference.length_penalty": 0.0,
+        "optimizer.clip_norm": 10.0,
+        # of random weights; as in the default, though an update has one pair
+        "warmup.generator_pairs": 8,
+    },
     # both roles in each update, after the inference model has learned to be worth conditioning on
     "joint": {"schedule.phases": ("inference 420", "joint 80")},
 }

@@ -106,6 +106,9 @@ class WarmupConfig:
 
     steps: int = setting(0, "0 = off; must be 0 with a checkpoint", at_least(0))
     generator_users: int = setting(8, "users per step", at_least(1))
+    generator_pairs: int = setting(
+        0, "pairs of each of them, at most data.num_pairs; 0 = batch.pairs", at_least(0)
+    )
     summary_users: int = setting(16, "users per step whose signals are summarised", at_least(1))
     readings: int = setting(5, "reading exercises on the signals of each of them", at_least(0))
     reading_users: int = setting(

@@ -317,7 +317,7 @@ def _check_roles(config: "Config") -> None:
     rule = (
         f"does not go with generator.objective = {g.objective}; take dpo, robust, hinge, slic or "
     )
-    rule += "cpo, or leave it False"
+    rule += "cpo, or set it to false"
     divided = g.objective in ("dpo", "robust", "hinge", "slic", "cpo")
     _require(config, divided or not g.over_beta, "generator.over_beta", rule)
     rule = "must be log_sigmoid with generator.over_beta, which divides the loss and that reward"

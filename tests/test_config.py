@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import pathlib
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -239,9 +240,31 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         ("batch.microbatches", 3, "config.batch.microbatches = 3: must divide batch.users = 16"),
         ("name", "", 'config.name = "": must consist of'),
         (
+            ("generator.over_beta", "generator.objective"),
+            (True, "ipo"),
+            "config.generator.over_beta = true: does not go with generator.objective = ipo; take",
+        ),
+        (
+            ("generator.over_beta", "inference.reward"),
+            (True, "margin"),
+            'config.inference.reward = "margin": must be log_sigmoid with generator.over_beta',
+        ),
+        (
+            ("schedule.phases", "generator.reads"),
+            (("stored 3",), "nothing"),
+            'config.schedule.phases = ["stored 3"]: holds more than "generator N", but with '
+            'generator.reads = "nothing" there are no summaries; take generator phases alone',
+        ),
+        (
             "schedule.phases",
             ("inference",),
             'config.schedule.phases[0] = "inference": must be like "inference 240"',
+        ),
+        (
+            "schedule.phases",
+            ("storing 3",),
+            'config.schedule.phases[0] = "storing 3": must begin with one of inference, generator, '
+            'joint, alternate, supervised, stored. Did you mean "stored"?',
         ),
         ("schedule.phases", (3,), "config.schedule.phases = [3]: must be a tuple of strings"),
         (
@@ -258,10 +281,12 @@ def test_empty_values_of_arg_mean_defaults() -> None:
     ],
 )
 def test_bad_value_is_one_line_that_names_the_field(
-    field: str, value: object, message: str
+    field: str | tuple[str, ...], value: Any, message: str
 ) -> None:
+    """`field` may be several with a value each."""
     c = prism.get_config("scale=laptop")
-    c.update_from_flattened_dict({field: value})
+    several = zip(field, value, strict=True) if isinstance(field, tuple) else [(field, value)]
+    c.update_from_flattened_dict(dict(several))
     with pytest.raises(UserError) as error:
         config.from_config_dict(c)
     assert str(error.value).startswith(message)
@@ -293,7 +318,14 @@ def test_nothing_to_train_is_an_error() -> None:
 
 def test_parse_phases() -> None:
     phases = parse_phases(
-        ("inference 240", " alternate  2:1 60", "joint 3", "generator 1", "supervised 2")
+        (
+            "inference 240",
+            " alternate  2:1 60",
+            "joint 3",
+            "generator 1",
+            "supervised 2",
+            "stored 4",
+        )
     )
     assert phases == (
         Phase("inference", 1, 0, 240),
@@ -301,6 +333,7 @@ def test_parse_phases() -> None:
         Phase("joint", 1, 1, 3),
         Phase("generator", 0, 1, 1),
         Phase("supervised", 1, 0, 2),
+        Phase("stored", 0, 1, 4),
     )
 
 
@@ -328,10 +361,25 @@ def test_saved_text_that_is_no_configuration_is_an_error() -> None:
             config.from_json(text)
 
 
+def fails(section: str, **settings: object) -> bool:
+    c = prism.get_config("scale=laptop")
+    c.update_from_flattened_dict({f"{section}.{name}": x for name, x in settings.items()})
+    try:
+        config.from_config_dict(c)
+    except UserError:
+        return True
+    return False
+
+
 def test_words_are_those_of_the_losses() -> None:
     from popi_jax.losses import grpo, preference, reward
     from popi_jax.models import fused_attention, lora
 
+    assert preference.OVER_BETA == tuple(
+        name
+        for name in preference.WITH_REFERENCE + preference.REFERENCE_FREE
+        if not fails("generator", objective=name, sft_coef=1.0, over_beta=True)
+    )
     words = {
         "model.attention": fused_attention.IMPLEMENTATIONS,
         "generator.objective": preference.WITH_REFERENCE + preference.REFERENCE_FREE,

@@ -79,7 +79,7 @@ def make_warmup_batches(
             "of model.summary_instruction with its headers; raise the one or shorten the other"
         )
 
-    loads = batches.list_loads(users.lengths, cfg.batch.pairs)
+    loads = batches.list_loads(users.lengths, count_pairs(cfg))
     order = Order(loads, len(users.ids), tuple(sizes), seed=seed)
 
     def make(step: int) -> WarmupBatch:
@@ -92,6 +92,11 @@ def make_warmup_batches(
         return WarmupBatch(*made)
 
     return grain.MapDataset.range(batches.ENDLESS).map(make)
+
+
+def count_pairs(cfg: Any) -> int:
+    """Returns the most pairs of a user from which the generator learns in a step."""
+    return min(cfg.warmup.generator_pairs or cfg.batch.pairs, cfg.data.num_pairs)
 
 
 def find_items(dataset: Dataset, cfg: Any) -> tuple[str, ...]:
@@ -121,15 +126,15 @@ def list_summary_items(users: Iterable[User]) -> tuple[str, ...]:
 
 
 def _make_generator_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> Demonstrations:
-    """Answering: behind a context that tells of the user stand K = `batch.pairs` random prompts
-    with their chosen replies."""
-    d, examples = parts.cfg.data, list[Example]()
+    """Answering: behind a context that tells of the user stand some random prompts with their
+    chosen replies."""
+    d, count, examples = parts.cfg.data, count_pairs(parts.cfg), list[Example]()
     for user, rng in zip(parts.take(members), rngs, strict=True):
         context = parts.prefix + _tell(user, parts, rng)[: d.summary_len]
-        picks = rng.permutation(len(user.turns))[: parts.cfg.batch.pairs]
+        picks = rng.permutation(len(user.turns))[:count]
         examples.append((context, [(user.turns[k], user.chosen[k]) for k in picks]))
     lengths = len(parts.prefix) + d.summary_len, d.turn_len, d.answer_len
-    return _pad_examples(examples, parts.cfg.batch.pairs, lengths, parts.tokenizer.pad_id)
+    return _pad_examples(examples, count, lengths, parts.tokenizer.pad_id)
 
 
 def _tell(user: EncodedUser, parts: Curriculum, rng: np.random.Generator) -> Ids:

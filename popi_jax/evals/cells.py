@@ -31,7 +31,7 @@ from popi_jax.evals.dealt import Dealt, deal_pairs, deal_signals
 from popi_jax.evals.generators import Generator, Summarizer, bare_signals
 from popi_jax.evals.items import list_items
 from popi_jax.evals.subjects import Reader, Subject, Weights, check_room, identify_shape
-from popi_jax.evals.sweep_plan import DECODINGS, Cell
+from popi_jax.evals.sweep_plan import Cell
 from popi_jax.losses.preference import pair_margins
 from popi_jax.training.setup import make_objective
 
@@ -130,7 +130,7 @@ class Unit:
             "instruction": [
                 *(model.summary_system, model.signals_template, model.summary_instruction)
             ],
-            "temperature": DECODINGS[decoding],
+            "temperature": self._find_temperature(decoding),
             "seed": config.seed,
             "data": {**self.split.identity},
             "signals": self._name_signals(signals),
@@ -234,7 +234,7 @@ class Unit:
         users, roles = self._select(signals), self.subject.roles
         role, config = roles.inference, self._limit(roles.config)
         params = self._once("params", self._find_writer(writer))
-        heats = [DECODINGS[decoding] for decoding in decodings]
+        heats = [self._find_temperature(decoding) for decoding in decodings]
         summarizer = Summarizer(role, params, roles.config.seed)
         drawn = summarizer.write(self._once("signals", signals), heats, advance)
         texts = [encode.fit_signals(user, role.tokenizer, config).text for user in users]
@@ -361,6 +361,10 @@ class Unit:
 
     def _name_signals(self, signals: str) -> str:
         return self.split.data.signals if signals == "all" else signals
+
+    def _find_temperature(self, decoding: str) -> float:
+        """Of summaries: that of the subject's run, of a base model that of the configuration."""
+        return 0.0 if decoding == "greedy" else self.subject.roles.config.inference.temperature
 
     def _find_reader(self, cell: Cell) -> Reader:
         if cell.generator not in self.readers:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from popi_jax.errors import UserError, did_you_mean
 
-DECODINGS = {"greedy": 0.0, "sampled": 1.0}  # name -> temperature of the summaries
+DECODINGS = ("greedy", "sampled")  # of summaries; sampled: at `inference.temperature`
 OWN = "own"  # the data that a run was trained on
 # how a base model (a folder, a bucket or org/name) is told from a WORKDIR, as both roles
 BASE = "hf:"

@@ -30,8 +30,6 @@ from popi_jax.planning.target import Target
 from popi_jax.popi import evaluation
 from popi_jax.training import setup
 
-DECODINGS = (0.0, 1.0)  # greedy and sampled, drawn together
-
 
 class Program(NamedTuple):
     """Of one batch: evaluation.batch_users users with data.num_pairs pairs each."""
@@ -83,8 +81,9 @@ def list_programs(planned: plan.Plan) -> list[Program]:
         return Program(name, evaluation.score_tree, (weights, tree), fixed)
 
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    decodings = (0.0, config.inference.temperature)  # greedy and sampled, drawn together
     drawing = {"model": model, "turn": planned.prompt, "budget": None}
-    drawing["sampling"] = planned.sampling._replace(temperatures=DECODINGS)
+    drawing["sampling"] = planned.sampling._replace(temperatures=decodings)
     drawn = (weights, tokens(users, d.context_len), array(users), seed)
     return [
         Program("sampling of summaries", evaluation.draw_summaries, drawn, drawing),

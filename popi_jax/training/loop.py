@@ -232,7 +232,7 @@ def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
     stored = checkpoints.read_config(other)
     if stored is None:
         raise UserError(f'--warm_start: no run in "{other}"')
-    ours, theirs = map(flatten_stored, (json.loads(run.config_json), stored))
+    ours, theirs = map(_flatten_warmup, (json.loads(run.config_json), stored))
     for name in sorted(ours.keys() | theirs.keys()):
         if not name.startswith(_OF_WARMUP) or name in _OF_PLACES:
             continue
@@ -247,6 +247,13 @@ def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
     generator = state.generator._replace(params=found.generator)
     step = jnp.int32(run.config.warmup.steps)
     return state._replace(inference=inference, generator=generator, step=step)
+
+
+def _flatten_warmup(stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with those that stand for another as that."""
+    flat = flatten_stored(stored)
+    flat["batch.pairs"] = flat.pop("warmup.generator_pairs", 0) or flat["batch.pairs"]
+    return flat
 
 
 def use_models(trained: Trained, config: Config) -> tuple[Params, Params]:

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from popi_jax.arrays import Frozen, TrainState
 from popi_jax.config import Config
 from popi_jax.data.encode import get_told_len
+from popi_jax.data.warmup_batches import count_pairs
 from popi_jax.losses.logprobs import CHUNK
 from popi_jax.models.layout import UNSPLIT, count_shards
 from popi_jax.models.packing import Level
@@ -73,13 +74,15 @@ def count_slots(config: Config, prompts: PromptTokens) -> int:
     d, b, group = config.data, config.batch, config.inference.group_size
     asked = len(prompts.summary_turn) + group * d.summary_len
     shared = len(prompts.generator_prefix) + max(d.summary_len, get_told_len(config))
-    pairs = shared + b.pairs * (d.turn_len + 2 * d.answer_len)
+    pair = d.turn_len + 2 * d.answer_len
+    pairs = shared + b.pairs * pair
     most = b.users // b.microbatches * max(d.context_len + asked, pairs)
     if config.warmup.steps:
         w = config.warmup
         read = d.context_len + len(prompts.summary_turn) + (1 + w.readings) * d.summary_len
         users = max(w.summary_users, w.reading_users)
-        most = max(most, users * read, w.generator_users * pairs)
+        answered = shared + count_pairs(config) * pair
+        most = max(most, users * read, w.generator_users * answered)
     return most
 
 

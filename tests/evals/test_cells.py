@@ -187,6 +187,35 @@ def read_summaries(out, decoding: str) -> list[dict]:
     return kept
 
 
+def test_sampled_is_at_the_temperature_of_the_run(tiny, users, tmp_path):
+    """By which a cell is named; greedy ones stay what they are."""
+    units = []
+    for temperature in (0.6, 1.0):
+        unit = open_unit(tiny, users[:8], tmp_path)
+        config = unit.subject.roles.config
+        inference = dataclasses.replace(config.inference, temperature=temperature)
+        config = dataclasses.replace(config, inference=inference)
+        roles = unit.subject.roles._replace(config=config)
+        units.append(open_unit(tiny, users[:8], tmp_path, unit.subject._replace(roles=roles)))
+    greedy, sampled = (
+        [unit.identify(name("summary", decoding)) for unit in units]
+        for decoding in ("greedy", "sampled")
+    )
+    assert greedy[0] == greedy[1] and greedy[0]["text"]["summaries"]["temperature"] == 0.0
+    assert [told["text"]["summaries"]["temperature"] for told in sampled] == [0.6, 1.0]
+    heats = []
+
+    class Spy(generators.Summarizer):
+        def write(self, signals, temperatures, advance):
+            heats.append(list(temperatures))
+            return super().write(signals, temperatures, advance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "Summarizer", Spy)
+        units[0].read_summaries("trained", "all", "sampled", lambda part: None)
+    assert heats == [[0.0, 0.6]]
+
+
 def test_summaries_are_kept_and_read(tiny, users, tmp_path, monkeypatch):
     """All decodings are drawn at once."""
     greedy, sampled = (name("summary", decoding) for decoding in ("greedy", "sampled"))

@@ -33,6 +33,8 @@ OBJECTIVES = {
     "length-normalised dpo": PreferenceObjective(beta=2.0, length_normalised=True),
     "dpo and sft": PreferenceObjective(sft_coef=0.3),
     "robust": PreferenceObjective("robust", label_smoothing=0.3),
+    "dpo over beta and sft": PreferenceObjective(beta=0.02, over_beta=True, sft_coef=0.3),
+    "slic over beta": PreferenceObjective("slic", beta=0.05, over_beta=True),
     "ipo": PreferenceObjective("ipo", beta=0.4),
     "hinge": PreferenceObjective("hinge"),
     "kto": PreferenceObjective("kto", desirable_weight=0.7, undesirable_weight=1.4),
@@ -227,6 +229,7 @@ def test_odds_of_certain_and_of_hopeless_replies_stay_finite() -> None:
     [
         ({"name": "ppo"}, "dpo, robust, .*rrhf"),
         ({"name": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+        ({"name": "ipo", "over_beta": True}, "dpo, robust, hinge, slic, cpo, not with 'ipo'"),
     ],
 )
 def test_what_is_not_allowed_is_refused(settings: dict, message: str) -> None:

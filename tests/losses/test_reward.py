@@ -53,6 +53,19 @@ def test_kinds_baseline_and_kl(kind: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_over_beta_divides_what_pairs_are_worth_and_no_penalty() -> None:
+    rng = np.random.default_rng(1)
+    margins, without = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 4), (2, 4)))
+    mask, lengths = np.ones((2, 4), bool), np.full((2, 3), 5)
+    kl = rng.normal(size=(2, 3)).astype(np.float32)
+    objective = RewardObjective(over=0.01, length_penalty=0.1, kl_coef=0.3)
+    given = map(jnp.asarray, (margins, mask, lengths, without, kl))
+    worth = -np.logaddexp(0.0, -margins.astype(np.float64))
+    nothing = -np.logaddexp(0.0, -without.astype(np.float64))[:, None]
+    expected = (worth - nothing).mean(-1) / 0.01 - 0.1 * lengths - 0.3 * kl
+    np.testing.assert_allclose(summary_rewards(*given, objective=objective), expected, rtol=1e-4)
+
+
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="log_sigmoid, accuracy, margin"):
         pair_rewards(jnp.zeros(2), kind="win_rate")

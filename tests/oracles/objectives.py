@@ -56,6 +56,7 @@ def preference(o, policy, lengths, reference, chosen_len: float, baseline) -> np
             loss = o.beta * nll(np.log(odds[0]) - np.log(odds[1]))
         else:
             loss = max(0.0, s_l - s_w)
+        loss = loss / o.beta if o.over_beta else loss
         found.append(loss - o.sft_coef * c / chosen_len)
     return np.array(found)
 

@@ -118,6 +118,21 @@ def test_a_baseline_samples_nothing(row: str, toy: target.Target) -> None:
     assert ("1 text x 2 pairs" in fit_report.render(planned, found)) and turn.flops > 0
 
 
+def test_stored_summaries_are_planned_for(toy: target.Target) -> None:
+    """Their updates sample nothing; every device holds the table whole."""
+    planned = plan.make_plan(tiny_config("schedule.phases=('stored 2',)"), toy)
+    found = fits.read_fit(planned, toy, fits.compile_plan(planned))
+    assert all(check.holds for check in found.checks), found.checks
+    (turn,) = found.turns
+    assert turn.name == "stored" and "sampling" not in turn.scopes and found.memory.cache == 0
+    assert found.memory.state["stored summaries"] == plan.USERS * (4 * SUMMARY_LEN + 4 + 1)
+    aware = ("data.prompt_aware=true", "batch.pairs=1", "data.num_pairs=3")
+    planned = plan.make_plan(tiny_config("schedule.phases=('stored 2',)", *aware), toy)
+    assert planned.frozen.summaries.finished.shape == (3 * plan.USERS,)  # of each pair
+    both = tiny_config("schedule.phases=('inference 1', 'stored 1', 'generator 1')")
+    assert sorted(plan.make_plan(both, toy).turns) == ["generator", "inference", "stored"]
+
+
 def test_memory_time_and_layout_of_a_compiled_update(compiled: Compiled) -> None:
     planned, found = compiled.planned, compiled.found
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(planned.trained))

@@ -78,7 +78,7 @@ def test_a_whole_schedule_is_one_compilation(
     reference = small.copied(frozen)
     before = small.copied(state)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for step, (inference, generator, _) in enumerate(KINDS):
+        for step, (inference, generator, *_) in enumerate(KINDS):
             donated = state
             batch = place_batch(small.user_batch(step), on_one_device, RULES)
             with jax.transfer_guard("disallow"):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from configs.official import BETA
 from popi_jax import cli
 from popi_jax.models import packing
 from popi_jax.run import open_run
@@ -55,7 +54,7 @@ def test_small_limits_are_a_configuration(name: str, tmp_path: Path) -> None:
 def test_a_released_model_gets_the_official_figures(name: str) -> None:
     get_config = importlib.import_module(f"configs.{name}").get_config
     c = get_config("model=llama3-3b,scale=gpu")
-    assert (c.generator.beta, c.batch.users, c.batch.pairs) == (BETA, 8, 1)
+    assert (c.generator.beta, c.batch.users, c.batch.pairs) == (0.01, 8, 1)
     assert (c.data.num_shots, c.data.num_pairs, c.data.context_len) == (4, 1, 8192)
     phases = ("inference 60", "generator 60") if name == "psoups" else None
     assert c.schedule.phases == (phases or ("inference 2500", "generator 2500"))

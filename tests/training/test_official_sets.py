@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.official import BETA, OFFICIAL, apply_official
+from configs.official import OFFICIAL, apply_official
 from popi_jax import cli
 from popi_jax.config import Config
 from popi_jax.models import packing
@@ -87,7 +87,7 @@ def test_a_released_model_gets_the_official_figures(name: str) -> None:
         assert at == value, key
     blocks = {"elix": (4, 2), "review": (4, 1), "roleplay": (8, 1)}
     assert (c.data.num_shots, c.data.passes) == blocks[name]
-    assert c.batch.users == 8 and c.generator.beta == BETA
+    assert c.batch.users == 8 and c.generator.beta == 0.01 and c.generator.over_beta
     assert c.data.summary_len + c.data.turn_len + c.data.answer_len == 6144
 
 

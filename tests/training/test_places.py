@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.arrays import Mean, RoleState, TrainState
+from popi_jax.arrays import Frozen, Mean, RoleState, TrainState
 from popi_jax.data.measure import Spread
 from popi_jax.training import places
 from popi_jax.training.places import PARTS, WINDOW, Follower
@@ -77,7 +77,7 @@ class Updates:
     def make(self, parts: int) -> places.MainUpdate:
         self.made.append(parts)
 
-        def update(state: TrainState, frozen: None, batch: None) -> tuple[TrainState, dict]:
+        def update(state: TrainState, frozen: Frozen, batch: None) -> tuple[TrainState, dict]:
             length = mean(max(60.0 - int(state.step), 8.0), 3.0)
             skipped = mean(0.0, 0.0)  # does not apply
             names = {"inference/summary_len": length, "inference/unpadded": skipped, "x": skipped}
@@ -94,7 +94,7 @@ def at(step: int) -> TrainState:
 def run(follower: Follower, first: int, last: int) -> list[int]:
     parts, state = [], at(first)
     for _ in range(first, last):
-        state, _ = follower(state, None, None)
+        state, _ = follower(state, Frozen({}, {}), None)
         parts.append(follower.parts)
     return parts
 
@@ -106,7 +106,7 @@ def test_a_run_that_continues_chooses_what_one_that_never_stopped_does(tmp_path:
     assert len(set(whole)) >= 3 and updates.made == sorted(set(whole), reverse=True)
     lines = []
     for step in range(1, 71):
-        _, metrics = Updates().make(0)(at(step - 1), None, None)
+        _, metrics = Updates().make(0)(at(step - 1), Frozen({}, {}), None)
         lines.append(json.dumps({"step": step, **places.read_row(metrics)}))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     for step in (0, 1, 15, 16, 17, 40, 64):
