@@ -212,7 +212,8 @@ def test_sampled_is_at_the_temperature_of_the_run(tiny, users, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "Summarizer", Spy)
-        units[0].read_summaries("trained", "all", "sampled", lambda part: None)
+        with jax.set_mesh(tiny.run.mesh):
+            units[0].read_summaries("trained", "all", "sampled", lambda part: None)
     assert heats == [[0.0, 0.6]]
 
 
