@@ -27,7 +27,7 @@ SCHEDULES: dict[str, dict[str, object]] = {
     # the recipe of POPI's authors (docs/paper_map.md); configs/official.py has its figures
     "official": {
         # rounds are more of both; a phase "stored" writes anew
-        "schedule.phases": ("inference 420", "stored 420"),
+        "schedule.phases": ("inference 600", "stored 600"),
         "batch.pairs": 1,
         "generator.objective": "dpo",
         "generator.beta": 0.01,
