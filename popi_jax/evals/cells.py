@@ -32,7 +32,7 @@ from popi_jax.evals.generators import Generator, Summarizer, bare_signals
 from popi_jax.evals.items import list_items
 from popi_jax.evals.subjects import Reader, Subject, Weights, check_room, identify_shape
 from popi_jax.evals.sweep_plan import Cell
-from popi_jax.losses.preference import pair_margins
+from popi_jax.losses.preference import PreferenceObjective, pair_margins
 from popi_jax.training.setup import make_objective
 
 SCORING = 2  # raise it when the same models and texts are scored otherwise
@@ -63,6 +63,11 @@ class Scored(NamedTuple):
 
     header: dict[str, Any]
     items: list[dict[str, Any]]
+
+
+def identify_objective(objective: PreferenceObjective) -> dict[str, Any]:
+    """What of it margins depend on."""
+    return {k: v for k, v in dataclasses.asdict(objective).items() if k != "over_beta"}
 
 
 class Unit:
@@ -113,7 +118,7 @@ class Unit:
             "words": identify_words(reader.parts.tokenizer),
             "instruction": [model.answer_instruction, model.summary_place, model.answer_template],
             "reference": reference,
-            "objective": dataclasses.asdict(objective),
+            "objective": identify_objective(objective),
             "data": {**self.split.identity},
             "limits": {name: getattr(self.split.data, name) for name in _LIMITS},
             "text": text,

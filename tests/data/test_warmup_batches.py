@@ -60,6 +60,17 @@ def warm(
     return take(warm_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
 
 
+def test_the_generator_may_learn_from_more_pairs_than_an_update_has(tokenizer) -> None:
+    """As many warm-ups of K = 1 need; never more than users have."""
+    few = warm(tokenizer, USERS, count=3, batch__pairs=1, warmup__generator_pairs=3)
+    many = warm(tokenizer, USERS, count=3, batch__pairs=3)
+    assert few[0].generator.mask.shape == (4, 3)
+    jax.tree.map(np.testing.assert_array_equal, few, many)
+    most = make_config(batch__pairs=1, warmup__generator_pairs=99)
+    assert warmup_batches.count_pairs(most) == most.data.num_pairs
+    assert warmup_batches.count_pairs(make_config(batch__pairs=2)) == 2
+
+
 def told(tokenizer: Tokenizer, users: list[User], **changes: Any) -> list[list[str]]:
     """The items in the generator's contexts."""
     contexts = [

@@ -17,6 +17,7 @@ from popi_jax.evals import cells, conditions, generators, records
 from popi_jax.evals.cells import Split, Unit
 from popi_jax.evals.subjects import Reader, Subject, Weights, open_subject
 from popi_jax.evals.sweep_plan import DECODINGS, Cell
+from popi_jax.losses.preference import PreferenceObjective
 from popi_jax.models.transformer import init_boxed, unbox
 from popi_jax.popi.scorer import Scorer
 from popi_jax.run import RoleParts, list_banned
@@ -203,6 +204,9 @@ def test_sampled_is_at_the_temperature_of_the_run(tiny, users, tmp_path):
     )
     assert greedy[0] == greedy[1] and greedy[0]["text"]["summaries"]["temperature"] == 0.0
     assert [told["text"]["summaries"]["temperature"] for told in sampled] == [0.6, 1.0]
+    # what leaves margins as they are leaves the cells where they are
+    told = [cells.identify_objective(PreferenceObjective(over_beta=on)) for on in (True, False)]
+    assert told[0] == told[1] != cells.identify_objective(PreferenceObjective(beta=0.2))
     heats = []
 
     class Spy(generators.Summarizer):
