@@ -170,7 +170,7 @@ RULES = (
         "no_kl",
         "inference/kl",
         above=True,
-        threshold=4.0,
+        threshold=1.5,
         over=SHORT,
         measure=average_without_kl_coef,
         wrong="no KL holds the inference model: its summaries are {value:.1f} nats from those of "
@@ -249,6 +249,18 @@ RULES = (
         "or a smaller inference.learning_rate (now {learning_rate:g})",
     ),
     Rule(
+        "one_summary_for_all",
+        "inference/distinct_users",
+        above=False,
+        threshold=0.3,
+        over=SHORT,
+        measure=average,
+        wrong="users get the same summary: of the first summaries of the {users} users of an "
+        "update {value:.0%} differ (less than {threshold:.0%}), so they tell nothing of a user.",
+        advice="a larger inference.kl_coef (now {kl_coef:g}), a smaller inference.learning_rate "
+        "(now {learning_rate:g}) or inference.length_penalty (now {length_penalty:g})",
+    ),
+    Rule(
         "summaries_cut",
         "inference/finished",
         above=False,
@@ -307,8 +319,8 @@ RULES = (
         "repeated_phrases",
         "probe/repeats",
         above=True,
-        threshold=0.5,
-        over=1,
+        threshold=0.8,
+        over=2,
         measure=average,
         wrong="summaries repeat themselves: {value:.2f} repeated phrases in each (more than "
         "{threshold:g}).",
