@@ -188,10 +188,10 @@ def find_shape(
     return longer.find_shape(run, kinds, step, main)
 
 
-def open_monitor(cfg: Config, writer: MetricWriter) -> Monitor:
-    """With what the run measured so far; the writer has resumed before."""
+def tell_facts(cfg: Config) -> Facts:
+    """What the warnings of a run need and name of its settings."""
     i, g = cfg.inference, cfg.generator
-    facts = Facts(
+    return Facts(
         beta=1.0 if g.objective in ("orpo", "rrhf") else g.beta,
         per_token=g.length_normalised or g.objective in ("ipo", "simpo", "orpo", "rrhf"),
         kl_coef=i.kl_coef,
@@ -205,7 +205,11 @@ def open_monitor(cfg: Config, writer: MetricWriter) -> Monitor:
         summary_len=cfg.data.summary_len,
         reward_generator=i.reward_generator,
     )
-    monitor = Monitor(writer.folder, facts, enabled=distributed.is_main_process())
+
+
+def open_monitor(cfg: Config, writer: MetricWriter) -> Monitor:
+    """With what the run measured so far; the writer has resumed before."""
+    monitor = Monitor(writer.folder, tell_facts(cfg), enabled=distributed.is_main_process())
     monitor.resume()
     return monitor
 
