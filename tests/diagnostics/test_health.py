@@ -265,3 +265,16 @@ def test_a_recorded_failure_raises_its_own_warning(name: str) -> None:
     said = replay(name)
     assert [warned for _, warned in said] == [name, *FOLLOWS.get(name, [])]
     assert said[0][0] <= 50
+
+
+def test_the_table_of_the_docs_has_every_rule() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text()
+    rows = [line.split("|")[1:] for line in text.splitlines() if line.startswith("| `")]
+    told = {name.strip("` "): row for row in rows for name in row[0].split(", ")}
+    for rule in RULES:
+        _, watched, threshold, *_ = told[rule.name]
+        assert f"`{rule.watched}`" in watched, rule.name
+        value = [f"{rule.threshold:g}", f"{100 * rule.threshold:g} %"]
+        assert any(f"{'above' if rule.above else 'below'} {v}" in threshold for v in value)
+        if rule.over > 3:
+            assert f"{rule.over} " in threshold, rule.name
