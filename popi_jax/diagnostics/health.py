@@ -274,6 +274,20 @@ RULES = (
         "instruction that asks for less (model.summary_instruction)",
     ),
     Rule(
+        "summaries_do_not_help",
+        "inference/accuracy",
+        above=False,
+        threshold=0.53,
+        over=LONG,
+        measure=average,
+        wrong="summaries do not help: behind them the generator prefers the chosen reply in "
+        "{value:.1%} of the pairs (less than {threshold:.0%}). It ignores them, or they say "
+        "nothing of the user.",
+        advice="as probe/acc_oracle tells which: where it is near one half, a longer warm-up or a "
+        "larger generator.learning_rate (now {generator_learning_rate:g}) in updates of the "
+        "generator; else more signals or another model.summary_instruction",
+    ),
+    Rule(
         "generator_ignores_summary",
         "inference/margin_spread",
         above=False,
