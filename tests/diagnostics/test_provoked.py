@@ -61,10 +61,12 @@ PROVOKED: dict[str, tuple[str, ...]] = {
     "dead_entropy": (WARM, "--config.inference.temperature=0.1"),
     "summaries_cut": (WARM, "--config.inference.temperature=2.5"),
     "generator_ignores_summary": ("--config.warmup.no_summary=1.0", "--config.warmup.steps=80"),
-    "one_noisy_pair": ("--config.batch.pairs=1",),
+    "one_noisy_pair": ("--config.batch.pairs=1", "--config.warmup.steps=150"),
     # so few people that both models know their pairs by heart
     "leaky_reward": (
-        "--config.data.sample_people=60",
+        "--config.data.sample_people=100",
+        "--config.data.validation_fraction=0.4",
+        "--config.warmup.steps=150",
         "--config.schedule.phases=('joint 50',)",
         "--config.generator.learning_rate=1e-3",
     ),
