@@ -73,7 +73,7 @@ class Warned(NamedTuple):
     text: str
 
 
-def judge(rule: Rule, history: History) -> float | None:
+def check(rule: Rule, history: History) -> float | None:
     """The value that is beyond the threshold; None where all is well or nothing is known."""
     value = rule.measure(rule, history)
     if value is None:

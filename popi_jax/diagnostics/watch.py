@@ -21,7 +21,7 @@ from popi_jax.diagnostics.health import (
     History,
     Rule,
     Warned,
-    judge,
+    check,
     tell,
 )
 
@@ -60,7 +60,7 @@ def see(
     for rule in rules:
         if rule.watched not in known:
             continue
-        value = judge(rule, history)
+        value = check(rule, history)
         if value is None:
             if rule.name in holding:
                 del holding[rule.name]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from popi_jax.diagnostics.health import RULES, WATCHED, Facts, History, Rule, judge, tell
+from popi_jax.diagnostics.health import RULES, WATCHED, Facts, History, Rule, check, tell
 from popi_jax.diagnostics.watch import CALM, Watch, see, start_watch, summarize
 
 RECORDED = Path(__file__).parent / "recorded_runs.json"
@@ -216,11 +216,11 @@ def test_measures_of_several_metrics() -> None:
         "generator_ignores_summary": 0.05,
         "leaky_reward": 0.3,
     }
-    assert {name: judge(rule_of(name), history) for name in expected} == pytest.approx(expected)
+    assert {name: check(rule_of(name), history) for name in expected} == pytest.approx(expected)
     per_token = history._replace(facts=FACTS._replace(per_token=True))
-    assert judge(rule_of("generator_ignores_summary"), per_token) is None
+    assert check(rule_of("generator_ignores_summary"), per_token) is None
     small_gain = history._replace(first={"probe/bits_summary": 0.055, "probe/bits_start_judge": 0})
-    assert judge(rule_of("leaky_judge"), small_gain) is None
+    assert check(rule_of("leaky_judge"), small_gain) is None
 
 
 def read_recorded(name: str) -> tuple[Facts, list[tuple[int, dict[str, float]]]]:
