@@ -60,7 +60,12 @@ PROVOKED: dict[str, tuple[str, ...]] = {
     "no_kl": (WARM, "--config.inference.kl_coef=0"),
     "dead_entropy": (WARM, "--config.inference.temperature=0.1"),
     "summaries_cut": (WARM, "--config.inference.temperature=2.5"),
-    "generator_ignores_summary": ("--config.warmup.no_summary=1.0", "--config.warmup.steps=80"),
+    # the summaries that it learned behind were noise
+    "generator_ignores_oracle": (
+        "--config.warmup.wrong=1.0",
+        "--config.warmup.drop=1.0",
+        "--config.warmup.steps=80",
+    ),
     "one_noisy_pair": ("--config.batch.pairs=1", "--config.warmup.steps=150"),
     # so few people that both models know their pairs by heart
     "leaky_reward": (
@@ -75,9 +80,10 @@ PROVOKED: dict[str, tuple[str, ...]] = {
 
 def train(workdir: Path, *flags: str) -> dict[str, int]:
     """The first updates of a default run, with other settings."""
+    phases = f"--config.schedule.phases=('inference {UPDATES}',)"
     own = (
         f"--config.workdir={workdir}",
-        f"--config.schedule.phases=('inference {UPDATES}',)",
+        *([] if any("schedule.phases" in flag for flag in flags) else [phases]),
         "--config.evaluation.max_users=16",
         *flags,
     )
