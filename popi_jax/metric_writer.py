@@ -33,6 +33,11 @@ class MetricWriter:
         if enabled:
             self._folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its files lie on the disk; `flush` copies all that lies there to a bucket."""
+        return self._folder
+
     def resume(self, step: int) -> None:
         """Drops the lines of steps after `step` and a line that was cut off; call it before the
         first `write`."""

@@ -12,6 +12,7 @@ from popi_jax.losses import grpo
 from popi_jax.losses.masked import metric
 from popi_jax.losses.reward import summary_rewards
 from popi_jax.models.packing import length_mask
+from popi_jax.popi.health_metrics import health_metrics
 from popi_jax.popi.plan import InferencePlan
 from popi_jax.popi.scorer import AnswerLogps, Scorer
 
@@ -62,6 +63,9 @@ def inference_step(
         state, each = jax.lax.scan(update, state, length=plan.steps_per_rollout)
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
     pair_mask = jnp.broadcast_to(users.pair_mask[:, None, :], margins.shape)
+    metrics |= health_metrics(
+        margins, users.pair_mask, rewards, rollouts.summaries, kind=plan.reward
+    )
     metrics |= {
         "reward": metric(rewards),
         "reward_std": metric(jnp.std(rewards, axis=-1, ddof=1)),

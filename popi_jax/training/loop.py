@@ -19,9 +19,12 @@ from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config, flatten_stored
 from popi_jax.data.batches import derive_data_seed, iterate, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
+from popi_jax.diagnostics.health import Facts
+from popi_jax.diagnostics.watch import Monitor
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.transformer import join_adapters
+from popi_jax.popi.plan import Kind
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.run import Roles, Run
 from popi_jax.training import choices, longer, reference, setup, stored
@@ -121,14 +124,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     base = reference.read_base(cfg, model, mesh)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, run.config_json)
     batches = open_batches(run)
-
-    def shape_at(step: int) -> TrainState:
-        return (
-            warmup_abstract
-            if step <= warmup_steps
-            else longer.find_shape(run, plan.kinds, step, abstract)
-        )
-
+    shape_at = partial(find_shape, run, plan.kinds, warmup_abstract, abstract)
     restored = checkpoints.restore_latest(manager, shape_at, batches)
     if restored is None:
         step, state = 0, make_first_state(run, warmup_roles if warmup_steps else main_roles)
@@ -150,8 +146,9 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     stop = distributed.StopRequest()  # from here on: until then a signal ends the process at once
     with MetricWriter(cfg.workdir, enabled=distributed.is_main_process()) as writer:
         writer.resume(step)
+        monitor = open_monitor(cfg, writer)
         save = partial(save_step, manager, batches, run.config_json)
-        host = Host(cfg, mesh, model.rules, batches, writer, stop, save)
+        host = Host(cfg, mesh, model.rules, batches, writer, stop, save, monitor)
         try:
             if step < warmup_steps:
                 budgets = setup.plan_warmup_budgets(run.measured.fill, model, cfg)
@@ -172,6 +169,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 step, state = run_main_stage(run, host, at, abstract, step, chosen)
         finally:
             stop.close()
+            monitor.close()
             batches.close()
             checkpoints.close(manager)
     if not setup.reads_frozen_generator(plan):  # but the evaluation does
@@ -199,6 +197,41 @@ def run_main_stage(
             frozen = stored.add_summaries(frozen, run, state, written=written, step=step)
         step, state = run_segment(frozen, state, step, end)
     return step, state
+
+
+def find_shape(
+    run: Run, kinds: tuple[Kind, ...], warmup: TrainState, main: TrainState, step: int
+) -> TrainState:
+    """What a checkpoint of `step` holds, from what the two stages end with."""
+    if step <= run.config.warmup.steps:
+        return warmup
+    return longer.find_shape(run, kinds, step, main)
+
+
+def tell_facts(cfg: Config) -> Facts:
+    """What the warnings of a run need and name of its settings."""
+    i, g = cfg.inference, cfg.generator
+    return Facts(
+        beta=1.0 if g.objective in ("orpo", "rrhf") else g.beta,
+        per_token=g.length_normalised or g.objective in ("ipo", "simpo", "orpo", "rrhf"),
+        kl_coef=i.kl_coef,
+        temperature=i.temperature,
+        learning_rate=i.learning_rate,
+        generator_learning_rate=g.learning_rate,
+        length_penalty=i.length_penalty,
+        group_size=i.group_size,
+        pairs=cfg.batch.pairs,
+        users=cfg.batch.users,
+        summary_len=cfg.data.summary_len,
+        reward_generator=i.reward_generator,
+    )
+
+
+def open_monitor(cfg: Config, writer: MetricWriter) -> Monitor:
+    """With what the run measured so far; the writer has resumed before."""
+    monitor = Monitor(writer.folder, tell_facts(cfg), enabled=distributed.is_main_process())
+    monitor.resume()
+    return monitor
 
 
 def make_first_state(run: Run, roles: setup.Roles) -> TrainState:

@@ -11,6 +11,7 @@ from absl import logging
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, TrainState
 from popi_jax.config import Config
+from popi_jax.diagnostics.watch import Monitor
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
 from popi_jax.progress import Progress
@@ -53,6 +54,7 @@ class Host(NamedTuple):
     writer: MetricWriter
     stop: distributed.StopRequest
     save: Callable[[int, TrainState], None]
+    monitor: Monitor | None = None  # None: nobody looks at the metrics
 
 
 def run_stage(
@@ -77,14 +79,14 @@ def run_stage(
             number = stop.agreed() if asks else 0
             pending.append((step, metrics))
             if saving or number:
-                tokens += write_metrics(pending, host.writer).sampled_tokens
+                tokens += write_metrics(pending, host.writer, host.monitor).sampled_tokens
                 pending = []
                 host.writer.flush()
                 host.save(step, state)
                 if number:
                     raise Stopped(number, step)
             elif len(pending) > schedule.log_every:
-                written = write_metrics(pending[:-1], host.writer)
+                written = write_metrics(pending[:-1], host.writer, host.monitor)
                 pending = pending[-1:]
                 tokens += written.sampled_tokens
                 rate = {"tokens/s": tokens / max(time.monotonic() - since, 1e-9)}
@@ -117,8 +119,10 @@ class Written(NamedTuple):
     sampled_tokens: float  # in all steps
 
 
-def write_metrics(pending: list[tuple[int, Metrics]], writer: MetricWriter) -> Written:
-    """Writes the metrics of some steps.
+def write_metrics(
+    pending: list[tuple[int, Metrics]], writer: MetricWriter, monitor: Monitor | None = None
+) -> Written:
+    """Writes the metrics of some steps; the monitor warns of what they tell.
 
     Raises: NotFinite."""
     seen: dict[str, list[float]] = {}
@@ -134,6 +138,8 @@ def write_metrics(pending: list[tuple[int, Metrics]], writer: MetricWriter) -> W
                 f"step {step}: {', '.join(bad)} is not finite; lower the learning rate of that role"
             )
         writer.write(step, values)
+        if monitor is not None:
+            monitor.see(step, values)
         for name, value in values.items():
             seen.setdefault(name, []).append(value)
     means = {name: sum(values) / len(values) for name, values in seen.items()}

@@ -22,6 +22,7 @@ import pytest
 
 from popi_jax.arrays import Mean, TrainState
 from popi_jax.checkpoints import manager
+from popi_jax.diagnostics.watch import Monitor
 from popi_jax.distributed import StopRequest
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.run import Run
@@ -92,14 +93,14 @@ class Scripted:
             "sampled_tokens": Mean(jnp.float32(self.SAMPLED), jnp.float32(1.0)),
         }
 
-    def run(self, last_step: int) -> None:
+    def run(self, last_step: int, monitor: Monitor | None = None) -> None:
         mesh = small.make_mesh(1, 1, 1)
         batches: Iterator[Any] = iter([small.user_batch(0)] * last_step)
         stop = StopRequest()
         save = lambda step, state: self.saved.append(step)  # noqa: E731
         try:
             with MetricWriter(self.folder) as writer:
-                host = stage.Host(self.cfg, mesh, MODEL.rules, batches, writer, stop, save)
+                host = stage.Host(self.cfg, mesh, MODEL.rules, batches, writer, stop, save, monitor)
                 stage.run_stage(host, self.program, STATE, 0, last_step, "test")
         finally:
             stop.close()
@@ -142,6 +143,33 @@ def test_the_rate_counts_data_and_what_was_sampled(
     # the first rate is of two batches, of which the metrics of one were read
     rates = [values["tokens/s"] for values in shown if values]
     assert rates[0] == pytest.approx(2 * data + Scripted.SAMPLED)
+
+
+def test_warnings_know_the_settings() -> None:
+    cfg = small.make_config()
+    facts = loop.tell_facts(cfg)
+    assert (facts.beta, facts.per_token) == (cfg.generator.beta, False)
+    assert (facts.kl_coef, facts.group_size, facts.summary_len) == (0.05, 3, 4)
+    assert (facts.pairs, facts.users, facts.temperature) == (2, 8, 0.8)
+    rates = cfg.inference.learning_rate, cfg.generator.learning_rate
+    assert (facts.learning_rate, facts.generator_learning_rate) == rates and rates[0] != rates[1]
+    for objective, beta, per_token in (("orpo", 1.0, True), ("simpo", 0.1, True)):
+        other = small.replace(cfg, "generator", objective=objective, beta=0.1)
+        found = loop.tell_facts(other)
+        assert (found.beta, found.per_token) == (beta, per_token)
+
+
+def test_the_stage_shows_the_monitor_what_it_writes(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Listening(Monitor):
+        def see(self, step: int, values: Any) -> None:
+            seen.append((step, values))
+
+    facts = loop.tell_facts(small.make_config())
+    scripted = Scripted(tmp_path, save_every=3, log_every=2, at=0, event=None)
+    scripted.run(8, Listening(tmp_path, facts, enabled=True))
+    assert [{"step": step, **values} for step, values in seen] == scripted.rows()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
