@@ -19,6 +19,7 @@ from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config, flatten_stored
 from popi_jax.data.batches import derive_data_seed, iterate, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
+from popi_jax.diagnostics.probe import open_probe
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.transformer import join_adapters
@@ -121,6 +122,12 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, run.config_json)
     batches = open_batches(run)
 
+    def start() -> Params:  # the generator at the start of the main stage
+        if frozen.generator:
+            return frozen.generator
+        own = Frozen({}, setup.own_params(plan, abstract).generator)
+        return reference.restore_reference(cfg.workdir, own, base).generator
+
     def shape_at(step: int) -> TrainState:
         return (
             warmup_abstract
@@ -170,6 +177,8 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 program = choices.make_main_update(
                     run, choices.Start(state, frozen), abstract, step, chosen
                 )
+                join = lambda state: use_models(Trained(state, frozen), cfg)  # noqa: E731
+                host = host._replace(probe=open_probe(run, plan, join, start))
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:
             stop.close()
