@@ -19,10 +19,11 @@ from popi_jax.checkpoints.hf_io import read_params
 from popi_jax.config import Config, flatten_stored
 from popi_jax.data.batches import derive_data_seed, iterate, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
-from popi_jax.diagnostics.probe import open_probe
+from popi_jax.diagnostics.probe import Probe, open_probe
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.transformer import join_adapters
+from popi_jax.popi.plan import UpdatePlan
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.run import Roles, Run
 from popi_jax.training import choices, longer, reference, setup
@@ -105,7 +106,6 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
 
     warm_start: the WORKDIR of a run with the same warm-up, whose models at the end of it a new run
     takes over.
-
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
       NotFinite: when a metric is not finite.
@@ -121,12 +121,6 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
     base = reference.read_base(cfg, model, mesh)
     manager = checkpoints.open_manager(cfg.workdir, cfg.schedule.keep, run.config_json)
     batches = open_batches(run)
-
-    def start() -> Params:  # the generator at the start of the main stage
-        if frozen.generator:
-            return frozen.generator
-        own = Frozen({}, setup.own_params(plan, abstract).generator)
-        return reference.restore_reference(cfg.workdir, own, base).generator
 
     def shape_at(step: int) -> TrainState:
         return (
@@ -177,8 +171,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 program = choices.make_main_update(
                     run, choices.Start(state, frozen), abstract, step, chosen
                 )
-                join = lambda state: use_models(Trained(state, frozen), cfg)  # noqa: E731
-                host = host._replace(probe=open_probe(run, plan, join, start))
+                host = host._replace(probe=probe_run(run, plan, frozen, abstract, base))
                 step, state = run_stage(host, program, state, step, last_step, "popi")
         finally:
             stop.close()
@@ -236,6 +229,22 @@ def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
     generator = state.generator._replace(params=found.generator)
     step = jnp.int32(run.config.warmup.steps)
     return state._replace(inference=inference, generator=generator, step=step)
+
+
+def probe_run(
+    run: Run, plan: UpdatePlan, frozen: Frozen, abstract: TrainState, base: Params
+) -> Probe | None:
+    """What looks at validation users in the main stage. abstract: shapes of its state; base: as
+    `reference.read_base` returns it."""
+
+    def read_start() -> Params:
+        if frozen.generator:
+            return frozen.generator
+        own = Frozen({}, setup.own_params(plan, abstract).generator)
+        return reference.restore_reference(run.config.workdir, own, base).generator
+
+    join = lambda state: use_models(Trained(state, frozen), run.config)  # noqa: E731
+    return open_probe(run, plan, join, read_start)
 
 
 def use_models(trained: Trained, config: Config) -> tuple[Params, Params]:
