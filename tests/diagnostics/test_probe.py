@@ -4,6 +4,7 @@ one user at a time."""
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,13 +82,20 @@ class Plain:
         self.words = run.generator.tokenizer
         self.encoded, _ = batches.encode_all(self.users, self.words, probes.give_limits(run))
 
+        scorer = Scorer(run.generator.model)
+        self.program = jax.jit(
+            lambda params, contexts, one: jax.tree.map(
+                lambda x: x[0, 0], scorer.score_pairs(params, contexts, one)
+            )
+        )
+
     def score(self, params: Params, text: list[int], number: int) -> Any:
         one = jax.tree.map(lambda x: jnp.asarray(x[number : number + 1]), self.encoded)
-        told = Tokens(jnp.asarray([text + [0] * (32 - len(text))]), jnp.array([len(text)]))
+        width = 32 if len(text) <= 32 else self.run.config.data.context_len
+        told = Tokens(jnp.asarray([text + [0] * (width - len(text))]), jnp.array([len(text)]))
         contexts = splice(self.run.generator.prompt, told, jnp.zeros(1, bool))
         contexts = jax.tree.map(lambda x: x[:, None], contexts)
-        scorer = Scorer(self.run.generator.model)
-        return jax.tree.map(lambda x: x[0, 0], scorer.score_pairs(params, contexts, one)), one
+        return self.program(params, contexts, one), one
 
     def margins(self, params: Params, text: list[int], number: int) -> np.ndarray:
         """Of a user's pairs that count, against the start behind nothing."""
@@ -104,30 +112,20 @@ class Plain:
         margin = np.concatenate(found)
         return float(np.log1p(np.exp(-margin)).mean()), float(np.mean(margin > 0))
 
-    def write(self, params: Params, temperatures: tuple[float, ...]) -> list[list[list[int]]]:
-        """[users samples] ids, with keys of their own for greedy ones, which need none."""
-        role, found = self.run.inference, []
-        sampling = role.sampling._replace(temperatures=temperatures)
+    def write(self, params: Params) -> list[list[int]]:
+        """Greedy summaries."""
+        role = self.run.inference
+        draw = partial(
+            decode.sample, model=role.model, sampling=role.sampling._replace(temperature=0.0)
+        )
+        count = (len(self.users),)
+        keys = decode.sample_keys(jax.random.key(0), jnp.arange(*count), 1)
         weights = lay_out_for_rollout(params, role.model)
-        for number in range(len(self.users)):
-            context = jax.tree.map(
-                lambda x, n=number: jnp.asarray(x[n : n + 1]), self.encoded.context
-            )
-            keys = decode.sample_keys(jax.random.key(0), jnp.array([number]), len(temperatures))
-            drawn = decode.sample(
-                weights,
-                context,
-                repeat_ids(role.prompt, (1,)),
-                keys,
-                model=role.model,
-                sampling=sampling,
-            )
-            lengths = drawn.summaries.lengths - drawn.finished
-            ids = np.asarray(drawn.summaries.ids[0])
-            found.append(
-                [row[:n].tolist() for row, n in zip(ids, np.asarray(lengths[0]), strict=True)]
-            )
-        return found
+        context = jax.tree.map(jnp.asarray, self.encoded.context)
+        drawn = jax.jit(draw)(weights, context, repeat_ids(role.prompt, count), keys)
+        lengths = np.asarray(drawn.summaries.lengths - drawn.finished)[:, 0]
+        ids = np.asarray(drawn.summaries.ids)[:, 0]
+        return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
 
 
 def test_values_are_those_of_padded_rows() -> None:
@@ -139,7 +137,7 @@ def test_values_are_those_of_padded_rows() -> None:
     jax.tree.map(np.testing.assert_array_equal, small.copied(tiny.now), before)
     assert read == [1]
     plain, now = Plain(tiny, run), tiny.now.generator.params
-    greedy = [row[0] for row in plain.write(tiny.now.inference.params, (0.0,))]
+    greedy = plain.write(tiny.now.inference.params)
     config = probes.give_limits(run)
     texts = {
         "none": [[] for _ in greedy],
@@ -256,6 +254,9 @@ def test_baselines_without_summaries_are_told_what_they_read(reads: str, names: 
         config = probes.give_limits(run)
         texts = [encode.tell_signals(user, plain.words, config) for user in plain.users]
         assert max(map(len, texts)) > 32
+        nats, accuracy = plain.nats(tiny.now.generator.params, texts)
+        assert found["probe/nats_told"] == pytest.approx(nats, abs=1e-4)
+        assert found["probe/acc_told"] == pytest.approx(accuracy)
 
 
 def test_when_there_is_nothing_to_look_at(caplog: pytest.LogCaptureFixture) -> None:
