@@ -58,6 +58,9 @@ def test_results_of_the_test_users(tiny, capsys):
         if (row["condition"], row["decoding"]) == ("summary", "greedy")
     ]
     assert greedy[0]["context_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
+    assert results["loss"]["summary"]["nats"]["value"] == pytest.approx(greedy[0]["nats"])
+    names = results["names"]
+    assert list(names) == ["summary_before_rl", "summary"] and "precision" in names["summary"]
     assert [e["truth"] for e in results["examples"]] == [user.oracle for user in users[:3]]
     printed = capsys.readouterr().out
     assert printed == (tiny.workdir / "results.md").read_text()
