@@ -60,9 +60,9 @@ def score_popi(folder: str, texts: list[dict[str, Any]], rows: int) -> dict[str,
     from popi_jax.data.batches import encode_all
     from popi_jax.data.dealing import find_longest
     from popi_jax.data.records import Pair, User
-    from popi_jax.evals.dealt import deal_pairs
-    from popi_jax.evals.generators import Generator
+    from popi_jax.dealt import deal_pairs
     from popi_jax.evals.subjects import open_reader
+    from popi_jax.generators import Generator
     from popi_jax.run import start_devices
 
     flags = [f"model.checkpoint={folder}", "model.dtype=float32"]

@@ -97,6 +97,7 @@ RELEASED_ON_LAPTOP: dict[str, object] = {
     "inference.group_size": 4,
     "evaluation.batch_users": 8,
     "evaluation.max_users": 32,
+    "schedule.probe_users": 4,
 }
 
 

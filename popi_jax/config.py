@@ -268,6 +268,10 @@ class ScheduleConfig:
     log_every: int = setting(10, "updates", at_least(1), free=True)
     save_every: int = setting(50, "updates", at_least(1), free=True)
     keep: int = setting(2, "newest checkpoints kept", at_least(1), free=True)
+    probe_every: int = setting(
+        50, "updates between looks at validation users; 0 = off", at_least(0), free=True
+    )
+    probe_users: int = setting(64, "of them that are looked at", at_least(1), free=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     from popi_jax.data.examples import ask
     from popi_jax.data.prompts import encode_summary, get_wording
     from popi_jax.data.sources.jsonl import read_users
-    from popi_jax.evals.generators import Generator, summarize_users
+    from popi_jax.generators import Generator, summarize_users
     from popi_jax.run import open_run
     from popi_jax.training.restore import restore_role
 

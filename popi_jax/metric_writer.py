@@ -30,6 +30,7 @@ class MetricWriter:
         self._enabled = enabled
         self._purge_step: int | None = None
         self._board: Any = None
+        self._last: tuple[int, dict[str, Any]] = (0, {})  # where the last line begins, and it
         if enabled:
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -59,16 +60,35 @@ class MetricWriter:
             f.flush()
             os.fsync(f.fileno())
         part.replace(self._path)
+        if kept:
+            self._last = sum(map(len, kept[:-1])), json.loads(kept[-1])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends the values of a step, at once."""
         if not self._enabled:
             return
-        row = {
-            name: float(value) if math.isfinite(value) else None for name, value in values.items()
-        }
-        with self._path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": int(step), **row}) + "\n")
+        row = _to_row(values)
+        with self._path.open("ab") as f:
+            self._last = f.seek(0, os.SEEK_END), {"step": int(step), **row}
+            f.write(_to_line(self._last[1]))
+        self._show(step, row)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values to the line of a step where that is the last one; else as `write`."""
+        start, last = self._last
+        if not self._enabled:
+            return
+        if last.get("step") != step:
+            return self.write(step, values)
+        row = _to_row(values)
+        self._last = start, last | row
+        with self._path.open("r+b") as f:
+            f.seek(start)
+            f.write(_to_line(self._last[1]))
+            f.truncate()
+        self._show(step, row)
+
+    def _show(self, step: int, row: Mapping[str, float | None]) -> None:
         for name, value in row.items():
             if value is not None:
                 self._tensorboard().add_scalar(name, value, step)
@@ -106,6 +126,14 @@ class MetricWriter:
                 str(self._folder / "tensorboard"), purge_step=self._purge_step
             )
         return self._board
+
+
+def _to_row(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _to_line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
 
 
 def _read_step(line: bytes) -> float:

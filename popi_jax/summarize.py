@@ -42,7 +42,7 @@ def main(config: Config) -> None:
             "with --users, --user and --prompt"
         )
     from popi_jax import distributed, files
-    from popi_jax.evals.generators import summarize_users
+    from popi_jax.generators import summarize_users
     from popi_jax.run import open_run
     from popi_jax.training.restore import restore_role
 

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax.data.sources.made_people import compute_bayes_optimum
+from popi_jax.data.sources.made_odds import find_odds
+from popi_jax.diagnostics.decomposition import find_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals import results as evaluation
 from popi_jax.evals.results import evaluate_run
@@ -46,7 +47,7 @@ def test_results_of_the_test_users(tiny, capsys):
     assert list(results)[:6] == ["config", "data", "split", "step", "bayes", "rows"]
     assert (results["data"], results["split"], results["step"]) == ("sample", "test", STEP)
     assert results["config"]["evaluation"]["max_users"] == 8
-    assert results["bayes"] == compute_bayes_optimum(users)
+    assert results["bayes"] == find_optimum([odds for user in users for odds in find_odds(user)])
     assert len(results["rows"]) == 9
     assert set(results["before_rl"]) == {"oracle"}
     rows = read_jsonl(tiny.workdir / "summaries.jsonl")
@@ -57,6 +58,9 @@ def test_results_of_the_test_users(tiny, capsys):
         if (row["condition"], row["decoding"]) == ("summary", "greedy")
     ]
     assert greedy[0]["context_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
+    assert results["loss"]["summary"]["nats"]["value"] == pytest.approx(greedy[0]["nats"])
+    names = results["names"]
+    assert list(names) == ["summary_before_rl", "summary"] and "precision" in names["summary"]
     assert [e["truth"] for e in results["examples"]] == [user.oracle for user in users[:3]]
     printed = capsys.readouterr().out
     assert printed == (tiny.workdir / "results.md").read_text()
@@ -144,4 +148,5 @@ def test_only_process_0_reads_the_files_of_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.distributed, "is_main_process", lambda: False)
     monkeypatch.setattr(evaluation.distributed, "tell_all", lambda text: '{"rows": [1]}' + text)
     outcome = Outcome(cell=None, labels={}, key="not-there-yet", status="done")
-    assert evaluation._share_results([outcome], str(tmp_path)) == {"rows": [1]}
+    explain = {}.update  # not called
+    assert evaluation._share_results([outcome], str(tmp_path), explain) == {"rows": [1]}

@@ -6,7 +6,7 @@ import pytest
 
 from popi_jax.data.prompts import encode_summary
 from popi_jax.errors import UserError
-from popi_jax.evals.generators import Generator, summarize_users
+from popi_jax.generators import Generator, summarize_users
 from tests.tiny_run import TinyRun, command, config_of, flags_set, on_devices, shared_run
 
 generate = command("generate")

@@ -45,6 +45,37 @@ def test_non_finite_values_are_null_so_that_the_file_stays_json(tmp_path: pathli
     }
 
 
+def test_values_are_added_to_the_last_line_or_begin_one(tmp_path: pathlib.Path) -> None:
+    with MetricWriter(tmp_path) as writer:
+        writer.add(0, {"probe": 1.0})
+        writer.write(1, {"loss": 0.5})
+        writer.add(1, {"probe": math.inf})
+        writer.add(1, {"probe": 2.0, "other": 3.0})
+        writer.write(2, {"loss": 0.25})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, "probe": 1.0},
+        {"step": 1, "loss": 0.5, "probe": 2.0, "other": 3.0},
+        {"step": 2, "loss": 0.25},
+    ]
+
+
+def test_values_are_added_again_after_a_resume(tmp_path: pathlib.Path) -> None:
+    """Whether the run was stopped before they were there or behind them."""
+    found = []
+    for name, added in (("before", False), ("behind", True)):
+        write(tmp_path / name, range(3))
+        for adds in (added, True):
+            with MetricWriter(tmp_path / name) as writer:
+                writer.resume(2)
+                if adds:
+                    writer.add(2, {"probe": 4.0})
+        found.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert found[0] == found[1]
+    rows = [json.loads(line) for line in found[0].splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["probe"] == 4.0
+
+
 def test_tensorboard_files_are_written(tmp_path: pathlib.Path) -> None:
     write(tmp_path, range(2))
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -55,6 +86,7 @@ def test_disabled_writer_touches_nothing(tmp_path: pathlib.Path) -> None:
     with MetricWriter(tmp_path / "x", enabled=False) as writer:
         writer.resume(3)
         writer.write(4, {"loss": 1.0})
+        writer.add(4, {"probe": 1.0})
     assert not (tmp_path / "x").exists()
 
 

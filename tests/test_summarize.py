@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from popi_jax import generators
 from popi_jax.data.records import Comment, Shot
 from popi_jax.data.sources.jsonl import read_users
 from popi_jax.errors import UserError
-from popi_jax.evals import generators
 from tests.data.people import write_users
 from tests.tiny_run import (
     STEP,

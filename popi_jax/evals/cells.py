@@ -24,14 +24,14 @@ from popi_jax.data.encode import Ids
 from popi_jax.data.records import User
 from popi_jax.data.selection import select_signals
 from popi_jax.data.tokens import identify_words
+from popi_jax.dealt import Dealt, deal_pairs, deal_signals
 from popi_jax.errors import UserError
 from popi_jax.evals import conditions, records
 from popi_jax.evals.conditions import Condition, People, find_condition
-from popi_jax.evals.dealt import Dealt, deal_pairs, deal_signals
-from popi_jax.evals.generators import Generator, Summarizer, bare_signals
 from popi_jax.evals.items import list_items
 from popi_jax.evals.subjects import Reader, Subject, Weights, check_room, identify_shape
 from popi_jax.evals.sweep_plan import Cell
+from popi_jax.generators import Generator, Summarizer, bare_signals
 from popi_jax.losses.preference import PreferenceObjective, pair_margins
 from popi_jax.training.setup import make_objective
 

@@ -4,11 +4,10 @@ today. A new condition is one more value."""
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from popi_jax.config import Config
 from popi_jax.data import encode
 from popi_jax.data.encode import Ids
+from popi_jax.data.persons import find_others, have_others
 from popi_jax.data.records import User
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError, did_you_mean
@@ -64,31 +63,8 @@ def tell_persona(people: People) -> list[Ids]:
     return [encode.tell_persona(user, words, config) for user in people.users]
 
 
-def find_others(users: Sequence[User]) -> list[int]:
-    """For each user the number of another one.
-
-    The users are rotated by the least number of places that gives the fewest of them a summary of
-    themselves. A person whose signals were drawn several times is "ann", "ann#2", ...: one person
-    still."""
-    persons = np.unique(_name_persons(users), return_inverse=True)[1]
-    count = len(persons)
-    same = [int((persons == np.roll(persons, -shift)).sum()) for shift in range(1, count)]
-    shift = 1 + int(np.argmin(same)) if same else 0
-    return [(number + shift) % count for number in range(count)]
-
-
-def have_others(users: Sequence[User]) -> list[bool]:
-    """Whether `find_others` finds another person for each user."""
-    names = _name_persons(users)
-    return [name != names[other] for name, other in zip(names, find_others(users), strict=True)]
-
-
 def have_persona(users: Sequence[User]) -> list[bool]:
     return [bool(user.oracle.strip()) for user in users]
-
-
-def _name_persons(users: Sequence[User]) -> list[str]:
-    return [user.user_id.split("#")[0] for user in users]
 
 
 CONDITIONS = (

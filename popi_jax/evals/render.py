@@ -19,6 +19,33 @@ _BAYES = {
 }
 
 
+# what results.json calls them -> rows and columns of the tables below that of the conditions
+LOSS = {
+    "nats": "measured",
+    "noise": "of it: random even for who knows the truth",
+    "lost_by_signals": "lost by the signals",
+    "lost_by_summary": "lost by the summary",
+    "lost_by_generator": "lost by the generator",
+    "chance": "chance of the labels",
+    "saved_by_scale": "one scale of the margins would save",
+    "bits": "bits gained over no_signals",
+    "bits_calibrated": "the same with that scale",
+    "information": "bits that the summary tells an ideal reader",
+}
+NAMES = {
+    "precision": "right, of the items named",
+    "wrong_sign": "the opposite is right, of the items named",
+    "recall_stated": "named, of what the profile states",
+    "recall_implied": "named, of what past pairs alone imply",
+    "repeats": "repeats per summary",
+}
+HEADS = {
+    "summary_before_rl": "before RL",
+    "summary": "after",
+    "other_user_summary": "another user's",
+}
+
+
 def find_results(workdir: str, split: str, step: int) -> epath.Path:
     """The folder that keeps the results of a split at a step."""
     return epath.Path(workdir) / "results" / f"{split}-{step}"
@@ -74,12 +101,38 @@ def render(results: dict[str, Any]) -> str:
     ]
     parts += [f"Best accuracy that any model could reach: {', '.join(bayes)}."] if bayes else []
     parts += ["Accuracy ± standard error, clustered by user."]
+    parts += _render_diagnosis(
+        "Where the loss goes", "nats per pair, greedy", LOSS, results["loss"]
+    )
+    parts += _render_diagnosis("What summaries name", "greedy", NAMES, results["names"])
     examples = []
     for e in results["examples"]:
         summary = " ".join(e["summary"].split()) or "(empty)"
         examples.append(f"- {e['user_id']}: {summary}\n  (truth: {e['truth'] or 'unknown'})")
     parts += ["\n".join(examples)]
     return "\n\n".join(parts) + "\n"
+
+
+def _render_diagnosis(
+    title: str, corner: str, rows: dict[str, str], found: dict[str, Any]
+) -> list[str]:
+    """A heading and a table with a column for each condition; rows that no condition has are left
+    out."""
+    shown = [name for name in rows if any(name in column for column in found.values())]
+    if not shown:
+        return []
+    table = [[corner, *(HEADS[condition] for condition in found)]]
+    for name in shown:
+        cells = (column.get(name) or {"value": None} for column in found.values())
+        table.append([rows[name], *map(_show_estimate, cells)])
+    return [f"## {title}", align_table(table)]
+
+
+def _show_estimate(found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return "–"
+    error = "" if found["stderr"] is None else f" ± {found['stderr']:.3f}"
+    return f"{found['value']:.3f}{error}"
 
 
 def align_table(rows: list[list[str]]) -> str:

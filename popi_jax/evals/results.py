@@ -4,7 +4,8 @@ the workdir of the run, and its results.json."""
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from popi_jax import distributed, files
 from popi_jax.arrays import Frozen, Params
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.data.records import User
+from popi_jax.diagnostics.decomposition import BOUNDS, find_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals import metrics, render
 from popi_jax.evals.cells import Unit
 from popi_jax.evals.conditions import BEFORE_RL, CONDITIONS, TRAINED, list_reads
+from popi_jax.evals.diagnosis import diagnose
 from popi_jax.evals.records import CellRecord
 from popi_jax.evals.subjects import Subject, Weights, open_subject
 from popi_jax.evals.sweep import FAILED, Outcome, compute_cells, make_split, read_records
@@ -25,7 +28,6 @@ from popi_jax.evals.sweep_plan import DECODINGS, DEFAULT, OWN, Cell, Sweep, list
 from popi_jax.run import Run
 
 NUM_EXAMPLES = 3
-BOUNDS = ("no_signals", "signals", "latent")  # what a model may know, of which an optimum is known
 SHOWN = ("condition", "decoding", "accuracy", "stderr", "n", "nats", "context_tokens")
 
 
@@ -58,18 +60,23 @@ def evaluate_run(
     outcomes = compute_cells(dict.fromkeys(cells, unit), out, own=cells)
     if bad := [outcome for outcome in outcomes if outcome.status == FAILED]:
         raise UserError(f"the evaluation failed: {bad[0].cell.condition}: {bad[0].reason}")
-    items = unit.read_summaries(TRAINED, "all", "greedy", lambda part: None)
+    written = {
+        writer: unit.read_summaries(writer, "all", "greedy", lambda part: None)
+        for writer in (BEFORE_RL, TRAINED)
+    }
     summaries = [
         {"user_id": item["user"], "summary": item["summary"], "tokens": item["tokens"]}
-        for item in items
+        for item in written[TRAINED]
     ]
+    texts = {name: [item["summary"] for item in items] for name, items in written.items()}
+    explain = partial(diagnose, summaries=texts, users=users.users, source=run.dataset.source)
     results = {
         "config": dataclasses.asdict(config),
         "data": run.dataset.data,
         "split": split,
         "step": step,
         "bayes": _find_optimum(run, users.users),
-        **_share_results(outcomes, out),
+        **_share_results(outcomes, out, explain),
         "examples": [
             {"user_id": user.user_id, "summary": row["summary"], "truth": user.oracle}
             for user, row in zip(users.users[:NUM_EXAMPLES], summaries, strict=False)
@@ -113,16 +120,22 @@ def _list_cells(workdir: str, split: str, users: Sequence[User]) -> list[Cell]:
 
 def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
     """The best accuracy that any model could reach, by what it knows; None where unknown."""
-    compute = run.dataset.source.compute_optimum
-    return {**dict.fromkeys(BOUNDS), **(compute(users) if compute else {})}
+    find_odds = run.dataset.source.find_odds
+    odds = [pair for user in users for pair in find_odds(user)] if find_odds else []
+    return {**dict.fromkeys(BOUNDS), **(find_optimum(odds) if odds else {})}
 
 
-def _share_results(outcomes: Sequence[Outcome], out: str) -> dict[str, Any]:
+def _share_results(
+    outcomes: Sequence[Outcome], out: str, explain: Callable[[Sequence[CellRecord]], dict[str, Any]]
+) -> dict[str, Any]:
     """Process 0 reads the files and tells all: it may still be writing the last of them when
-    another process comes here, and disks that are shared show files late."""
+    another process comes here, and disks that are shared show files late.
+
+    explain: what else is said of them."""
     told = ""
     if distributed.is_main_process():
-        told = json.dumps(_list_results(read_records(outcomes, out)))
+        found = read_records(outcomes, out)
+        told = json.dumps(_list_results(found) | explain(found))
     return json.loads(distributed.tell_all(told))
 
 

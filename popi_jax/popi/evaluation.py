@@ -34,10 +34,12 @@ def draw_summaries(
     budget: Budget | None,
 ) -> Tokens:
     """Summaries [users temperatures seq] of signals [users seq], without end tokens; every process
-    gets all. The key of a draw is folded from the number of the user."""
+    gets all. The key of a draw is folded from the number of the user, and from how many draws of
+    the user at the same temperature come before it."""
     key = jax.random.fold_in(jax.random.key(seed), SUMMARY_KEY)
-    keys = decode.sample_keys(key, index, 1)
-    keys = jnp.broadcast_to(keys, (*index.shape, len(sampling.temperatures)))
+    heats = sampling.temperatures
+    before = jnp.array([heats[:k].count(t) for k, t in enumerate(heats)])
+    keys = decode.sample_keys(key, index, len(heats))[:, before]
     weights = lay_out_for_rollout(params, model)
     asked = repeat_ids(turn, index.shape)
     drawn = decode.sample(

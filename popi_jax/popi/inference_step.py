@@ -64,7 +64,7 @@ def inference_step(
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
     pair_mask = jnp.broadcast_to(users.pair_mask[:, None, :], margins.shape)
     metrics |= health_metrics(
-        margins, users.pair_mask, rewards, rollouts.summaries, kind=plan.reward
+        margins, users.pair_mask, rewards, rollouts.summaries, kind=plan.reward.kind
     )
     metrics |= {
         "reward": metric(rewards),

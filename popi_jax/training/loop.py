@@ -20,11 +20,12 @@ from popi_jax.config import Config, flatten_stored
 from popi_jax.data.batches import derive_data_seed, iterate, make_user_batches
 from popi_jax.data.warmup_batches import make_warmup_batches
 from popi_jax.diagnostics.health import Facts
+from popi_jax.diagnostics.probe import Probe, open_probe
 from popi_jax.diagnostics.watch import Monitor
 from popi_jax.errors import UserError
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.transformer import join_adapters
-from popi_jax.popi.plan import Kind
+from popi_jax.popi.plan import Kind, UpdatePlan
 from popi_jax.popi.warmup_step import warmup_step
 from popi_jax.run import Roles, Run
 from popi_jax.training import choices, longer, reference, setup, stored
@@ -107,7 +108,6 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
 
     warm_start: the WORKDIR of a run with the same warm-up, whose models at the end of it a new run
     takes over.
-
     Raises:
       Stopped: on SIGINT or SIGTERM, after saving.
       NotFinite: when a metric is not finite.
@@ -165,6 +165,7 @@ def train(run: Run, *, warm_start: str = "") -> Trained:
                 layout = setup.get_shardings(abstract)
                 state = jax.jit(restart, donate_argnums=0, out_shardings=layout)(state)
             if step < last_step:
+                host = host._replace(probe=probe_run(run, plan, frozen, abstract, base))
                 at = choices.Start(state, frozen)
                 step, state = run_main_stage(run, host, at, abstract, step, chosen)
         finally:
@@ -287,6 +288,22 @@ def _flatten_warmup(stored: dict[str, Any]) -> dict[str, Any]:
     flat = flatten_stored(stored)
     flat["batch.pairs"] = flat.pop("warmup.generator_pairs", 0) or flat["batch.pairs"]
     return flat
+
+
+def probe_run(
+    run: Run, plan: UpdatePlan, frozen: Frozen, abstract: TrainState, base: Params
+) -> Probe | None:
+    """What looks at validation users in the main stage. abstract: shapes of its state; base: as
+    `reference.read_base` returns it."""
+
+    def read_start() -> Params:
+        if frozen.generator:
+            return frozen.generator
+        own = Frozen({}, setup.own_params(plan, abstract).generator)
+        return reference.restore_reference(run.config.workdir, own, base).generator
+
+    join = lambda state: use_models(Trained(state, frozen), run.config)  # noqa: E731
+    return open_probe(run, plan, join, read_start)
 
 
 def use_models(trained: Trained, config: Config) -> tuple[Params, Params]:

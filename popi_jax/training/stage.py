@@ -11,6 +11,7 @@ from absl import logging
 from popi_jax import distributed
 from popi_jax.arrays import Metrics, TrainState
 from popi_jax.config import Config
+from popi_jax.diagnostics.probe import Probe
 from popi_jax.diagnostics.watch import Monitor
 from popi_jax.metric_writer import MetricWriter
 from popi_jax.models.layout import Rules
@@ -25,6 +26,13 @@ SHOWN = {
     "inference/reward": "reward",
     "inference/accuracy": "accuracy",
 }  # metric -> its name beside the progress bar
+PROBED = {
+    "probe/nats_none": "nats of no summary",
+    "probe/nats_summary": "of the summary",
+    "probe/acc_summary": "accuracy",
+    "probe/bits_other": "bits of another user's",
+    "probe/information": "information",
+}  # value of the probe -> its name in the log
 
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -55,6 +63,7 @@ class Host(NamedTuple):
     stop: distributed.StopRequest
     save: Callable[[int, TrainState], None]
     monitor: Monitor | None = None  # None: nobody looks at the metrics
+    probe: Probe | None = None  # None: nobody is looked at
 
 
 def run_stage(
@@ -64,6 +73,8 @@ def run_stage(
     device never waits."""
     schedule, stop = host.config.schedule, host.stop
     pending: list[tuple[int, Metrics]] = []
+    if host.probe is not None and step == host.probe.first_step:
+        look(host, step, state)
     tokens, since = 0.0, time.monotonic()
     batch, placed = place_next(host)
     logging.info("%s: compiling, then steps %d to %d", label, step + 1, last_step)
@@ -78,6 +89,10 @@ def run_stage(
             asks = saving or step % schedule.log_every == 0 or jax.process_count() == 1
             number = stop.agreed() if asks else 0
             pending.append((step, metrics))
+            if host.probe is not None and host.probe.is_due(step, last_step):
+                tokens += write_metrics(pending, host.writer, host.monitor).sampled_tokens
+                pending = []
+                since += look(host, step, state)
             if saving or number:
                 tokens += write_metrics(pending, host.writer, host.monitor).sampled_tokens
                 pending = []
@@ -98,6 +113,22 @@ def run_stage(
             if step < last_step:
                 batch, placed = place_next(host)
     return step, state
+
+
+def look(host: Host, step: int, state: TrainState) -> float:
+    """Adds what the probe finds to the line of a step, the last that was written; returns the
+    seconds that it took."""
+    jax.block_until_ready(state)  # so that the time is that of the look alone
+    start = time.monotonic()
+    if host.probe is not None:
+        found = host.probe.measure(state)
+        host.writer.add(step, found)
+        if host.monitor is not None:
+            host.monitor.see(step, found)
+        shown = [f"{PROBED[k]} {value:.3f}" for k, value in found.items() if k in PROBED]
+        took = time.monotonic() - start
+        logging.info("Step %d, validation: %s (%.1f s)", step, ", ".join(shown), took)
+    return time.monotonic() - start
 
 
 def place_next(host: Host) -> tuple[Any, Any]:

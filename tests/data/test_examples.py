@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from popi_jax.data import encode, examples, prompts
+from popi_jax.data.persons import find_others, have_others
 from popi_jax.data.prepared import Dataset
 from popi_jax.data.sources import made_people
 from popi_jax.errors import UserError
-from popi_jax.evals.conditions import find_others, have_others
 from tests.data.people import USERS, decode_at, make_config, make_tokenizer, take, user_batches
 
 WORDS = make_tokenizer()

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax import files
+from popi_jax import files, generators
 from popi_jax.arrays import Tokens
 from popi_jax.checkpoints.content import Hashes
-from popi_jax.data import batches, encode, prompts, tokenizer
+from popi_jax.data import batches, encode, persons, prompts, tokenizer
 from popi_jax.data.examples import list_examples
 from popi_jax.data.records import User
 from popi_jax.errors import UserError
-from popi_jax.evals import cells, conditions, generators, records
+from popi_jax.evals import cells, records
 from popi_jax.evals.cells import Split, Unit
 from popi_jax.evals.subjects import Reader, Subject, Weights, open_subject
 from popi_jax.evals.sweep_plan import DECODINGS, Cell
@@ -421,12 +421,12 @@ def name_users(ids: list[str]) -> list[User]:
 )
 def test_another_person_is_never_oneself(ids, other, differs):
     people = name_users(ids)
-    assert conditions.find_others(people) == other
-    assert conditions.have_others(people) == differs
+    assert persons.find_others(people) == other
+    assert persons.have_others(people) == differs
 
 
 def test_two_personas_in_a_sorted_file():
     ids = [f"friendly#{i}" for i in range(30)] + [f"unfriendly#{i}" for i in range(30)]
     people = name_users(ids)
-    assert sorted(conditions.find_others(people)) == list(range(60))
-    assert all(conditions.have_others(people))
+    assert sorted(persons.find_others(people)) == list(range(60))
+    assert all(persons.have_others(people))

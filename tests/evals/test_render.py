@@ -26,6 +26,15 @@ RESULTS = {
         "oracle": ROW
         | {"decoding": "none", "accuracy": 0.93, "stderr": None, "context_tokens": 5.0}
     },
+    "loss": {
+        "summary": {
+            "nats": {"value": 0.5, "stderr": 0.01},
+            "noise": {"value": 0.269, "stderr": 0.0},
+            "bits": {"value": 0.25, "stderr": None},
+        },
+        "other_user_summary": {"nats": {"value": 0.7, "stderr": 0.02}},
+    },
+    "names": {"summary_before_rl": {"repeats": {"value": 0.125, "stderr": 0.5}}, "summary": {}},
     "examples": [
         {"user_id": "u1", "summary": "warm tone ;\nbullets", "truth": "warm tone"},
         {"user_id": "u2", "summary": "", "truth": ""},
@@ -50,6 +59,20 @@ Best accuracy that any model could reach: 0.613 seeing nothing of the user, 0.87
 signals, 0.931 knowing the true preferences.
 
 Accuracy ± standard error, clustered by user.
+
+## Where the loss goes
+
+| nats per pair, greedy                      | after         | another user's |
+| ------------------------------------------ | ------------- | -------------: |
+| measured                                   | 0.500 ± 0.010 |  0.700 ± 0.020 |
+| of it: random even for who knows the truth | 0.269 ± 0.000 |              – |
+| bits gained over no_signals                | 0.250         |              – |
+
+## What summaries name
+
+| greedy              | before RL     | after |
+| ------------------- | ------------- | ----: |
+| repeats per summary | 0.125 ± 0.500 |     – |
 
 - u1: warm tone ; bullets
   (truth: warm tone)

@@ -216,12 +216,14 @@ SETTINGS = {
     "data.download": "false",
     "data.sample_people": 60,
     "data.test_fraction": 0.3,
+    "data.validation_fraction": 0.1,
     "model.vocab_size": 400,
     "warmup.steps": 2,
     # long enough that a signal comes in time
     "schedule.phases": "('inference 3', 'alternate 1:1 26', 'joint 3')",
     "schedule.save_every": 4,
     "schedule.log_every": 1,
+    "schedule.probe_every": 8,
     "evaluation.max_users": 8,
 }
 LAST = 34
@@ -257,9 +259,9 @@ def send_at(process: subprocess.Popen, workdir: Path, step: int, number: int) ->
     return end(process, workdir)
 
 
-def train_only(workdir: Path, *more: str) -> None:
+def train_only(workdir: Path, *more: str, **changed: Any) -> None:
     """Runs to the last checkpoint; what the evaluation does is not tested here."""
-    process = start(workdir, *more)
+    process = start(workdir, *more, **changed)
     while process.poll() is None and not (workdir / "checkpoints" / str(LAST)).exists():
         time.sleep(0.05)
     process.kill()
@@ -315,12 +317,33 @@ def test_a_run_takes_over_the_warm_up_of_another(uninterrupted: Path, tmp_path: 
     take_over = f"--warm_start={uninterrupted}"
     train_only(tmp_path, take_over)
     own, whole = (read_rows(workdir) for workdir in (tmp_path, uninterrupted))
-    assert own == whole[SETTINGS["warmup.steps"] :]
+    at, *rows = whole[SETTINGS["warmup.steps"] - 1 :]
+    assert own[1:] == rows
+    # the end of the warm-up, of which the look before the first update is its own
+    assert own[0] == {"step": at["step"]} | {k: v for k, v in at.items() if k.startswith("probe/")}
     assert_same_models(tmp_path, uninterrupted)
     other = tmp_path / "other"
     status, errors = end(start(other, take_over, seed=5), other)
     assert status == 2 and "had seed = 0, this run 5; their warm-ups differ" in errors
     assert not list((other / "checkpoints").iterdir())
+
+
+def test_looks_are_taken_at_their_steps_and_change_nothing(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    rows = read_rows(uninterrupted)
+    looked = [row for row in rows if any(name.startswith("probe/") for name in row)]
+    assert [row["step"] for row in looked] == [2, 10, 18, 26, 34]
+    assert all(row["probe/nats_summary"] > 0 for row in looked)
+    # until the generator is trained, it is the judge from the start; then another
+    same = [row["probe/nats_start_judge"] == row["probe/nats_summary"] for row in looked]
+    assert same == [True, False, False, False, False]
+    train_only(tmp_path, f"--warm_start={uninterrupted}", **{"schedule.probe_every": 0})
+    assert_same_models(tmp_path, uninterrupted)
+    assert read_rows(tmp_path) == [
+        {name: value for name, value in row.items() if not name.startswith("probe/")}
+        for row in rows[SETTINGS["warmup.steps"] :]
+    ]
 
 
 def test_a_workdir_of_another_run_is_refused(uninterrupted: Path) -> None:

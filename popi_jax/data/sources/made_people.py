@@ -4,12 +4,10 @@ files.
 Each person cares about a few of eight style attributes. A self-description states some of them,
 partly wrong, among distractors; in each conversation two replies differ in one attribute that the
 person cares about, and the scores follow the utilities by Bradley-Terry (Gumbel noise on each
-reply). As the process is known, so is the best accuracy that any model could reach:
-`compute_bayes_optimum`. The sample shows that the whole machine learns; it says nothing about real
-people."""
+reply). As the process is known, so is the best that any model could do: made_odds.py. The sample
+shows that the whole machine learns; it says nothing about real people."""
 
 import contextlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,72 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from popi_jax import files
-from popi_jax.data.records import ITEM_SEPARATOR, User
-from popi_jax.data.sources import download, prism, prism_rows
+from popi_jax.data.records import ITEM_SEPARATOR
+from popi_jax.data.sources import download, made_odds, made_world, prism, prism_rows
+from popi_jax.data.sources.made_world import (
+    ATTRIBUTES,
+    NUM_ACTIVE,
+    STATED,
+    STATED_RIGHT,
+    STRAY,
+    UTILITY,
+    Person,
+)
 from popi_jax.data.sources.source import Card, Source
 
-NUM_ACTIVE = 3  # attributes that a person cares about
-UTILITY = 2.5  # of a reply that suits an active attribute, over one that does not (log-odds)
-STATED = 0.4  # probability that a self-description mentions an active attribute ...
-STATED_RIGHT = 0.9  # ... and that it then names the right pole
-STRAY = 0.02  # probability of a mention of either pole of an inactive attribute
 CONVERSATIONS = 14  # of each person
-
-
-class Pole(NamedTuple):
-    item: str  # as a summary names it
-    replies: tuple[str, str]  # how a reply shows it
-
-
-# Both poles of an attribute are equally common: who knows nothing of a person can only guess, so
-# that what is above one half is personal.
-ATTRIBUTES: tuple[tuple[Pole, Pole], ...] = (
-    (
-        Pole("brief answers", ("that is the short version .", "here it is in one line .")),
-        Pole("thorough answers", ("here is the whole story .", "now follows every detail .")),
-    ),
-    (
-        Pole("warm tone", ("happy to help you , friend !", "what a lovely thing to ask !")),
-        Pole("formal tone", ("kindly note the following remark .", "one may state it thus .")),
-    ),
-    (
-        Pole(
-            "concrete examples", ("for instance , picture a kettle .", "take a garden as a case .")
-        ),
-        Pole(
-            "general principles",
-            ("as a rule this always holds .", "the idea behind it matters most ."),
-        ),
-    ),
-    (
-        Pole(
-            "cited sources", ("a study from 2019 confirms it .", "see the official report on it .")
-        ),
-        Pole("personal opinion", ("i believe that it is best .", "my own view is clear .")),
-    ),
-    (
-        Pole("plain words", ("put simply , it just works .", "anyone can follow this bit .")),
-        Pole(
-            "technical terms",
-            ("the mechanism is thermodynamic .", "its parameters are quantified ."),
-        ),
-    ),
-    (
-        Pole("metric units", ("it spans ten kilometres .", "it weighs two kilograms .")),
-        Pole("imperial units", ("it spans six miles .", "it weighs four pounds .")),
-    ),
-    (
-        Pole("bullet points", ("* first * second * third", "- one - two - three")),
-        Pole(
-            "flowing prose",
-            ("and so one thought leads to another .", "which brings us gently onward ."),
-        ),
-    ),
-    (
-        Pole("playful jokes", ("cue the drum roll , ha !", "even my toaster laughed !")),
-        Pole("serious style", ("this is no laughing matter .", "let us stay sober here .")),
-    ),
-)
 # the stated summary of a self-description that names no attribute
 NOTHING_STATED = "no strong preference"
 
@@ -109,11 +55,6 @@ LOCATION = (
     "reside_subregion same_birth_reside_country special_region"
 ).split()
 SILENT = "Prefer not to say"
-
-
-class Person(NamedTuple):
-    active: tuple[int, ...]  # attributes, ascending
-    poles: tuple[int, ...]  # preferred pole of each
 
 
 def _draw_person(rng: np.random.Generator) -> Person:
@@ -295,88 +236,13 @@ def find_sample(cfg: Any, may_download: bool) -> Path:
     """Returns the folder of the made data beside the prepared copies; writes it unless the present
     code has made that number of people before."""
     del may_download
-    code = download.hash_file(Path(__file__))[:8]
+    world = made_world.__file__ or ""
+    code = "".join(download.hash_file(Path(path))[:4] for path in (__file__, world))
     folder = Path(cfg.prepared) / f"prism-sample-{cfg.sample_people}-{code}"
     if not folder.exists():
         with files.make_folder(folder) as part:
             write_sample(part, people=cfg.sample_people)
     return folder
-
-
-# The best that any model could do.
-
-_REPLIES = {
-    reply: (a, p)
-    for a, sides in enumerate(ATTRIBUTES)
-    for p, pole in enumerate(sides)
-    for reply in pole.replies
-}
-_ITEM = {pole.item: (a, p) for a, sides in enumerate(ATTRIBUTES) for p, pole in enumerate(sides)}
-_STATES = [
-    Person(active, poles)
-    for active in itertools.combinations(range(len(ATTRIBUTES)), NUM_ACTIVE)
-    for poles in itertools.product(range(2), repeat=NUM_ACTIVE)
-]
-# pole that each state prefers in each attribute, -1 where it does not care
-_POLES = np.array(
-    [
-        [dict(zip(s.active, s.poles, strict=True)).get(a, -1) for a in range(len(ATTRIBUTES))]
-        for s in _STATES
-    ]
-)
-_PRIOR = np.ones(len(_STATES))  # weights; all states are equally likely
-_RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
-
-
-def read_reply(reply: str) -> tuple[int, int]:
-    """Returns (attribute, pole) that a reply of the sample shows."""
-    return _REPLIES[reply]
-
-
-def _infer_states(user: User) -> np.ndarray:
-    """Returns the probability of each state given the self-description and the past pairs."""
-    weights = _PRIOR.copy()
-    for a, sides in enumerate(ATTRIBUTES):
-        cares = _POLES[:, a] >= 0
-        said = [p for p, pole in enumerate(sides) if f" {pole.item} ." in f" {user.profile}"]
-        if said:
-            match = np.where(_POLES[:, a] == said[0], STATED_RIGHT, 1 - STATED_RIGHT)
-            weights *= np.where(cares, STATED * match, STRAY)
-        else:
-            weights *= np.where(cares, 1 - STATED, 1 - 2 * STRAY)
-    for shot in user.shots:
-        a, pole = read_reply(shot.chosen)
-        weights *= np.where(
-            _POLES[:, a] < 0, 0.0, np.where(_POLES[:, a] == pole, _RIGHT, 1 - _RIGHT) / NUM_ACTIVE
-        )
-    return weights / weights.sum()
-
-
-def _score_pairs(weights: np.ndarray, user: User) -> list[float]:
-    values = []
-    for pair in user.pairs:
-        a, _ = read_reply(pair.chosen)
-        first, second = (weights[_POLES[:, a] == p].sum() for p in range(2))
-        p = (first * _RIGHT + second * (1 - _RIGHT)) / (first + second)
-        values.append(max(p, 1 - p))
-    return values
-
-
-def compute_bayes_optimum(users: Iterable[User]) -> dict[str, float]:
-    """Returns the expected accuracy, on the users' held-out pairs, of the best classifier.
-
-    It sees nothing of the user ("no_signals"), the self-description and past pairs ("signals"), or
-    the true preferences ("latent")."""
-    values: dict[str, list[float]] = {"no_signals": [], "signals": [], "latent": []}
-    for user in users:
-        truth = np.full(len(ATTRIBUTES), -1)
-        for a, pole in (_ITEM[item] for item in user.oracle.split(ITEM_SEPARATOR)):
-            truth[a] = pole
-        known = (truth == _POLES).all(axis=1).astype(float)
-        values["no_signals"] += _score_pairs(_PRIOR, user)
-        values["signals"] += _score_pairs(_infer_states(user), user)
-        values["latent"] += _score_pairs(known, user)
-    return {name: float(np.mean(v)) for name, v in values.items()}
 
 
 SOURCE = Source(
@@ -390,5 +256,6 @@ SOURCE = Source(
     find=find_sample,
     stands_in_for="prism",
     lists_items=True,
-    compute_optimum=compute_bayes_optimum,
+    contrasts=made_odds.CONTRASTS,
+    find_odds=made_odds.find_odds,
 )

@@ -42,6 +42,18 @@ class Card(NamedTuple):
     not_published: str = ""  # what is unknown, so that ours is a choice
 
 
+class PairOdds(NamedTuple):
+    """What is known of a held-out pair of a made user: the probability that the reply that was
+    chosen would be, for who knows ..."""
+
+    nothing: float  # ... nothing of the user
+    signals: float  # ... all signals
+    truth: float  # ... the true preferences
+    # items of a summary; no other item says anything of the pair
+    item_for: str  # that speaks for the chosen reply
+    item_against: str
+
+
 def take_path(cfg: Any, download: bool) -> Path:
     """Returns `data.path`; nothing is downloaded."""
     del download
@@ -64,8 +76,8 @@ class Source(NamedTuple):
     splits: tuple[str, ...] = ("user",)  # values of data.split_by, the first is meant by ""
     stands_in_for: str = ""  # of a sample: the source in whose format it is
     lists_items: bool = False  # whether oracle summaries are lists of items, not free text
-    # users -> the best accuracy that any model could reach on them, by what it knows
-    compute_optimum: Callable[[Iterable[User]], dict[str, float]] | None = None
+    contrasts: tuple[tuple[str, str], ...] = ()  # items of which a person wants at most one
+    find_odds: Callable[[User], list[PairOdds]] | None = None  # of each pair of a made user
 
     @property
     def licence(self) -> str:

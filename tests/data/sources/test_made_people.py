@@ -1,5 +1,5 @@
-"""The PRISM-format sample: that it is what its module says, and that `compute_bayes_optimum` is the
-best possible."""
+"""The PRISM-format sample: that it is what its module says, and that made_odds.py knows the best
+that is possible."""
 
 import itertools
 import json
@@ -13,7 +13,8 @@ import pytest
 
 from popi_jax.data import prompts, tokenizer
 from popi_jax.data.records import User
-from popi_jax.data.sources import made_people, prism, prism_rows
+from popi_jax.data.sources import made_odds, made_people, prism, prism_rows
+from popi_jax.diagnostics.decomposition import find_optimum
 
 PEOPLE = 300
 SIGMA = 1 / (1 + math.exp(-2.5))
@@ -207,7 +208,7 @@ def plain_optimum(user: User, knows: str) -> float:
 
 def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
     for some in ([users[0]], users[1:6]):
-        found = made_people.compute_bayes_optimum(some)
+        found = find_optimum([odds for user in some for odds in made_odds.find_odds(user)])
         for knows in ("no_signals", "signals", "latent"):
             assert found[knows] == pytest.approx(
                 np.mean([plain_optimum(user, knows) for user in some]), abs=1e-9
@@ -215,7 +216,7 @@ def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
 
 
 def test_more_knowledge_is_better_and_no_classifier_beats_it(users: list[User]) -> None:
-    best = made_people.compute_bayes_optimum(users)
+    best = find_optimum([odds for user in users for odds in made_odds.find_odds(user)])
     assert (
         best["no_signals"] == 0.5 < best["signals"] - 0.1
         and best["signals"] < best["latent"] - 0.02
@@ -230,6 +231,6 @@ def test_more_knowledge_is_better_and_no_classifier_beats_it(users: list[User]) 
 
 
 def test_read_reply() -> None:
-    assert made_people.read_reply("put simply , it just works .") == PLACE["plain words"]
+    assert made_odds.read_reply("put simply , it just works .") == PLACE["plain words"]
     with pytest.raises(KeyError):
-        made_people.read_reply("something else")
+        made_odds.read_reply("something else")

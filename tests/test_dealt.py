@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popi_jax import dealt
 from popi_jax.arrays import Tokens, UserBatch
 from popi_jax.data import dealing
-from popi_jax.evals import dealt
-from popi_jax.evals.generators import Generator, Summarizer
+from popi_jax.generators import Generator, Summarizer
 from popi_jax.models import decode
 from popi_jax.models.layout import Rules
 from popi_jax.popi import evaluation

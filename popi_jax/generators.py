@@ -25,7 +25,7 @@ from popi_jax.data.encode import Ids
 from popi_jax.data.prompts import PLAIN, Wording
 from popi_jax.data.records import User
 from popi_jax.data.selection import keep_signals
-from popi_jax.evals.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
+from popi_jax.dealt import Dealt, add_texts, count_rows, deal_signals, run_ahead
 from popi_jax.models import decode
 from popi_jax.models.decode import Sampling
 from popi_jax.models.packing import Tree
@@ -49,8 +49,8 @@ class Summarizer(NamedTuple):
         """For each temperature one summary of each user, without end tokens; the signals are read
         once for all of them.
 
-        A draw depends on the seed, the number of the user and the temperature alone. `advance` is
-        called with the finished part after each batch."""
+        A draw depends on the seed, the number of the user, the temperature and how often that came
+        before alone. `advance` is called with the finished part after each batch."""
         sampling = self.role.sampling._replace(temperatures=tuple(temperatures))
         fixed = {"model": self.role.model, "turn": self.role.prompt, "sampling": sampling}
         calls, dealt = [], []
