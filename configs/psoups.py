@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.test_fraction = 0.2
     apply_figures(c, arg)
     if c.model.checkpoint and parse_arg(arg).schedule == "default":  # one pass through 430 rows
-        c.schedule.phases = ("inference 60", "generator 60")
+        c.schedule.phases = ("inference 60", "stored 60")
     c.data.num_pairs = c.batch.pairs = 1  # a row has one target
     c.data.num_shots = 4
     return c

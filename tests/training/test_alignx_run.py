@@ -56,7 +56,7 @@ def test_a_released_model_gets_the_official_figures(name: str) -> None:
     c = get_config("model=llama3-3b,scale=gpu")
     assert (c.generator.beta, c.batch.users, c.batch.pairs) == (0.01, 8, 1)
     assert (c.data.num_shots, c.data.num_pairs, c.data.context_len) == (4, 1, 8192)
-    phases = ("inference 60", "generator 60") if name == "psoups" else None
-    assert c.schedule.phases == (phases or ("inference 2500", "generator 2500"))
+    phases = ("inference 60", "stored 60") if name == "psoups" else None
+    assert c.schedule.phases == (phases or ("inference 2500", "stored 2500"))
     joint = get_config("model=llama3-3b,scale=gpu,schedule=joint")
     assert joint.schedule.phases == ("inference 420", "joint 80")
