@@ -13,7 +13,7 @@ from popi_jax.errors import UserError
 from popi_jax.models.lora import merge
 from popi_jax.run import open_run
 from popi_jax.training import loop, reference, restore
-from tests.tiny_run import command, config_of, on_devices, shared_run
+from tests.tiny_run import command, config_of, on_devices, read_jsonl, shared_run
 
 export = command("export")
 
@@ -37,6 +37,7 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
         "schedule.phases": "('joint 3',)",
         "schedule.save_every": 1,
         "schedule.keep": 3,
+        "data.validation_fraction": 0.1,  # so that there is somebody to look at
     }
     config = config_of(
         tmp_path / "run", *(f"--config.{name}={value}" for name, value in own.items())
@@ -45,6 +46,8 @@ def test_adapters_from_start_to_export(tmp_path: Path) -> None:
     with on_devices(1):
         run = open_run(config)
         first = loop.train(run)
+        rows = read_jsonl(workdir / "metrics.jsonl")
+        assert [row["step"] for row in rows if "probe/nats_start_judge" in row] == [0, STEPS]
         end = jax.device_get(
             (first.state.inference.params, first.state.generator.params, first.state.generator.ema)
         )
