@@ -17,6 +17,7 @@ _TINY: dict[str, object] = {
     "batch.pairs": 8,
     "warmup.steps": 300,
     "inference.temperature": 1.0,
+    "inference.repeat_penalty": 0.01,
     "generator.learning_rate": 1e-4,
     "generator.lr_warmup_steps": 5,
     "inference.learning_rate": 5e-4,

@@ -43,6 +43,8 @@ SCHEDULES: dict[str, dict[str, object]] = {
         "inference.advantage_scale": "none",
         "inference.kl_coef": 2e-3,
         "inference.length_penalty": 0.0,
+        "inference.repeat_penalty": 0.0,
+        "inference.unfinished_penalty": 0.0,
         "optimizer.clip_norm": 10.0,
         # of random weights; as in the default, though an update has one pair
         "warmup.generator_pairs": 8,

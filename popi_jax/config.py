@@ -116,7 +116,7 @@ class WarmupConfig:
     )
     reading_survey: float = setting(0.5, "part of these readings that are of the survey", FRACTION)
     reading_shots: int = setting(3, "most past pairs in such an exercise", at_least(1))
-    guess: float = setting(0.12, "probability that a summary guesses an open contrast", FRACTION)
+    guess: float = setting(0.3, "probability that a summary guesses an open contrast", FRACTION)
     no_summary: float = setting(0.1, "probability that the generator sees no summary", FRACTION)
     drop: float = setting(0.25, "probability that the generator's summary lacks an item", FRACTION)
     repeat: float = setting(0.25, "probability that it says an item twice", FRACTION)
@@ -191,6 +191,12 @@ class InferenceConfig:
         False, "less the reward without summary (for advantages that compare users)"
     )
     length_penalty: float = setting(0.002, "reward lost per token of the summary", at_least(0))
+    repeat_penalty: float = setting(
+        0.0, "reward lost per token that ends two words which the summary had before", at_least(0)
+    )
+    unfinished_penalty: float = setting(
+        0.05, "reward lost by a summary that is cut at data.summary_len", at_least(0)
+    )
     advantage_baseline: str = setting(
         "group",
         "what a reward is compared with; leave_one_out is RLOO, batch is REINFORCE",

@@ -270,7 +270,8 @@ RULES = (
         wrong="summaries are cut: {value:.0%} of them end by themselves (less than "
         "{threshold:.0%}), the others at {summary_len} tokens.",
         advice="a larger data.summary_len (now {summary_len}), a lower inference.temperature (now "
-        "{temperature:g}), a larger inference.length_penalty (now {length_penalty:g}), or an "
+        "{temperature:g}), a larger inference.unfinished_penalty or inference.length_penalty (now "
+        "{length_penalty:g}), or an "
         "instruction that asks for less (model.summary_instruction)",
     ),
     Rule(
@@ -338,8 +339,7 @@ RULES = (
         measure=average,
         wrong="summaries repeat themselves: {value:.2f} repeated phrases in each (more than "
         "{threshold:g}).",
-        advice="a larger inference.length_penalty (now {length_penalty:g}) or inference.kl_coef "
-        "(now {kl_coef:g})",
+        advice="a larger inference.repeat_penalty or inference.kl_coef (now {kl_coef:g})",
     ),
     Rule(
         "summaries_of_anybody",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from popi_jax.arrays import Mean, Metrics, Params, RoleState, Rollouts, UserBatch
 from popi_jax.losses import grpo
 from popi_jax.losses.masked import metric
-from popi_jax.losses.reward import summary_rewards
+from popi_jax.losses.reward import count_repeats, summary_rewards
 from popi_jax.models.packing import length_mask
 from popi_jax.popi.health_metrics import health_metrics
 from popi_jax.popi.plan import InferencePlan
@@ -41,6 +41,8 @@ def inference_step(
         rollouts.summaries.lengths,
         margins_without_summary,
         grpo.summed_kl(rollouts.logps, reference, mask) if plan.reward.kl_coef else None,
+        count_repeats(rollouts.summaries) if plan.reward.repeat_penalty else None,
+        rollouts.finished,
         objective=plan.reward,
     )
     scale, baseline = plan.advantage_scale, plan.advantage_baseline

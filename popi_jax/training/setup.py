@@ -156,6 +156,8 @@ def plan_inference(config: Config, role: RolePlan) -> InferencePlan:
             kind=i.reward,
             over=config.generator.beta if config.generator.over_beta else 1.0,
             length_penalty=i.length_penalty,
+            repeat_penalty=i.repeat_penalty,
+            unfinished_penalty=i.unfinished_penalty,
             kl_coef=i.kl_coef if in_reward else 0.0,
         ),
         reward_baseline=i.reward_baseline,

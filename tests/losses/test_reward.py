@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popi_jax.losses.reward import RewardObjective, pair_rewards, summary_rewards
+from popi_jax.arrays import Tokens
+from popi_jax.losses.reward import RewardObjective, count_repeats, pair_rewards, summary_rewards
 from tests.oracles import losses as oracle
 
 few = hypothesis.settings(max_examples=12, deadline=None)
@@ -64,6 +65,33 @@ def test_over_beta_divides_what_pairs_are_worth_and_no_penalty() -> None:
     nothing = -np.logaddexp(0.0, -without.astype(np.float64))[:, None]
     expected = (worth - nothing).mean(-1) / 0.01 - 0.1 * lengths - 0.3 * kl
     np.testing.assert_allclose(summary_rewards(*given, objective=objective), expected, rtol=1e-4)
+
+
+def test_repeats_and_cut_summaries_cost() -> None:
+    margins, mask, lengths = jnp.zeros((1, 3, 2)), jnp.ones((1, 2), bool), jnp.full((1, 3), 4)
+    repeats, finished = jnp.array([[0, 2, 1]]), jnp.array([[True, True, False]])
+    objective = RewardObjective(length_penalty=0.1, repeat_penalty=0.01, unfinished_penalty=0.5)
+    found = summary_rewards(
+        margins, mask, lengths, None, None, repeats, finished, objective=objective
+    )
+    expected = -np.log(2) - 0.4 - np.array([[0.0, 0.02, 0.01 + 0.5]])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_repeats_are_counted_within_a_summary_and_without_its_padding() -> None:
+    texts = ["abcabd", "abab", "aaaa", "abcd", "a", "", "abcxab"]
+    found = count_repeats(
+        Tokens(
+            jnp.array([[ord(c) for c in text.ljust(8, "a")] for text in texts]),
+            jnp.array([len(text) for text in texts]),
+        )
+    )
+
+    def count(text: str) -> int:
+        neighbours = [text[i : i + 2] for i in range(len(text) - 1)]
+        return sum(pair in neighbours[:i] for i, pair in enumerate(neighbours))
+
+    assert found.tolist() == [count(text) for text in texts] == [1, 1, 2, 0, 0, 0, 1]
 
 
 def test_unknown_kind_is_refused() -> None:

@@ -40,6 +40,8 @@ def make_config() -> Config:
     c.inference.lr_warmup_steps = 0
     c.inference.kl_coef = 0.05
     c.inference.length_penalty = 0.01
+    c.inference.unfinished_penalty = 0.0
+    c.inference.repeat_penalty = 0.0
     c.generator.lr_warmup_steps = 0
     c.warmup.lr_warmup_steps = 0
     c.data.summary_len = 4
