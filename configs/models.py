@@ -18,6 +18,7 @@ _TINY: dict[str, object] = {
     "warmup.steps": 300,
     "inference.temperature": 1.0,
     "inference.repeat_penalty": 0.01,
+    "schedule.phases": ("inference 900", "alternate 3:1 80"),
     "generator.learning_rate": 1e-4,
     "generator.lr_warmup_steps": 5,
     "inference.learning_rate": 5e-4,
