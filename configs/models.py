@@ -17,6 +17,7 @@ _TINY: dict[str, object] = {
     "batch.pairs": 8,
     "warmup.steps": 300,
     "inference.temperature": 1.0,
+    "inference.length_penalty": 0.0002,
     "inference.repeat_penalty": 0.01,
     "schedule.phases": ("inference 900", "alternate 3:1 80"),
     "generator.learning_rate": 1e-4,

@@ -190,7 +190,7 @@ class InferenceConfig:
     reward_baseline: bool = setting(
         False, "less the reward without summary (for advantages that compare users)"
     )
-    length_penalty: float = setting(0.002, "reward lost per token of the summary", at_least(0))
+    length_penalty: float = setting(0.0005, "reward lost per token of the summary", at_least(0))
     repeat_penalty: float = setting(
         0.0, "reward lost per token that ends two words which the summary had before", at_least(0)
     )
