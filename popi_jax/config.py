@@ -117,6 +117,9 @@ class WarmupConfig:
     reading_survey: float = setting(0.5, "part of these readings that are of the survey", FRACTION)
     reading_shots: int = setting(3, "most past pairs in such an exercise", at_least(1))
     guess: float = setting(0.3, "probability that a summary guesses an open contrast", FRACTION)
+    shuffle: float = setting(
+        0.0, "probability that the items of a summary that is taught are in random order", FRACTION
+    )
     no_summary: float = setting(0.1, "probability that the generator sees no summary", FRACTION)
     drop: float = setting(0.25, "probability that the generator's summary lacks an item", FRACTION)
     repeat: float = setting(0.25, "probability that it says an item twice", FRACTION)

@@ -150,7 +150,7 @@ def _tell(user: EncodedUser, parts: Curriculum, rng: np.random.Generator) -> Ids
     kept = {item for item in told.split(ITEM_SEPARATOR) if rng.random() >= w.drop}
     kept |= {items[i] for i in rng.permutation(len(items))[: rng.binomial(_WRONG_SLOTS, w.wrong)]}
     named = [item for item in items if item in kept for _ in range(1 + (rng.random() < w.repeat))]
-    text = ITEM_SEPARATOR.join(named) if items else told
+    text = ITEM_SEPARATOR.join(_order(named, parts, rng)) if items else told
     return prompts.encode_summary(parts.tokenizer, text, parts.cfg) if text else []
 
 
@@ -181,8 +181,16 @@ def _summarise(user: EncodedUser, parts: Curriculum, rng: np.random.Generator) -
         if rng.random() < parts.cfg.warmup.guess and not named & {*sides}:
             named.add(sides[rng.integers(2)])
     listed = [item for item in parts.items if item in named]
-    text = ITEM_SEPARATOR.join(listed) if listed else user.stated_text
+    text = ITEM_SEPARATOR.join(_order(listed, parts, rng)) if listed else user.stated_text
     return prompts.encode_answer(parts.tokenizer, text)
+
+
+def _order(listed: list[str], parts: Curriculum, rng: np.random.Generator) -> list[str]:
+    """The items in a random order, with probability `warmup.shuffle`. In a fixed order a summary
+    that has passed an item cannot come back to it, and RL learns to leave out the first ones."""
+    if parts.cfg.warmup.shuffle and rng.random() < parts.cfg.warmup.shuffle:
+        return [listed[i] for i in rng.permutation(len(listed))]
+    return listed
 
 
 def _make_reading_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> Demonstrations:
@@ -195,12 +203,16 @@ def _make_reading_task(parts: Curriculum, members: np.ndarray, rngs: Rngs) -> De
         stated = bool(user.stated) and rng.random() < w.reading_survey
         short = _keep_survey(user) if stated else _draw_exercise(user, w.reading_shots, rng)
         encoded = encode_user(short, words, parts.reading_cfg)
-        summary = prompts.encode_answer(words, user.stated)[: d.summary_len]
+        summary = prompts.encode_answer(words, _reorder(user.stated, parts, rng))[: d.summary_len]
         exercises = [(parts.summary_turn, summary)] if stated else encoded.readings[:1]
         examples.append((encoded.context, exercises))
     answer_len = max(d.summary_len, d.answer_len)
     lengths = parts.reading_cfg.data.context_len, d.turn_len, answer_len
     return _pad_examples(examples, 1, lengths, words.pad_id)
+
+
+def _reorder(stated: str, parts: Curriculum, rng: np.random.Generator) -> str:
+    return ITEM_SEPARATOR.join(_order(stated.split(ITEM_SEPARATOR), parts, rng))
 
 
 _MAKERS = (_make_generator_task, _make_summary_task, _make_reading_task)  # in the order of _TASKS

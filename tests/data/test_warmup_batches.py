@@ -54,7 +54,7 @@ def warm(
     pairs."""
     true = {
         f"warmup__{name}": 0.0
-        for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey")
+        for name in ("no_summary", "drop", "repeat", "wrong", "reading_survey", "shuffle")
     }
     changes = true | changes
     return take(warm_batches(users, tokenizer, make_config(**changes), seed=0, items=items), count)
@@ -216,6 +216,30 @@ def test_guesses_tell_nothing_of_the_choices(tokenizer: Tokenizer) -> None:
     )  # 200 summaries: standard error 0.035
     some = taught(tokenizer, USERS[:1], warmup__guess=0.3, warmup__summary_users=10)
     assert 0.45 < np.mean([len(s) - 1 for s in some]) < 0.75  # of two contrasts
+
+
+def test_items_come_in_any_order(tokenizer: Tokenizer) -> None:
+    """Of what the generator is told, of the summaries that are taught and of what is read in the
+    survey; none is lost, and with 0 the order is that of the list."""
+    stated = " ; ".join((ITEMS[0], ITEMS[2], ITEMS[4]))
+    user = dataclasses.replace(USERS[0], stated=stated, oracle=stated)
+
+    def list_texts(shuffle: float) -> list[list[tuple[str, ...]]]:
+        own = {"warmup__shuffle": shuffle, "warmup__guess": 0.0, "warmup__reading_survey": 1.0}
+        found: list[list[tuple[str, ...]]] = [[], [], []]
+        for b in warm(tokenizer, [user], **own):
+            for number, answers in enumerate((b.summary.answers, b.reading.answers)):
+                for row in range(len(answers.ids)):
+                    found[number].append(tuple(decode_at(tokenizer, answers, row, 0).split(" ; ")))
+            for row in range(len(b.generator.context.ids)):
+                told = tokenizer.decode(ids_at(b.generator.context, row))
+                found[2].append(tuple(sorted((ITEMS[n] for n in (0, 2, 4)), key=told.index)))
+        return found
+
+    fixed, shuffled = list_texts(0.0), list_texts(1.0)
+    for before, after in zip(fixed, shuffled, strict=True):
+        assert len(set(before)) == 1 and len(set(after)) == 6
+        assert {tuple(sorted(text)) for text in after} == {tuple(sorted(before[0]))}
 
 
 def test_contrasts_shown_twice_count_once_and_words_for_nothing_go(tokenizer: Tokenizer) -> None:

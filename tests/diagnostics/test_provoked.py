@@ -41,7 +41,8 @@ def test_a_run_of_random_weights_warns(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(packing, "WORTHWHILE", 0.0)  # no second branch: half to compile
-    own = {"warmup.steps": 0, "schedule.phases": "inference 12", **QUICK[name]}
+    own = {"warmup.steps": 0, "schedule.phases": "inference 12", "schedule.probe_every": 0}
+    own |= QUICK[name]
     flags = [f"--config.{field}={value}" for field, value in own.items()]
     with on_devices(1), caplog.at_level("WARNING", logger="absl"):
         loop.train(open_run(config_of(tmp_path, *flags)))

@@ -23,6 +23,7 @@ OWN = {
     "warmup.steps": 0,
     "optimizer.schedule": "constant",
     "schedule.save_every": 2,
+    "schedule.probe_every": 0,  # it looks once more where the shorter run ends
     "inference.ema_decay": 0.5,
     "generator.ema_decay": 0.5,
 }

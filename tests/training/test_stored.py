@@ -26,6 +26,7 @@ OWN = {
     "warmup.steps": 0,
     "optimizer.schedule": "constant",
     "schedule.save_every": 1,
+    "schedule.probe_every": 0,  # it looks once more where the shorter run ends
     "schedule.log_every": 1,
     "schedule.keep": 20,
 }
