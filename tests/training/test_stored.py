@@ -159,6 +159,7 @@ def test_a_finished_run_goes_on(
     with pytest.raises(UserError, match="delete it, and they are written again"):
         train(tmp_path)
     path.write_text(text)
+    caplog.clear()  # the first run has said what it wrote
     with caplog.at_level(std_logging.INFO, logger="absl"):
         assert_equal(train(tmp_path), state)
     assert "model of step 1 has written" not in caplog.text and path.read_text() == text
