@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from popi_jax.diagnostics.estimates import divide
+
 
 class Score(NamedTuple):
     # share of the pairs whose margin is above 0; a margin of exactly 0 counts one half
@@ -21,10 +23,9 @@ def score_pairs(
     """Scores the pairs that `mask` counts; margins are in nats, positive where the chosen reply is
     preferred.
 
-    The pairs of a user are not independent. So the accuracy is taken as a ratio of two sums over
-    the U users that have a counted pair, S_u right answers and n_u pairs, and its standard error is
-    that of the linearised ratio estimator: sqrt(U / (U - 1) * sum_u (S_u - accuracy * n_u)^2) /
-    sum_u n_u. Raises: ValueError when no pair is counted, or a counted margin is not finite."""
+    The pairs of a user are not independent, so the standard error of the accuracy is that of a
+    ratio of two sums over users, right answers and pairs (`estimates.divide`). Raises: ValueError
+    when no pair is counted, or a counted margin is not finite."""
     counts = mask.sum(axis=1)
     n = int(counts.sum())
     if n == 0:
@@ -33,10 +34,6 @@ def score_pairs(
     if not np.isfinite(values).all():
         raise ValueError("a margin is not finite")
     right = np.where(mask, (values > 0) + 0.5 * (values == 0), 0.0).sum(axis=1)
-    accuracy = right.sum() / n
-    num_users = int((counts > 0).sum())
-    residuals = right - accuracy * counts
-    spread = num_users / (num_users - 1) if num_users > 1 else np.nan
-    variance = spread * np.sum(residuals**2) / n**2
+    accuracy = divide(right, counts.astype(np.float64), np.arange(len(counts)))
     nats = np.where(mask, np.logaddexp(0.0, -values), 0.0).sum() / n
-    return Score(float(accuracy), float(np.sqrt(variance)), n, float(nats))
+    return Score(accuracy.value, accuracy.stderr, n, float(nats))

@@ -132,7 +132,7 @@ def _show_estimate(found: dict[str, Any]) -> str:
     if found["value"] is None:
         return "–"
     error = "" if found["stderr"] is None else f" ± {found['stderr']:.3f}"
-    return f"{found['value']:.3f}{error}"
+    return f"{found['value']:z.3f}{error}"  # z: no minus before a zero
 
 
 def align_table(rows: list[list[str]]) -> str:
