@@ -12,6 +12,9 @@ SCHEDULES: dict[str, dict[str, object]] = {
         "schedule.save_every": 10,
         "evaluation.max_users": 32,
     },
+    # a longer run: the generator follows twice as often, twice as long; tiny models read much longer
+    # before (FROM_RANDOM)
+    "thorough": {"schedule.phases": ("inference 900", "alternate 2:1 200")},
     # ablations: one role stays as the warm-up left it
     "inference_only": {"schedule.phases": ("inference 500",)},
     "generator_only": {"schedule.phases": ("generator 500",)},
@@ -53,8 +56,17 @@ SCHEDULES: dict[str, dict[str, object]] = {
     "joint": {"schedule.phases": ("inference 420", "joint 80")},
 }
 
-# over rows that train a generator alone from random weights: the rate that the inference model has,
-# as the generator is all that learns
+# over rows where both models begin at random
 FROM_RANDOM: dict[str, dict[str, object]] = {
-    name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")
+    # who reads well can pay for length without saying less (docs/experiments.md)
+    "thorough": {
+        "warmup.steps": 1600,
+        "warmup.guess": 0.3,
+        "inference.kl_coef": 0.02,
+        "inference.length_penalty": 0.002,
+    },
+    # the generator is all that learns: at the rate that the inference model has
+    **{
+        name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")
+    },
 }

@@ -103,6 +103,12 @@ def test_rows_overwrite_in_order() -> None:
         for model in ("tiny", "pretrained")
     ]
     assert rates == [5e-4, 1e-6]
+    # a price for tiny summaries of a few words would silence a released model
+    both = [base.compose(f"model={m},schedule=thorough") for m in ("tiny", "pretrained")]
+    assert [(c.warmup.steps, c.inference.length_penalty) for c in both] == [
+        (1600, 0.002),
+        (0, 0.0005),
+    ]
 
 
 def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
