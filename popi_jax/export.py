@@ -159,6 +159,7 @@ def takes_system(words: Any) -> bool:
 
 def write_model(trained: TrainedRole, card: str, target: Path, max_shard_gb: float) -> None:
     from popi_jax.checkpoints import hf_write
+    from popi_jax.data.prompts import WORDING
 
     config, words, d = trained.config, trained.tokenizer, trained.config.data
     trained_len = d.context_len + d.summary_len + d.turn_len + d.answer_len
@@ -171,8 +172,9 @@ def write_model(trained: TrainedRole, card: str, target: Path, max_shard_gb: flo
         model_type=trained.base.model_type,
     )
     mark = {"role": trained.role, "step": trained.step, "run": config.name, "data": trained.data}
+    wording = {name: getattr(config.model, name) for name in WORDING}
     with hf_write.open_export(target) as folder:
-        described |= {hf_write.MARK: mark}
+        described |= {hf_write.MARK: mark | {"wording": wording}}
         size = int(max_shard_gb * 1e9)
         hf_write.write_model(folder, trained.params, trained.model, described, max_shard_bytes=size)
         generation = ids | {"eos_token_id": find_ends(trained)}

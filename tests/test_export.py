@@ -86,7 +86,10 @@ def test_exports_both_roles(run):
         assert cfg == dataclasses.replace(expected, rules=UNSPLIT, rollout_rules=UNSPLIT)
         jax.tree.map(np.testing.assert_array_equal, hf_io.read_params(folder, cfg), params[role])
         config = json.loads((folder / "config.json").read_text())
-        assert config["popi_jax"] == {"role": role, "step": 7, "run": "smoke", "data": "sample"}
+        mark = config["popi_jax"]
+        wording = mark.pop("wording")
+        assert mark == {"role": role, "step": 7, "run": "smoke", "data": "sample"}
+        assert wording["summary_instruction"] == " summary ?" and not wording["answer_instruction"]
         assert (config["bos_token_id"], config["eos_token_id"]) == (
             TOKENIZER.bos_id,
             TOKENIZER.eos_id,

@@ -43,6 +43,13 @@ class Tokenizer(Hashable, Protocol):
     def write(self, messages: Messages) -> str: ...
 
 
+# settings of the model that change what its prompts say, beside those of the tokenizer
+WORDING = (
+    *("summary_instruction", "summary_system", "signals_template"),
+    *("answer_instruction", "answer_template", "summary_place"),
+)
+
+
 class Wording(NamedTuple):
     """Of the message that holds the summary."""
 

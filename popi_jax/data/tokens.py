@@ -25,17 +25,12 @@ from absl import logging
 from popi_jax import files, templates
 from popi_jax.data.encode import EncodedUser, encode_user
 from popi_jax.data.packed import LENGTHS, measure_user, pack, unpack
-from popi_jax.data.prompts import Tokenizer
+from popi_jax.data.prompts import WORDING, Tokenizer
 from popi_jax.data.records import Comment, Pair, Reading, Shot, User
 from popi_jax.errors import UserError
 from popi_jax.progress import Progress
 
 FORMAT = 1  # raise it whenever `encode_user` or `pack` makes something else of the same input
-# settings that change ids, beside those of the tokenizer
-_OF_MODEL = (
-    *("summary_instruction", "summary_system", "signals_template"),
-    *("answer_instruction", "answer_template", "summary_place"),
-)
 _MANY = 4096  # users from which on processes share the work
 _WORKERS = 2  # of them, where data.workers is 0
 _FILES = 64  # at most, each of at least _MANY users
@@ -149,7 +144,7 @@ def identify(source: Sequence[User], tokenizer: Tokenizer, cfg: Any) -> str:
         FORMAT,
         identify_words(tokenizer),
         {name: getattr(cfg.data, name) for name in settings},
-        {name: getattr(cfg.model, name) for name in _OF_MODEL},
+        {name: getattr(cfg.model, name) for name in WORDING},
         ours,
         cfg.generator.reads,
         len(source),

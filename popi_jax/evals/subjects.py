@@ -14,8 +14,10 @@ from popi_jax.arrays import Frozen, Params
 from popi_jax.checkpoints import hf_config, hub, manager
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.checkpoints.hf_io import read_params
+from popi_jax.checkpoints.hf_write import MARK
 from popi_jax.config import Config, from_json
 from popi_jax.data import tokenizer
+from popi_jax.data.prompts import WORDING
 from popi_jax.data.tokenizer import Tokenizer
 from popi_jax.errors import UserError
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED
@@ -158,8 +160,17 @@ def _open_folder(place: str, command: Config) -> tuple[Config, Tokenizer, str]:
     if not folder:
         raise UserError(f"{BASE} names no base model; write {BASE}FOLDER or {BASE}org/name")
     config = _set_checkpoint(command, folder)
-    system_role = config.model.summary_place == "system"
+    model = dataclasses.replace(config.model, **_read_wording(folder))
+    config, system_role = dataclasses.replace(config, model=model), model.summary_place == "system"
     return config, tokenizer.load(folder, system_role=system_role), folder
+
+
+def _read_wording(folder: str) -> dict[str, str]:
+    """How the prompts of an export of ours are worded, as it was trained; of other models
+    nothing."""
+    described = json.loads((epath.Path(folder) / "config.json").read_text())
+    wording = described.get(MARK, {}).get("wording", {})
+    return {name: wording[name] for name in WORDING if name in wording}
 
 
 def _name_folder(config: Config, parts: RoleParts, mesh: Mesh, folder: str) -> Weights:

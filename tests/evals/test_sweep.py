@@ -1,11 +1,12 @@
 """Sweeps of a run with random weights: what is there is never computed again."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
-from popi_jax import cli
+from popi_jax import cli, export
 from popi_jax.evals import cells, records
 from popi_jax.evals.conditions import list_reads
 from popi_jax.evals.sweep import Outcome, Place, read_records, run_sweep
@@ -31,12 +32,14 @@ def make_sweep(tiny: TinyRun, **changed: tuple[str, ...]) -> Sweep:
     return Sweep((grid._replace(**changed),), "no_signals", 4)
 
 
-def run(tiny: TinyRun, out, plan: Sweep, share: str = "1/1") -> list[Outcome]:
+def run(tiny: TinyRun, out, plan: Sweep, share: str = "1/1", **released: str) -> list[Outcome]:
+    """released: how prompts of base models are worded."""
     from popi_jax.run import start_devices
 
     config = config_of(tiny.workdir)
     mesh = start_devices(config)
-    place = Place(str(out), config, config, mesh, lambda name: cli.load_config(name).data, True)
+    bases = dataclasses.replace(config, model=dataclasses.replace(config.model, **released))
+    place = Place(str(out), config, bases, mesh, lambda name: cli.load_config(name).data, True)
     return run_sweep(plan, place, share=share)
 
 
@@ -175,3 +178,16 @@ def test_what_a_file_says(whole, tiny):
     assert header["coverage"] == {"users": 4, "attempted": 12, "scored": 12, "left_out": {}}
     assert str(tiny.workdir) not in json.dumps(header["identity"])
     assert records.make_key(header["identity"]) == path.stem
+
+
+def test_an_export_of_ours_reads_as_the_run_does(tiny, tmp_path):
+    """Whatever is said before a summary to base models."""
+    folder = tmp_path / "generator"
+    export.export_role(tiny.workdir, "generator", folder)
+    plan = make_sweep(tiny, conditions=("oracle",), generators=("trained", str(folder)))
+    outcomes = run(tiny, tmp_path / "out", plan, answer_instruction="What is known:")
+    own, exported = read_records(outcomes, str(tmp_path / "out"))
+    assert own.header["identity"]["instruction"] == exported.header["identity"]["instruction"]
+    for name in ("chosen", "rejected", "context_tokens"):
+        ours, theirs = ([item[name] for item in found.items] for found in (own, exported))
+        assert ours == pytest.approx(theirs, abs=1e-5)
