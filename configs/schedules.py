@@ -12,8 +12,7 @@ SCHEDULES: dict[str, dict[str, object]] = {
         "schedule.save_every": 10,
         "evaluation.max_users": 32,
     },
-    # a longer run: the generator follows twice as often, twice as long; tiny models read much longer
-    # before (FROM_RANDOM)
+    # longer, and the generator follows more; tiny models read much longer before (FROM_RANDOM)
     "thorough": {"schedule.phases": ("inference 900", "alternate 2:1 200")},
     # ablations: one role stays as the warm-up left it
     "inference_only": {"schedule.phases": ("inference 500",)},

@@ -1,8 +1,9 @@
 """At which values of its metrics a run says that something goes wrong, in plain words, and what to
 try: one table, `RULES`. docs/diagnostics.md tells where the thresholds come from.
 
-A rule looks at a mean over some updates, so that one noisy update raises nothing. `watch.py` keeps
-the values and says each warning once."""
+A rule looks at a mean over some updates, or where one token can make a value a hundredfold (k3 of
+the KL, and gradients with it) at a median, so that one noisy update raises nothing. `watch.py`
+keeps the values and says each warning once."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -40,6 +41,11 @@ class History(NamedTuple):
         values = self.recent.get(name, ())[-over:]
         return sum(values) / over if len(values) == over else None
 
+    def median(self, name: str, over: int) -> float | None:
+        """As `mean`."""
+        values = self.recent.get(name, ())[-over:]
+        return statistics.median(values) if len(values) == over else None
+
     def gain(self, name: str) -> float | None:
         """The newest value less the first."""
         values = self.recent.get(name)
@@ -56,7 +62,7 @@ class Rule(NamedTuple):
     watched: str  # the metric: each new value of it is looked at
     above: bool  # whether it is raised above the threshold, or below
     threshold: float
-    over: int  # so many values of the metric make the mean that is compared
+    over: int  # so many values of the metric make the mean or median that is compared
     measure: Measure
     wrong: str  # what goes wrong: {value}, {threshold}, {over}, and the fields of Facts
     advice: str  # what to try: settings with their present values
@@ -92,12 +98,12 @@ def average(rule: Rule, history: History) -> float | None:
     return history.mean(rule.watched, rule.over)
 
 
-def average_without_kl_coef(rule: Rule, history: History) -> float | None:
-    return None if history.facts.kl_coef else average(rule, history)
+def median_without_kl_coef(rule: Rule, history: History) -> float | None:
+    return None if history.facts.kl_coef else history.median(rule.watched, rule.over)
 
 
-def average_with_kl_coef(rule: Rule, history: History) -> float | None:
-    return average(rule, history) if history.facts.kl_coef else None
+def median_with_kl_coef(rule: Rule, history: History) -> float | None:
+    return history.median(rule.watched, rule.over) if history.facts.kl_coef else None
 
 
 def average_of_one_pair(rule: Rule, history: History) -> float | None:
@@ -139,10 +145,10 @@ def accuracy_beyond_no_summary(rule: Rule, history: History) -> float | None:
 
 def times_running_median(rule: Rule, history: History) -> float | None:
     values = history.recent.get(rule.watched, ())
-    before = values[: -rule.over]
-    if len(before) < LONG:
+    before, newest = values[: -rule.over], history.median(rule.watched, rule.over)
+    if newest is None or len(before) < LONG:
         return None
-    return sum(values[-rule.over :]) / rule.over / max(statistics.median(before), 1e-9)
+    return newest / max(statistics.median(before), 1e-9)
 
 
 def loss_since_first(rule: Rule, history: History) -> float | None:
@@ -172,7 +178,7 @@ RULES = (
         above=True,
         threshold=1.5,
         over=SHORT,
-        measure=average_without_kl_coef,
+        measure=median_without_kl_coef,
         wrong="no KL holds the inference model: its summaries are {value:.1f} nats from those of "
         "its start (more than {threshold:g}), and nothing brings them back.",
         advice="inference.kl_coef=0.02 (now {kl_coef:g})",
@@ -183,7 +189,7 @@ RULES = (
         above=True,
         threshold=15.0,
         over=LONG,
-        measure=average_with_kl_coef,
+        measure=median_with_kl_coef,
         wrong="the inference model runs away: its summaries are {value:.1f} nats from those of "
         "its start (more than {threshold:g}), which ends in repeated and broken phrases.",
         advice="a larger inference.kl_coef (now {kl_coef:g}) or a smaller "

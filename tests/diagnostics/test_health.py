@@ -138,6 +138,16 @@ def test_one_noisy_update_raises_nothing() -> None:
     assert [name for _, name in said] == ["summaries_cut"]
 
 
+def test_one_token_in_a_hundred_thousand_raises_nothing() -> None:
+    """k3 of a token that only the reference expects, and its gradient, as a thorough run had them:
+    346 nats, 328."""
+    watch, _ = run(start_watch(FACTS), range(1, 50), HEALTHY)
+    rare = HEALTHY | {"inference/kl": 346.0, "inference/grad_norm": 328.0}
+    watch, said = run(watch, range(50, 51), rare)
+    watch, more = run(watch, range(51, 90), HEALTHY)
+    assert said + more == []
+
+
 def test_nothing_is_said_before_there_are_enough_updates() -> None:
     cut = HEALTHY | {"inference/finished": 0.1}
     assert run(start_watch(FACTS), range(1, 10), cut)[1] == []
