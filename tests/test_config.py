@@ -103,12 +103,13 @@ def test_rows_overwrite_in_order() -> None:
         for model in ("tiny", "pretrained")
     ]
     assert rates == [5e-4, 1e-6]
-    # a price for tiny summaries of a few words would silence a released model
+    # what suits a summary of a few words would silence a released model
     both = [base.compose(f"model={m},schedule=thorough") for m in ("tiny", "pretrained")]
-    assert [(c.warmup.steps, c.inference.length_penalty) for c in both] == [
-        (1600, 0.002),
-        (0, 0.0005),
+    assert [(c.inference.kl_coef, c.inference.length_penalty) for c in both] == [
+        (0.02, 0.002),
+        (0.02, 0.0005),
     ]
+    assert base.compose("").inference.kl_coef == 0.05
 
 
 def test_auto_scale_is_laptop_without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +282,7 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "generator.reads",
             "signals",
-            'config.schedule.phases = ["inference 820", "alternate 3:1 80"]: holds more than '
+            'config.schedule.phases = ["inference 260", "alternate 3:1 80"]: holds more than '
             '"generator N", but with generator.reads = "signals" there are no summaries; take',
         ),
     ],
