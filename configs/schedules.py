@@ -57,7 +57,7 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 # over rows where both models begin at random
 FROM_RANDOM: dict[str, dict[str, object]] = {
-    "thorough": {"inference.kl_coef": 0.02},  # with time to go further from its start
+    "thorough": {"inference.kl_coef": 0.02, "inference.repeat_penalty": 0.02},
     # the generator is all that learns: at the rate that the inference model has
     **{
         name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")
