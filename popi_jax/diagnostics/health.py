@@ -340,7 +340,7 @@ RULES = (
         "repeated_phrases",
         "probe/repeats",
         above=True,
-        threshold=0.5,
+        threshold=0.3,
         over=2,
         measure=average,
         wrong="summaries repeat themselves: {value:.2f} repeated phrases in each (more than "
