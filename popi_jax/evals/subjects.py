@@ -165,7 +165,7 @@ def _open_folder(place: str, command: Config) -> tuple[Config, Tokenizer, str]:
     return config, tokenizer.load(folder, system_role=system_role), folder
 
 
-def _read_wording(folder: str) -> dict[str, str]:
+def _read_wording(folder: str) -> dict[str, Any]:
     """How the prompts of an export of ours are worded, as it was trained; of other models
     nothing."""
     described = json.loads((epath.Path(folder) / "config.json").read_text())
