@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from popi_jax import cli, export
+from popi_jax import cli
 from popi_jax.evals import cells, records
 from popi_jax.evals.conditions import list_reads
 from popi_jax.evals.sweep import Outcome, Place, read_records, run_sweep
 from popi_jax.evals.sweep_plan import DEFAULT, Sweep, list_cells
-from tests.tiny_run import TinyRun, config_of, on_devices, shared_run
+from tests.tiny_run import TinyRun, command, config_of, on_devices, shared_run
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_what_a_file_says(whole, tiny):
 def test_an_export_of_ours_reads_as_the_run_does(tiny, tmp_path):
     """Whatever is said before a summary to base models."""
     folder = tmp_path / "generator"
-    export.export_role(tiny.workdir, "generator", folder)
+    command("export").export_role(tiny.workdir, "generator", folder)
     plan = make_sweep(tiny, conditions=("oracle",), generators=("trained", str(folder)))
     outcomes = run(tiny, tmp_path / "out", plan, answer_instruction="What is known:")
     own, exported = read_records(outcomes, str(tmp_path / "out"))
