@@ -30,6 +30,7 @@ RESULTS = {
         "summary": {
             "nats": {"value": 0.5, "stderr": 0.01},
             "noise": {"value": 0.269, "stderr": 0.0},
+            "chance": {"value": -0.0001, "stderr": 0.001},
             "bits": {"value": 0.25, "stderr": None},
         },
         "other_user_summary": {"nats": {"value": 0.7, "stderr": 0.02}},
@@ -66,6 +67,7 @@ Accuracy ± standard error, clustered by user.
 | ------------------------------------------ | ------------- | -------------: |
 | measured                                   | 0.500 ± 0.010 |  0.700 ± 0.020 |
 | of it: random even for who knows the truth | 0.269 ± 0.000 |              – |
+| chance of the labels                       | 0.000 ± 0.001 |              – |
 | bits gained over no_signals                | 0.250         |              – |
 
 ## What summaries name
