@@ -44,7 +44,7 @@ OWN = {
     "warmup.steps": 0,
     "inference.group_size": 2,
     "batch.pairs": 1,
-    "schedule.phases": f"joint {STEPS}",
+    "schedule.phases": f"joint 2,stored {STEPS - 2}",
     "schedule.save_every": 2,
     "evaluation.max_users": 8,
 }
