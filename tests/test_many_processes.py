@@ -26,7 +26,7 @@ from tests.tiny_run import read_jsonl
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "many"  # what was compiled, beside the prepared data
 LOST_S = 6  # as tests/test_distributed.py checks, users get 40
-STEPS = 6
+STEPS, STORED = 6, 2  # STORED: where summaries are written, which the later updates read
 LAST_LINE = "ended early: if no other error is told above"
 OWN = {
     "data.sample_people": 60,  # as many as are in data.path, which holds the made files
@@ -44,7 +44,7 @@ OWN = {
     "warmup.steps": 0,
     "inference.group_size": 2,
     "batch.pairs": 1,
-    "schedule.phases": f"joint 2,stored {STEPS - 2}",
+    "schedule.phases": f"joint {STORED},stored {STEPS - STORED}",
     "schedule.save_every": 2,
     "evaluation.max_users": 8,
 }
@@ -161,7 +161,9 @@ def test_slurm_launch_loses_a_process_and_continues(folder: Path) -> None:
     )  # the first process alone speaks
     rows = read_jsonl(second.workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    assert [row["step"] for row in rows if "probe/nats_summary" in row] == [0, STEPS]
+    assert [row["step"] for row in rows if "probe/nats_summary" in row] == [0, STORED, STEPS]
+    stored = read_jsonl(second.workdir / "summaries" / f"train-{STORED}.jsonl")
+    assert len(stored) > 8 and all(row["ids"] or row["finished"] for row in stored)
     results = json.loads((second.workdir / "results.json").read_text())
     assert results["step"] == STEPS and len(results["rows"]) == 9
     check_cells_on_one_device(second.workdir, folder / "cells")
