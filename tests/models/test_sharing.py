@@ -75,9 +75,10 @@ def shared(
 
 
 def close(found: jax.Array, expected: np.ndarray) -> None:
-    """Within 1e-5 of the largest number, or of one."""
+    """Within 3e-5 of the largest number, or of one: both are sums of float32 in their own order,
+    which differ by up to 1.3e-5 in 24 draws of each model on a CPU without AVX-512."""
     np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-5 * max(1.0, float(np.abs(expected).max(initial=0)))
+        found, expected, rtol=0, atol=3e-5 * max(1.0, float(np.abs(expected).max(initial=0)))
     )
 
 
