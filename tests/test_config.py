@@ -265,7 +265,7 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "schedule.phases",
             ("inference",),
-            'config.schedule.phases[0] = "inference": must be like "inference 200"',
+            'config.schedule.phases[0] = "inference": must be like "inference 240"',
         ),
         (
             "schedule.phases",
@@ -326,7 +326,7 @@ def test_nothing_to_train_is_an_error() -> None:
 def test_parse_phases() -> None:
     phases = parse_phases(
         (
-            "inference 200",
+            "inference 240",
             " alternate  2:1 60",
             "joint 3",
             "generator 1",
