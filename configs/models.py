@@ -21,7 +21,7 @@ _TINY: dict[str, object] = {
     "warmup.shuffle": 1.0,
     "inference.temperature": 1.0,
     "inference.length_penalty": 0.001,
-    "inference.repeat_penalty": 0.06,
+    "inference.repeat_penalty": 0.12,
     "inference.kl_coef": 0.05,
     "schedule.phases": ("inference 260", "alternate 3:1 40"),
     "generator.learning_rate": 1e-4,

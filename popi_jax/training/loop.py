@@ -34,7 +34,7 @@ from popi_jax.training.restore import restore_start
 from popi_jax.training.stage import Host, run_stage
 
 # settings that the warm-up depends on, by their beginnings, but for those that change nothing
-_OF_WARMUP = ("seed", "data.", "model.", "warmup.", "dataset.", "batch.pairs")
+_OF_WARMUP = ("seed", "data.", "model.", "warmup.", "dataset.")
 _OF_PLACES = (
     *("data.path", "data.prepared", "data.download", "data.workers"),
     *("model.remat", "model.attention"),
@@ -286,7 +286,7 @@ def take_warmup(run: Run, other: str, state: TrainState) -> TrainState:
 def _flatten_warmup(stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, with those that stand for another as that."""
     flat = flatten_stored(stored)
-    flat["batch.pairs"] = flat.pop("warmup.generator_pairs", 0) or flat["batch.pairs"]
+    flat["warmup.generator_pairs"] = flat.get("warmup.generator_pairs") or flat["batch.pairs"]
     return flat
 
 
