@@ -57,18 +57,9 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 # over rows where both models begin at random
 FROM_RANDOM: dict[str, dict[str, object]] = {
-    # reads for longer instead of guessing more, after which items can bear a higher price
-    "thorough": {
-        "batch.pairs": 8,
-        "warmup.steps": 1600,
-        "warmup.guess": 0.3,
-        "inference.kl_coef": 0.02,
-        "inference.length_penalty": 0.002,
-        "inference.repeat_penalty": 0.02,
-    },
+    "thorough": {"inference.kl_coef": 0.02, "inference.repeat_penalty": 0.02},
     # the generator is all that learns: at the rate that the inference model has
     **{
-        name: {"generator.learning_rate": 5e-4, "batch.pairs": 8}
-        for name in ("raw_context", "population", "persona")
+        name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")
     },
 }

@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.warmup.summary_users = c.warmup.reading_users = users
     c.inference.group_size = 4
     c.batch.users = users
-    c.batch.pairs = c.warmup.generator_pairs = min(c.batch.pairs, 2)
+    c.batch.pairs = min(c.batch.pairs, 2)
     if parse_arg(arg).schedule == "default":
         c.schedule.phases = ("inference 2", "generator 1", "alternate 1:1 2", "joint 1")
     c.schedule.log_every = 1
