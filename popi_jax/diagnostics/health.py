@@ -176,7 +176,7 @@ RULES = (
         "no_kl",
         "inference/kl",
         above=True,
-        threshold=1.0,
+        threshold=0.4,
         over=SHORT,
         measure=median_without_kl_coef,
         wrong="no KL holds the inference model: its summaries are {value:.1f} nats from those of "
