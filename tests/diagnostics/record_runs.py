@@ -3,7 +3,7 @@
     python -m tests.diagnostics.record_runs default=work/prism no_kl=work/no_kl ...
 
 Each is the run of a failure (docs/diagnostics.md, Provoked failures); streams that are not named
-stay."""
+stay, and so does the command that is told of each."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from popi_jax.diagnostics.health import WATCHED
+from tests.tiny_run import read_jsonl
 
 RECORDED = Path(__file__).with_name("recorded_runs.json")
 # fields of Facts, and the settings that they are
@@ -28,9 +29,8 @@ SETTINGS = {
 def record(workdir: Path) -> dict[str, Any]:
     """Returns what the main stage of a run measured, three digits of it, from the first look on."""
     config = json.loads((workdir / "results.json").read_text())["config"]
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     seen: dict[int, dict[str, float]] = {}
-    for row in rows:
+    for row in read_jsonl(workdir / "metrics.jsonl"):
         values = {name: float(f"{row[name]:.3g}") for name in sorted(WATCHED & row.keys())}
         if values:
             seen.setdefault(row["step"], {}).update(values)
@@ -50,7 +50,7 @@ def record(workdir: Path) -> dict[str, Any]:
 def main(args: list[str]) -> None:
     streams = json.loads(RECORDED.read_text())
     for name, _, workdir in (arg.partition("=") for arg in args):
-        streams[name] = record(Path(workdir))
+        streams[name] = {"command": streams[name]["command"], **record(Path(workdir))}
     lines = (
         f"{json.dumps(name)}:{json.dumps(stream, separators=(',', ':'))}"
         for name, stream in streams.items()
