@@ -328,6 +328,14 @@ def test_a_run_takes_over_the_warm_up_of_another(uninterrupted: Path, tmp_path: 
     assert not list((other / "checkpoints").iterdir())
 
 
+def test_the_pairs_of_a_warm_up_are_compared_not_those_of_updates() -> None:
+    def flatten(pairs: int, own: int) -> dict[str, Any]:
+        flat = loop._flatten_warmup({"batch": {"pairs": pairs}, "warmup": {"generator_pairs": own}})
+        return {name: x for name, x in flat.items() if name.startswith(loop._OF_WARMUP)}
+
+    assert flatten(8, 0) == flatten(1, 8) == {"warmup.generator_pairs": 8}
+
+
 def test_looks_are_taken_at_their_steps_and_change_nothing(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
