@@ -13,7 +13,7 @@ SCHEDULES: dict[str, dict[str, object]] = {
         "evaluation.max_users": 32,
     },
     # longer, and the generator follows more
-    "thorough": {"schedule.phases": ("inference 900", "alternate 2:1 200")},
+    "thorough": {"schedule.phases": ("inference 500", "alternate 2:1 100")},
     # ablations: one role stays as the warm-up left it
     "inference_only": {"schedule.phases": ("inference 500",)},
     "generator_only": {"schedule.phases": ("generator 500",)},

@@ -100,6 +100,9 @@ class ModelConfig:
     )
 
 
+OPTIMIZER = one_of("adamw", "lion", "muon", "adafactor")
+
+
 @dataclasses.dataclass(frozen=True)
 class WarmupConfig:
     """Likelihood training of both roles from random weights."""
@@ -124,6 +127,11 @@ class WarmupConfig:
     drop: float = setting(0.25, "probability that the generator's summary lacks an item", FRACTION)
     repeat: float = setting(0.25, "probability that it says an item twice", FRACTION)
     wrong: float = setting(0.05, "it gets Binomial(8, wrong) random items", FRACTION)
+    optimizer: str = setting(
+        "adamw",
+        "as optimizer.name, for this stage; its other settings are those of both",
+        OPTIMIZER,
+    )
     learning_rate: float = setting(3e-3, "at its peak", ABOVE_ZERO)
     lr_warmup_steps: int = setting(20, "steps to the peak", at_least(0))
 
@@ -242,8 +250,8 @@ class InferenceConfig:
 class OptimizerConfig:
     name: str = setting(
         "adamw",
-        "muon is for the matrices of the layers, with adamw for the rest",
-        one_of("adamw", "lion", "muon", "adafactor"),
+        "of the main stage; muon is for the matrices of the layers, with adamw for the rest",
+        OPTIMIZER,
     )
     schedule: str = setting(
         "cosine", "of learning rates after the peak", one_of("cosine", "linear", "constant")

@@ -282,7 +282,7 @@ def test_empty_values_of_arg_mean_defaults() -> None:
         (
             "generator.reads",
             "signals",
-            'config.schedule.phases = ["inference 320", "alternate 3:1 80"]: holds more than '
+            'config.schedule.phases = ["inference 140", "alternate 3:1 40"]: holds more than '
             '"generator N", but with generator.reads = "signals" there are no summaries; take',
         ),
     ],

@@ -1,5 +1,6 @@
 """Optimizers from the configuration, all of optax."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -77,10 +78,10 @@ def matrices(params: Params) -> Any:
 
 
 def warmup_transform(cfg: Config) -> optax.GradientTransformation:
-    """For both roles in the warm-up stage."""
-    return optimizer(
-        cfg.optimizer, cfg.warmup.learning_rate, cfg.warmup.lr_warmup_steps, cfg.warmup.steps
-    )
+    """For both roles in the warm-up stage, which names its own (`warmup.optimizer`)."""
+    w = cfg.warmup
+    named = dataclasses.replace(cfg.optimizer, name=w.optimizer)
+    return optimizer(named, w.learning_rate, w.lr_warmup_steps, w.steps)
 
 
 def inference_transform(cfg: Config, turns: int) -> optax.GradientTransformation:
