@@ -263,6 +263,25 @@ def test_optimizers_lower_a_loss(name: str, schedule: str) -> None:
     assert loss(params) < 0.6 * start
 
 
+def test_the_warm_up_has_an_optimizer_of_its_own() -> None:
+    """Lion's first update has one size, AdamW's the same up to its epsilon; so the gradients are
+    small beside that."""
+    cfg = small.make_config()
+    assert cfg.optimizer.name == "adamw"
+    warmup = dataclasses.replace(
+        cfg.warmup, optimizer="lion", learning_rate=0.5, lr_warmup_steps=0, steps=9
+    )
+    cfg = dataclasses.replace(cfg, warmup=warmup)
+    params, grads = {"w": jnp.zeros(3)}, {"w": jnp.array([1e-9, -1e-9, 1e-9])}
+
+    def first(tx: optax.GradientTransformation) -> jax.Array:
+        return tx.update(grads, tx.init(params), params)[0]["w"]
+
+    np.testing.assert_allclose(first(optim.warmup_transform(cfg)), [-0.5, 0.5, -0.5])
+    main = first(optim.inference_transform(cfg, 9)) / cfg.inference.learning_rate
+    assert (jnp.abs(main) < 0.2).all()
+
+
 def test_learning_rates() -> None:
     cfg = small.make_config().optimizer
     ends = {"cosine": 0.2, "linear": 0.2, "constant": 1.0}
