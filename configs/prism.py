@@ -1,7 +1,7 @@
 """PRISM: 1,500 people, their survey and their scored conversations (arXiv 2404.16019).
 
 Command: python -m popi_jax.train --config=configs/prism.py
-Hardware and time: 2 CPU cores, 8 minutes (AVX-512; without it half as fast), with model=tiny.
+Hardware and time: 2 CPU cores, 8 minutes (of an AMD EPYC with AVX-512), with model=tiny.
 Result: on the made sample in the format of PRISM, accuracy with greedy summaries 0.640 before the
 main stage and 0.831 after it, at commit be248f6. It says nothing about real people.
 """
