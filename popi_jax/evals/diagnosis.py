@@ -15,6 +15,7 @@ from popi_jax.diagnostics.estimates import Estimate, average, calibrate, find_na
 from popi_jax.diagnostics.values import OF_THE_LOSS, describe_texts, split_nats
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED
 from popi_jax.evals.records import CellRecord
+from popi_jax.evals.statistics import compute_gap_recovered, make_items
 
 Columns = dict[str, dict[str, dict[str, float | None]]]  # condition -> name -> value, stderr
 # condition -> whose summaries it tells
@@ -44,7 +45,8 @@ def diagnose(
             if condition == "other_user_summary":
                 texts = [texts[other] for other in others]
             by_user = dict(zip((user.user_id for user in users), texts, strict=True))
-            loss[condition] = _to_json(explain_loss(cells[condition], nothing, odds, by_user))
+            parts = explain_loss(cells[condition], nothing, odds, by_user)
+            loss[condition] = _to_json(parts | _find_gap(cells[condition], cells))
     persons, names = number_persons(name_persons(users)), Columns()
     for condition, writer in (("summary_before_rl", BEFORE_RL), ("summary", TRAINED)):
         names[condition] = _to_json(describe_texts(summaries[writer], users, persons, source))
@@ -75,6 +77,17 @@ def explain_loss(
         "bits": average((find_nats(before) - nats) / LN2, persons),
         "bits_calibrated": average((without - scaled) / LN2, persons),
     }
+
+
+def _find_gap(
+    items: Sequence[Mapping[str, Any]], cells: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Estimate]:
+    """How far a condition goes from no text to the true persona, where personas are known."""
+    ends = [cells.get(name, ()) for name in ("no_signals", "oracle")]
+    if not set.intersection(*({_key(item) for item in cell} for cell in (items, *ends))):
+        return {}
+    value, error, *_ = compute_gap_recovered(*map(make_items, (items, *ends))).estimate
+    return {"gap_recovered": Estimate(value, error)}
 
 
 def _list_odds(source: Source, users: Sequence[User]) -> dict[tuple[str, str], PairOdds]:

@@ -31,6 +31,7 @@ LOSS = {
     "bits": "bits gained over no_signals",
     "bits_calibrated": "the same with that scale",
     "information": "bits that the summary tells an ideal reader",
+    "gap_recovered": "gap recovered (accuracy, to the oracle)",
 }
 NAMES = {
     "precision": "right, of the items named",

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
@@ -22,7 +23,7 @@ from popi_jax.evals.statistics import Items, Row
 
 BASELINE = "no_signals"
 HOME = "trained"  # the generator that summaries are made for
-CONTROL = "other_user_summary"  # what a text tells that is not of the user
+CONTROL, ORACLE = "other_user_summary", "oracle"  # what tells nothing of the user, and all
 LABELS = ("model", "step", "data", "split", "signals", "condition", "decoding", "generator")
 SAME = ("model", "step", "data", "split", "generator")  # of a cell and its baseline
 NONE = "none"  # signals and decoding of a cell that they do not change
@@ -33,7 +34,8 @@ Estimate [95 % interval], by a bootstrap over persons ({RESAMPLES} resamples); {
 than 10 persons, or nothing, can tell. acc_half: share of pairs whose margin against the reference
 is above 0, a tie counts one half; acc_likelihood: share whose chosen reply has the higher log-prob.
 Differences are of acc_half. bits: (nats of the baseline - nats) / ln 2 a pair; bits over other: the
-same over another user's summary."""
+same over another user's summary. gap recovered: (acc_half - that of the baseline) / (that of the
+oracle - that of the baseline)."""
 _MORE = """\
 acc: as acc_half, but a tie is wrong. ece: calibration error of sigmoid(margin). compression: tokens
 of the signals / tokens that the generator saw of the user."""
@@ -63,6 +65,7 @@ class Line(NamedTuple):
     difference: statistics.Difference | None  # acc_half beyond the baseline
     bits: statistics.Difference | None
     bits_over_other: statistics.Difference | None
+    gap_recovered: statistics.Difference | None  # from the baseline to the oracle
 
 
 def write(out: str, records: Sequence[Cell], *, baseline: str = BASELINE, seed: int = 0) -> str:
@@ -100,15 +103,17 @@ def make_lines(records: Sequence[Cell], *, baseline: str = BASELINE, seed: int =
         if items is None and status == "done":
             status, reason = "failed", "no pair was scored"
         row = None
-        pairs: list[statistics.Difference | None] = [None, None, None]
+        pairs: list[statistics.Difference | None] = [None] * 4
         if items is not None:
             row = statistics.compute_row(items, header.get("coverage"), seed=seed)
             base = _find_partner(header, baseline, records, read)
             other = _find_partner(header, CONTROL, records, read)
+            oracle = _find_partner(header, ORACLE, records, read)
             pairs = [
-                _compare(statistics.compute_difference, items, base, seed),
-                _compare(statistics.compute_information_gain, items, base, seed),
-                _compare(statistics.compute_information_gain, items, other, seed),
+                _compare(statistics.compute_difference, seed, items, base),
+                _compare(statistics.compute_information_gain, seed, items, base),
+                _compare(statistics.compute_information_gain, seed, items, other),
+                _compare(statistics.compute_gap_recovered, seed, items, base, oracle),
             ]
         made = header.get("data_kind") == "sample"
         labels, key = _list_labels(header), header.get("key", "")
@@ -121,7 +126,7 @@ def list_line(line: Line) -> dict[str, Any]:
     fields = {"key": line.key, **line.labels, "status": line.status, "reason": line.reason}
     fields["made_data"] = line.made
     fields |= statistics.list_fields(line.row) if line.row else _list_blank()
-    for name in ("difference", "bits", "bits_over_other"):
+    for name in ("difference", "bits", "bits_over_other", "gap_recovered"):
         found: statistics.Difference | None = getattr(line, name)
         blank = Estimate(*[float("nan")] * 4)
         fields |= statistics.list_estimate(name, found.estimate if found else blank)
@@ -175,8 +180,13 @@ def list_transfers(
 
 def render_cells(lines: Sequence[Line], baseline: str = BASELINE) -> str:
     """The first part of table.md, which fits a terminal: what the texts are worth."""
-    names = [MAIN, f"difference to {baseline}", "acc_likelihood", "nats", "bits", "bits over other"]
-    table = _make_table(lines, [*names, "pairs", "users", "context tokens"], _show_worth)
+    heads = {MAIN: MAIN, "difference": f"difference to {baseline}"}
+    if any(line.gap_recovered for line in lines):
+        heads["gap_recovered"] = "gap recovered"
+    heads |= {name: name for name in ("acc_likelihood", "nats", "bits")}
+    heads["bits_over_other"] = "bits over other"
+    names = [*heads.values(), "pairs", "users", "context tokens"]
+    table = _make_table(lines, names, partial(_show_worth, names=list(heads)))
     shown = _pick_labels(lines)
     parts = ["# Evaluation cells", *_announce_made(lines), _name_fixed(lines, shown)]
     parts += [align_table(table), f"Baseline: {baseline}. {_NOTES}"]
@@ -265,9 +275,8 @@ def _show(fields: dict[str, Any], name: str) -> str:
     return show_interval(fields[name], fields[f"{name}_low"], fields[f"{name}_high"])
 
 
-def _show_worth(line: Line) -> list[str]:
+def _show_worth(line: Line, names: Sequence[str]) -> list[str]:
     f = list_line(line)
-    names = (MAIN, "difference", "acc_likelihood", "nats", "bits", "bits_over_other")
     found = [_show(f, name) for name in names]
     return [*found, str(f["n"]), str(f["users"]), f"{f['context_tokens']:.1f}"]
 
@@ -344,10 +353,11 @@ def _is_partner(labels: dict[str, Any], other: dict[str, Any], condition: str) -
     )
 
 
-def _compare(compute: Any, items: Items, partner: Items | None, seed: int) -> Any:
-    if partner is None or not set(items.keys) & set(partner.keys):
+def _compare(compute: Any, seed: int, items: Items, *partners: Items | None) -> Any:
+    known = [partner for partner in partners if partner is not None]
+    if len(known) < len(partners) or not set(items.keys).intersection(*(p.keys for p in known)):
         return None
-    return compute(items, partner, seed=seed)
+    return compute(items, *known, seed=seed)
 
 
 def _sort_labels(header: dict[str, Any]) -> tuple[Any, ...]:

@@ -26,6 +26,8 @@ def make_cell(condition: str, margins: np.ndarray, **labels: str) -> CellRecord:
     own = {"condition": condition, "generator": "trained", "decoding": "greedy"} | labels
     items = [
         {"user": user.user_id, "person": user.user_id, "pair": pair.record_id, "margin": margin}
+        | dict.fromkeys(("chosen", "rejected"), -9.0)
+        | dict.fromkeys(("context_tokens", "signal_tokens"), 8)
         for user, row in zip(USERS, margins.tolist(), strict=True)
         for pair, margin in zip(user.pairs, row, strict=True)
     ]
@@ -69,6 +71,26 @@ def test_each_column_is_of_its_own_cell_and_text():
     # nothing is named: no rate, and no number that JSON does not know
     assert found["names"]["summary_before_rl"]["precision"] == {"value": None, "stderr": None}
     assert found["names"]["summary_before_rl"]["repeats"]["value"] == 0.0
+
+
+def test_the_way_from_no_signals_to_the_oracle():
+    found = diagnose(make_cells(), TEXTS, USERS, prefeval.SOURCE)["loss"]
+    assert "gap_recovered" not in found["summary"]
+    oracle = np.abs(RNG.normal(1.5, 0.5, (COUNT, PAIRS)))
+    oracle[:4] *= -1
+    cells = [*make_cells(), make_cell("oracle", oracle, decoding="none")]
+    found = diagnose(cells, TEXTS, USERS, prefeval.SOURCE)["loss"]
+    right = {name: (x > 0).mean() for name, x in (MARGINS | {"oracle": oracle}).items()}
+    for name, column in found.items():
+        way = (right[name] - right["no_signals"]) / (right["oracle"] - right["no_signals"])
+        assert column["gap_recovered"]["value"] == pytest.approx(way), name
+        error = column["gap_recovered"]["stderr"]
+        assert error is not None and 0 < error < 0.5
+    # nothing is told where the oracle is of other pairs
+    for item in cells[-1].items:
+        item["pair"] += "-other"
+    found = diagnose(cells, TEXTS, USERS, prefeval.SOURCE)["loss"]
+    assert "gap_recovered" not in found["summary"]
 
 
 def test_of_other_data_the_parts_that_exist_are_told():

@@ -32,6 +32,7 @@ RESULTS = {
             "noise": {"value": 0.269, "stderr": 0.0},
             "chance": {"value": -0.0001, "stderr": 0.001},
             "bits": {"value": 0.25, "stderr": None},
+            "gap_recovered": {"value": 0.8, "stderr": 0.02},
         },
         "other_user_summary": {"nats": {"value": 0.7, "stderr": 0.02}},
     },
@@ -69,6 +70,7 @@ Accuracy ± standard error, clustered by user.
 | of it: random even for who knows the truth | 0.269 ± 0.000 |              – |
 | chance of the labels                       | 0.000 ± 0.001 |              – |
 | bits gained over no_signals                | 0.250         |              – |
+| gap recovered (accuracy, to the oracle)    | 0.800 ± 0.020 |              – |
 
 ## What summaries name
 

@@ -135,6 +135,28 @@ def test_numbers_are_those_of_the_statistics():
     assert fields["bits"] == line.bits.estimate.value and fields["bits_n"] == len(cell.keys)
 
 
+def test_gap_recovered_where_the_oracle_is_known():
+    records = make_records()
+    lines = report.make_lines(records)
+    assert find(lines, "summary").gap_recovered is None  # both oracles lack scores
+    assert "gap recovered" not in read_table(report.render_cells(lines))[0]
+    assert report.list_line(find(lines, "summary"))["gap_recovered"] is None
+    records[-1] = make_record("oracle", make_items(2.5), decoding="none")
+    lines = report.make_lines(records)
+    line = find(lines, "summary")
+    cells = [statistics.make_items(records[i].items) for i in (0, 3, -1)]
+    assert line.gap_recovered == statistics.compute_gap_recovered(*cells)
+    # neither of another generator, nor of the ends themselves
+    others = [("summary", "before_rl"), ("no_signals", "trained"), ("oracle", "trained")]
+    assert not any(find(lines, *other).gap_recovered for other in others)
+    heads, _, *rows = read_table(report.render_cells(lines))
+    at = heads.index("gap recovered")
+    shown = next(r for r in rows if r[0] == "summary" and "trained" in r)[at]
+    value, _, low, high = (f"{x:.3f}".replace("0.", ".") for x in line.gap_recovered.estimate)
+    assert shown == f"{value} [{low}, {high}]"
+    assert {r[at] for r in rows if r[0] == "no_signals"} == {"–"}
+
+
 @pytest.mark.parametrize(
     "change", [{"signals": "shots"}, {"step": 700}, {"data": "own"}, {"objective": {"name": "ipo"}}]
 )

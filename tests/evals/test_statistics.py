@@ -319,6 +319,26 @@ def test_transfer_is_undefined_where_nothing_was_gained():
     assert found.here.low < 0 < found.here.high
 
 
+def test_gap_recovered_is_a_share_of_the_way_to_the_oracle():
+    rows = {s: make_rows(60, shift=s, effect=0.4) for s in (0.2, 0.7, 1.4)}
+    base, cell, oracle = (statistics.make_items(x) for x in rows.values())
+    found = statistics.compute_gap_recovered(cell, base, oracle)
+    acc = [np.mean([row["margin"] > 0 for row in x]) for x in rows.values()]
+    assert found.estimate.value == pytest.approx((acc[1] - acc[0]) / (acc[2] - acc[0]), rel=1e-12)
+    assert found.estimate.low < found.estimate.value < found.estimate.high < 1
+    assert statistics.compute_gap_recovered(base, base, oracle).estimate.value == 0
+    assert statistics.compute_gap_recovered(oracle, base, oracle).estimate.value == 1
+    # on the pairs that all three have
+    some = statistics.make_items(rows[1.4][:-3])
+    found = statistics.compute_gap_recovered(cell, base, some)
+    acc = [np.mean([row["margin"] > 0 for row in x[:-3]]) for x in rows.values()]
+    assert found.estimate.value == pytest.approx((acc[1] - acc[0]) / (acc[2] - acc[0]), rel=1e-12)
+    assert (found.n, found.only_first, found.only_second) == (len(some.keys), 3, 0)
+    # no way to go
+    found = statistics.compute_gap_recovered(cell, base, base)
+    assert math.isnan(found.estimate.value)
+
+
 def test_groups_and_the_worst_of_them():
     rows = make_rows(40)
     for row in rows:
