@@ -20,6 +20,7 @@ from absl import flags
 
 from popi_jax import cli, config_rules
 from popi_jax.config import Config
+from popi_jax.errors import UserError
 
 if TYPE_CHECKING:
     from popi_jax.evals.sweep_plan import Sweep
@@ -32,6 +33,9 @@ _LISTS = {
     name: flags.DEFINE_list(name, [], f"{name} in place of those of the file")
     for name in ("models", "data", "signals", "conditions", "decodings", "generators")
 }
+_POOL = flags.DEFINE_bool(
+    "pool", False, "adds a row of all models together, as of runs that differ in their seed"
+)
 _EXCHANGE = flags.DEFINE_string(
     "every_eval_ever", "", "organisation: also writes the tables in that exchange format"
 )
@@ -44,6 +48,9 @@ def main(config: Config) -> None:
     changed = {name: flag.value for name, flag in _LISTS.items() if flag.value}
     sweep = read_sweep(_SWEEP.value, changed, _MAX_USERS.value, workdir=config.workdir)
     sweep = _expand_homes(sweep)
+    models = list(dict.fromkeys(model for grid in sweep.grids for model in grid.models))
+    if _POOL.value and len(models) < 2:
+        raise UserError(f"--pool: found one model ({models[0]}), must be two or more in --models")
     name = Path(_SWEEP.value.partition(":")[0]).stem
     out = _OUT.value or os.path.join("work", "sweeps", name)
 
@@ -54,6 +61,7 @@ def main(config: Config) -> None:
 
     from popi_jax import distributed
     from popi_jax.evals import every_eval_ever, quality_report, report
+    from popi_jax.evals.pooled import pool
     from popi_jax.evals.sweep import FAILED, Place, read_records, run_sweep
     from popi_jax.run import start_devices
 
@@ -71,7 +79,10 @@ def main(config: Config) -> None:
     failed = sum(outcome.status == FAILED for outcome in outcomes)
     if distributed.is_main_process() and not _DRY_RUN.value:
         found = read_records(outcomes, out)
-        print(report.write(out, found, baseline=sweep.baseline))
+        cells = list(found)
+        if _POOL.value:
+            cells += pool(found, [outcome.cell.model for outcome in outcomes])
+        print(report.write(out, cells, baseline=sweep.baseline))
         quality_report.write_quality(found, out)
         if _EXCHANGE.value:
             lines = report.make_lines(found, baseline=sweep.baseline)

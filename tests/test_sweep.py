@@ -47,6 +47,20 @@ def test_a_failed_cell_is_a_row_and_the_status(tiny, tmp_path, capsys):
     assert printed.endswith("1 of 2 cells failed; the same command tries them again\n")
 
 
+def test_models_together(tiny, tmp_path, capsys):
+    out, two = tmp_path / "out", f"--models={tiny.workdir},{tiny.workdir}@7"
+    with flags_set("--max_users=12", "--conditions=oracle", f"--out={out}", two, "--pool"):
+        sweep.main(config_of(tiny.workdir))
+    assert "all 2 models" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "table.jsonl").read_text().splitlines()]
+    assert sorted((row["model"], row["n"]) for row in rows) == sorted(
+        [("all 2 models", 72), (str(tiny.workdir), 36), (str(tiny.workdir), 36)]
+    )
+    assert len({row["acc"] for row in rows}) == 1
+    with flags_set("--pool", f"--out={out}"), pytest.raises(UserError, match="found one model"):
+        sweep.main(config_of(tiny.workdir))
+
+
 def test_a_dry_run_computes_and_writes_nothing(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     with flags_set("--dry_run", "--conditions=no_signals,raw_signals", f"--out={out}"):
