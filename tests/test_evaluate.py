@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from popi_jax.data.sources.made_odds import find_odds
-from popi_jax.diagnostics.decomposition import find_optimum
+from popi_jax.data.sources.made_odds import find_odds, write_best_list
+from popi_jax.diagnostics.decomposition import count_mentions, expect_accuracy, find_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals import results as evaluation
 from popi_jax.evals.results import evaluate_run
@@ -47,7 +47,11 @@ def test_results_of_the_test_users(tiny, capsys):
     assert list(results)[:6] == ["config", "data", "split", "step", "bayes", "rows"]
     assert (results["data"], results["split"], results["step"]) == ("sample", "test", STEP)
     assert results["config"]["evaluation"]["max_users"] == 8
-    assert results["bayes"] == find_optimum([odds for user in users for odds in find_odds(user)])
+    odds = [found for user in users for found in find_odds(user)]
+    lists = [write_best_list(user) for user in users for _ in user.pairs]
+    told = np.array([count_mentions(z, pair) for z, pair in zip(lists, odds, strict=True)])
+    best = expect_accuracy(np.array([pair.signals for pair in odds]), told)
+    assert results["bayes"] == find_optimum(odds) | {"best_list": best}
     assert len(results["rows"]) == 9
     assert set(results["before_rl"]) == {"oracle"}
     rows = read_jsonl(tiny.workdir / "summaries.jsonl")
@@ -60,7 +64,8 @@ def test_results_of_the_test_users(tiny, capsys):
     assert greedy[0]["context_tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
     assert results["loss"]["summary"]["nats"]["value"] == pytest.approx(greedy[0]["nats"])
     names = results["names"]
-    assert list(names) == ["summary_before_rl", "summary"] and "precision" in names["summary"]
+    assert list(names) == ["summary_before_rl", "summary", "best_list"]
+    assert "precision" in names["summary"]
     assert [e["truth"] for e in results["examples"]] == [user.oracle for user in users[:3]]
     printed = capsys.readouterr().out
     assert printed == (tiny.workdir / "results.md").read_text()

@@ -95,6 +95,13 @@ def count_mentions(summary: str, pair: PairOdds) -> tuple[int, int]:
     return items.count(pair.item_for), items.count(pair.item_against)
 
 
+def expect_accuracy(known: Values, mentions: Int[np.ndarray, "rows 2"]) -> float:
+    """Of a reader who follows the item that is named more, and guesses where none is. known: the
+    expected label of each pair."""
+    lead = np.sign(mentions[:, 0] - mentions[:, 1])
+    return float(np.mean(0.5 + lead * (known - 0.5)))
+
+
 def find_optimum(odds: Sequence[PairOdds]) -> dict[str, float]:
     """The best expected accuracy that any model could reach, by what it knows: BOUNDS."""
     found = {name: [getattr(each, field) for each in odds] for name, field in BOUNDS.items()}

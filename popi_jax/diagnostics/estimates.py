@@ -30,14 +30,14 @@ def average(values: Values, persons: Persons) -> Estimate:
 def divide(sums: Values, weights: Values, persons: Persons) -> Estimate:
     """r = sum of `sums` over sum of `weights`, with the standard error of the linearised ratio:
     sqrt(P / (P - 1) * sum over the P persons of (S - r W)^2) / sum of `weights`; S, W are those of
-    a person, who counts where W > 0."""
+    a person, who counts where W is not 0."""
     whole = float(np.sum(weights))
     if whole == 0:
         return Estimate(float("nan"), float("nan"))
     ratio = float(np.sum(sums)) / whole
     count = int(persons.max()) + 1
     each, of = (np.bincount(persons, x, count) for x in (sums, weights))
-    number = int((of > 0).sum())
+    number = int((of != 0).sum())
     if number < 2:
         return Estimate(ratio, float("nan"))
     variance = number / (number - 1) * np.sum((each - ratio * of) ** 2)

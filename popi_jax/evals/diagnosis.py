@@ -11,11 +11,17 @@ from popi_jax.data.persons import find_others, name_persons
 from popi_jax.data.records import User
 from popi_jax.data.sources.source import PairOdds, Source
 from popi_jax.diagnostics.decomposition import LN2
-from popi_jax.diagnostics.estimates import Estimate, average, calibrate, find_nats, number_persons
+from popi_jax.diagnostics.estimates import (
+    Estimate,
+    average,
+    calibrate,
+    divide,
+    find_nats,
+    number_persons,
+)
 from popi_jax.diagnostics.values import OF_THE_LOSS, describe_texts, split_nats
 from popi_jax.evals.conditions import BEFORE_RL, TRAINED
 from popi_jax.evals.records import CellRecord
-from popi_jax.evals.statistics import compute_gap_recovered, make_items
 
 Columns = dict[str, dict[str, dict[str, float | None]]]  # condition -> name -> value, stderr
 # condition -> whose summaries it tells
@@ -50,6 +56,9 @@ def diagnose(
     persons, names = number_persons(name_persons(users)), Columns()
     for condition, writer in (("summary_before_rl", BEFORE_RL), ("summary", TRAINED)):
         names[condition] = _to_json(describe_texts(summaries[writer], users, persons, source))
+    if source.write_best_list:
+        best = [source.write_best_list(user) for user in users]
+        names["best_list"] = _to_json(describe_texts(best, users, persons, source))
     return {"loss": loss, "names": names}
 
 
@@ -82,12 +91,20 @@ def explain_loss(
 def _find_gap(
     items: Sequence[Mapping[str, Any]], cells: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Estimate]:
-    """How far a condition goes from no text to the true persona, where personas are known."""
-    ends = [cells.get(name, ()) for name in ("no_signals", "oracle")]
-    if not set.intersection(*({_key(item) for item in cell} for cell in (items, *ends))):
+    """statistics.compute_gap_recovered from no text to the true persona, where personas are
+    known."""
+    ends = (cells.get("no_signals", ()), cells.get("oracle", ()))
+    margins = [{_key(item): item["margin"] for item in cell} for cell in (items, *ends)]
+    known = [item for item in items if all(_key(item) in cell for cell in margins)]
+    if not known:
         return {}
-    value, error, *_ = compute_gap_recovered(*map(make_items, (items, *ends))).estimate
-    return {"gap_recovered": Estimate(value, error)}
+    persons = number_persons([item["person"] for item in known])
+    signs = np.sign([[cell[_key(item)] for item in known] for cell in margins])
+    own, none, whole = (signs + 1) / 2  # a tie counts one half
+    way = average(whole - none, persons)
+    if not way.value > 2 * way.stderr:  # no way, as far as these persons tell
+        return {"gap_recovered": Estimate(math.nan, math.nan)}
+    return {"gap_recovered": divide(own - none, whole - none, persons)}
 
 
 def _list_odds(source: Source, users: Sequence[User]) -> dict[tuple[str, str], PairOdds]:

@@ -15,6 +15,7 @@ MADE_DATA = (
 _BAYES = {
     "no_signals": "seeing nothing of the user",
     "signals": "seeing all signals",
+    "best_list": "reading the best list as long as the truth",
     "latent": "knowing the true preferences",
 }
 
@@ -44,6 +45,7 @@ HEADS = {
     "summary_before_rl": "before RL",
     "summary": "after",
     "other_user_summary": "another user's",
+    "best_list": "best list",
 }
 
 
@@ -96,9 +98,9 @@ def render(results: dict[str, Any]) -> str:
     parts += [f"**{MADE_DATA}**"] if results["data"] == "sample" else []
     parts += [align_table(table)]
     bayes = [
-        f"{value:.3f} {_BAYES[name]}"
-        for name, value in results["bayes"].items()
-        if value is not None
+        f"{value:.3f} {told}"
+        for name, told in _BAYES.items()
+        if (value := results["bayes"].get(name)) is not None
     ]
     parts += [f"Best accuracy that any model could reach: {', '.join(bayes)}."] if bayes else []
     parts += ["Accuracy ± standard error, clustered by user."]

@@ -15,7 +15,7 @@ from popi_jax import distributed, files
 from popi_jax.arrays import Frozen, Params
 from popi_jax.checkpoints.content import Hashes
 from popi_jax.data.records import User
-from popi_jax.diagnostics.decomposition import BOUNDS, find_optimum
+from popi_jax.diagnostics.decomposition import BOUNDS, count_mentions, expect_accuracy, find_optimum
 from popi_jax.errors import UserError
 from popi_jax.evals import metrics, render
 from popi_jax.evals.cells import Unit
@@ -120,9 +120,16 @@ def _list_cells(workdir: str, split: str, users: Sequence[User]) -> list[Cell]:
 
 def _find_optimum(run: Run, users: Sequence[User]) -> dict[str, float | None]:
     """The best accuracy that any model could reach, by what it knows; None where unknown."""
-    find_odds = run.dataset.source.find_odds
-    odds = [pair for user in users for pair in find_odds(user)] if find_odds else []
-    return {**dict.fromkeys(BOUNDS), **(find_optimum(odds) if odds else {})}
+    source = run.dataset.source
+    odds = [source.find_odds(user) for user in users] if source.find_odds else []
+    flat = [pair for pairs in odds for pair in pairs]
+    found = {**dict.fromkeys([*BOUNDS, "best_list"]), **(find_optimum(flat) if flat else {})}
+    if flat and source.write_best_list:
+        lists = map(source.write_best_list, users)
+        told = [count_mentions(z, pair) for z, own in zip(lists, odds, strict=True) for pair in own]
+        known = np.array([pair.signals for pair in flat])
+        found["best_list"] = expect_accuracy(known, np.array(told))
+    return found
 
 
 def _share_results(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from popi_jax.data.sources.made_odds import find_odds
+from popi_jax.data.sources.made_odds import find_odds, write_best_list
 from popi_jax.diagnostics import decomposition
 from popi_jax.diagnostics.decomposition import Loss, count_mentions, split_loss
 from tests.diagnostics.made import ITEMS, RIGHT, Drawn, draw_users
@@ -185,6 +185,21 @@ def test_the_parts_add_up_to_what_is_measured(world, kind):
     difference = measured - best
     assert found["lost_by_generator"] == pytest.approx(difference.mean(), abs=4 * error(difference))
     assert (found["lost_by_generator"] < 0.03) == (kind == "good")
+
+
+def test_expected_accuracy_is_what_counting_labels_finds(world):
+    texts = write_summaries(world, repeats=True)
+    told = says(world, texts)
+    found = decomposition.expect_accuracy(world.signals, mentions_of(world, texts))
+    right = np.where(told == 0, 0.5, told > 0)
+    assert found == pytest.approx(right.mean(), abs=4 * error(right))
+    assert 0.6 < found < 0.9
+    # a reader of all signals is not surpassed, and nothing is as good as a guess
+    best = [write_best_list(user) for user in world.drawn.users]
+    best = decomposition.expect_accuracy(world.signals, mentions_of(world, best))
+    assert found < best < decomposition.find_optimum(world.odds)["signals"]
+    nothing = mentions_of(world, ["no strong preference"] * COUNT)
+    assert decomposition.expect_accuracy(world.signals, nothing) == 0.5
 
 
 def test_another_users_summary_tells_nothing(world):

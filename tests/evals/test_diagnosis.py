@@ -6,6 +6,7 @@ import pytest
 from popi_jax.data.sources import made_people, prefeval
 from popi_jax.data.sources.made_odds import find_odds
 from popi_jax.diagnostics.decomposition import count_mentions, split_loss
+from popi_jax.evals import statistics
 from popi_jax.evals.diagnosis import diagnose
 from popi_jax.evals.records import CellRecord
 from tests.diagnostics.made import draw_users
@@ -71,6 +72,11 @@ def test_each_column_is_of_its_own_cell_and_text():
     # nothing is named: no rate, and no number that JSON does not know
     assert found["names"]["summary_before_rl"]["precision"] == {"value": None, "stderr": None}
     assert found["names"]["summary_before_rl"]["repeats"]["value"] == 0.0
+    # the best that signals allow is neither the truth nor nothing
+    assert list(found["names"]) == ["summary_before_rl", "summary", "best_list"]
+    best = {name: x["value"] or 0.0 for name, x in found["names"]["best_list"].items()}
+    assert 0.8 < best["precision"] < 1 and best["repeats"] == 0
+    assert list(best) == list(found["names"]["summary"])
 
 
 def test_the_way_from_no_signals_to_the_oracle():
@@ -80,12 +86,21 @@ def test_the_way_from_no_signals_to_the_oracle():
     oracle[:4] *= -1
     cells = [*make_cells(), make_cell("oracle", oracle, decoding="none")]
     found = diagnose(cells, TEXTS, USERS, prefeval.SOURCE)["loss"]
+    by_name = {cell.header["labels"]["condition"]: cell for cell in cells[::-1]}
+    ends = by_name["no_signals"], by_name["oracle"]
     right = {name: (x > 0).mean() for name, x in (MARGINS | {"oracle": oracle}).items()}
     for name, column in found.items():
         way = (right[name] - right["no_signals"]) / (right["oracle"] - right["no_signals"])
         assert column["gap_recovered"]["value"] == pytest.approx(way), name
-        error = column["gap_recovered"]["stderr"]
-        assert error is not None and 0 < error < 0.5
+        items = [statistics.make_items(cell.items) for cell in (by_name[name], *ends)]
+        expected = statistics.compute_gap_recovered(*items).estimate
+        assert column["gap_recovered"]["value"] == pytest.approx(expected.value)
+        # that counts persons without a gap too
+        assert column["gap_recovered"]["stderr"] == pytest.approx(expected.stderr, rel=0.01)
+    # no share of a way that may be none
+    way = make_cell("oracle", MARGINS["no_signals"][:, ::-1], decoding="none")
+    found = diagnose([*make_cells(), way], TEXTS, USERS, prefeval.SOURCE)["loss"]
+    assert found["summary"]["gap_recovered"] == {"value": None, "stderr": None}
     # nothing is told where the oracle is of other pairs
     for item in cells[-1].items:
         item["pair"] += "-other"
@@ -97,6 +112,7 @@ def test_of_other_data_the_parts_that_exist_are_told():
     found = diagnose(make_cells(), TEXTS, USERS, prefeval.SOURCE)
     assert set(found["loss"]["summary"]) == {"nats", "saved_by_scale", "bits", "bits_calibrated"}
     assert set(found["names"]["summary"]) == {"repeats"}
+    assert list(found["names"]) == ["summary_before_rl", "summary"]
 
 
 def test_a_condition_that_applies_to_nobody_has_no_column():

@@ -39,6 +39,7 @@ _POLES = np.array(
     ]
 )
 _PRIOR = np.ones(len(_STATES))  # weights; all states are equally likely
+_ROUNDING = 1e-9  # probabilities that differ by less are equal
 _RIGHT = 1.0 / (1.0 + np.exp(-UTILITY))  # probability that the suiting reply wins
 
 
@@ -65,6 +66,19 @@ def find_odds(user: User) -> list[PairOdds]:
         )
         found.append(odds)
     return found
+
+
+def write_best_list(user: User) -> str:
+    """The list of at most NUM_ACTIVE items whose reader ranks the most held-out pairs rightly, as
+    far as all signals can tell: those of the largest P(wanted) - P(opposite wanted), as a pair is
+    about each attribute that a person cares about as often. What nothing speaks for is left out."""
+    weights = _infer_states(user)
+    surplus: dict[str, float] = {}
+    for a, sides in enumerate(ATTRIBUTES):
+        wanted = [weights[_POLES[:, a] == p].sum() for p in (0, 1)]
+        surplus |= {pole.item: wanted[p] - wanted[1 - p] for p, pole in enumerate(sides)}
+    best = sorted(surplus, key=lambda item: -surplus[item])[:NUM_ACTIVE]
+    return ITEM_SEPARATOR.join(item for item in best if surplus[item] > _ROUNDING)
 
 
 def _infer_states(user: User) -> Float[np.ndarray, " states"]:

@@ -258,4 +258,5 @@ SOURCE = Source(
     lists_items=True,
     contrasts=made_odds.CONTRASTS,
     find_odds=made_odds.find_odds,
+    write_best_list=made_odds.write_best_list,
 )

@@ -78,6 +78,9 @@ class Source(NamedTuple):
     lists_items: bool = False  # whether oracle summaries are lists of items, not free text
     contrasts: tuple[tuple[str, str], ...] = ()  # items of which a person wants at most one
     find_odds: Callable[[User], list[PairOdds]] | None = None  # of each pair of a made user
+    # of a made user: the list of as many items as a persona has that no other from the same
+    # signals surpasses
+    write_best_list: Callable[[User], str] | None = None
 
     @property
     def licence(self) -> str:

@@ -1,6 +1,7 @@
 """The PRISM-format sample: that it is what its module says, and that made_odds.py knows the best
 that is possible."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -166,9 +167,8 @@ def test_raw_signals_are_ten_times_as_long_as_the_truth(users: list[User]) -> No
         assert len(words.encode(signals)) >= 10 * len(words.encode(user.oracle))
 
 
-def plain_optimum(user: User, knows: str) -> float:
-    """Sums over everybody that the user could be, one after another: the process told in the
-    module, written down."""
+def list_people(user: User, knows: str) -> list[tuple[float, dict[int, int]]]:
+    """Everybody that the user could be: the process told in the module, written down."""
     people = []  # (probability of all that is known, what the person prefers)
     for active in itertools.combinations(range(8), 3):
         for poles in itertools.product((0, 1), repeat=3):
@@ -195,7 +195,12 @@ def plain_optimum(user: User, knows: str) -> float:
                         else (SIGMA if prefers[a] == pole else 1 - SIGMA) / 3
                     )
             people.append((weight, prefers))
-    values = []
+    return people
+
+
+def plain_optimum(user: User, knows: str) -> float:
+    """Sums over everybody that the user could be, one after another."""
+    people, values = list_people(user, knows), []
     for pair in user.pairs:
         a = SHOWN[pair.chosen][0]
         wins = [
@@ -213,6 +218,32 @@ def test_bayes_optimum_equals_the_plain_sum(users: list[User]) -> None:
             assert found[knows] == pytest.approx(
                 np.mean([plain_optimum(user, knows) for user in some]), abs=1e-9
             )
+
+
+def test_no_list_as_long_is_better_than_the_best(users: list[User]) -> None:
+    lengths = set()
+    for user in [*users[:3], dataclasses.replace(users[3], profile="", shots=())]:
+        people = list_people(user, "signals")
+
+        def score(items: dict[int, int], people: Any = people) -> float:
+            """Expected accuracy on a pair of who follows the items, and guesses elsewhere."""
+            right = sum(
+                w * (SIGMA if items[a] == pole else 1 - SIGMA) if a in items else w / 2
+                for w, prefers in people
+                for a, pole in prefers.items()
+            )
+            return right / sum(3 * w for w, _ in people)
+
+        best = made_odds.write_best_list(user)
+        named = [PLACE[item] for item in best.split(" ; ") if item]
+        lengths.add(len(named))
+        every = [
+            score(dict(zip(about, poles, strict=True)))
+            for about in itertools.combinations(range(8), 3)
+            for poles in itertools.product((0, 1), repeat=3)
+        ]
+        assert score(dict(named)) == pytest.approx(max(every), abs=1e-9)
+    assert 0 in lengths and 3 in lengths  # nothing is named where nothing speaks for it
 
 
 def test_more_knowledge_is_better_and_no_classifier_beats_it(users: list[User]) -> None:
