@@ -57,7 +57,12 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 # over rows where both models begin at random
 FROM_RANDOM: dict[str, dict[str, object]] = {
-    "thorough": {"inference.kl_coef": 0.02, "inference.repeat_penalty": 0.02},
+    "thorough": {
+        "schedule.phases": ("inference 1500", "alternate 2:1 300"),
+        "inference.kl_coef": 0.02,
+        "inference.repeat_penalty": 0.02,
+        "inference.length_penalty": 0.004,  # longer runs would name a fourth item
+    },
     # the generator is all that learns: at the rate that the inference model has
     **{
         name: {"generator.learning_rate": 5e-4} for name in ("raw_context", "population", "persona")

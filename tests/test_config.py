@@ -106,9 +106,10 @@ def test_rows_overwrite_in_order() -> None:
     # what suits a summary of a few words would silence a released model
     both = [base.compose(f"model={m},schedule=thorough") for m in ("tiny", "pretrained")]
     assert [(c.inference.kl_coef, c.inference.length_penalty) for c in both] == [
-        (0.02, 0.002),
+        (0.02, 0.004),
         (0.02, 0.0005),
     ]
+    assert [c.schedule.phases[0] for c in both] == ["inference 1500", "inference 500"]
     assert base.compose("").inference.kl_coef == 0.05
 
 
