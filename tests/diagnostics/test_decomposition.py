@@ -200,6 +200,10 @@ def test_expected_accuracy_is_what_counting_labels_finds(world):
     assert found < best < decomposition.find_optimum(world.odds)["signals"]
     nothing = mentions_of(world, ["no strong preference"] * COUNT)
     assert decomposition.expect_accuracy(world.signals, nothing) == 0.5
+    told = np.array([[1, 0], [0, 2], [1, 1], [2, 1]])
+    known = np.array([0.9, 0.8, 0.7, 0.6])
+    expected = np.mean([0.9, 1 - 0.8, 0.5, 0.6])
+    assert decomposition.expect_accuracy(known, told) == pytest.approx(expected)
 
 
 def test_another_users_summary_tells_nothing(world):

@@ -98,7 +98,10 @@ def test_the_way_from_no_signals_to_the_oracle():
         # that counts persons without a gap too
         assert column["gap_recovered"]["stderr"] == pytest.approx(expected.stderr, rel=0.01)
     # no share of a way that may be none
-    way = make_cell("oracle", MARGINS["no_signals"][:, ::-1], decoding="none")
+    same = MARGINS["no_signals"].copy()
+    same[0] = 1.0  # one person more is right, and nobody else
+    assert (same > 0).sum() > (MARGINS["no_signals"] > 0).sum()
+    way = make_cell("oracle", same, decoding="none")
     found = diagnose([*make_cells(), way], TEXTS, USERS, prefeval.SOURCE)["loss"]
     assert found["summary"]["gap_recovered"] == {"value": None, "stderr": None}
     # nothing is told where the oracle is of other pairs
