@@ -43,7 +43,10 @@ def diagnose(
         and record.header["labels"]["decoding"] in ("greedy", "none")
     }
     others, loss = find_others(users), Columns()
-    nothing = {_key(item): item["margin"] for item in cells.get("no_signals", ())}
+    nothing, whole = (
+        {_key(item): item["margin"] for item in cells.get(name, ())}
+        for name in ("no_signals", "oracle")
+    )
     odds = _list_odds(source, users)
     for condition, writer in WRITERS.items():
         if condition in cells and nothing:
@@ -52,7 +55,7 @@ def diagnose(
                 texts = [texts[other] for other in others]
             by_user = dict(zip((user.user_id for user in users), texts, strict=True))
             parts = explain_loss(cells[condition], nothing, odds, by_user)
-            loss[condition] = _to_json(parts | _find_gap(cells[condition], cells))
+            loss[condition] = _to_json(parts | _find_gap(cells[condition], nothing, whole))
     persons, names = number_persons(name_persons(users)), Columns()
     for condition, writer in (("summary_before_rl", BEFORE_RL), ("summary", TRAINED)):
         names[condition] = _to_json(describe_texts(summaries[writer], users, persons, source))
@@ -89,22 +92,24 @@ def explain_loss(
 
 
 def _find_gap(
-    items: Sequence[Mapping[str, Any]], cells: Mapping[str, Sequence[Mapping[str, Any]]]
+    items: Sequence[Mapping[str, Any]],
+    nothing: Mapping[tuple[str, str], float],
+    whole: Mapping[tuple[str, str], float],
 ) -> dict[str, Estimate]:
-    """statistics.compute_gap_recovered from no text to the true persona, where personas are
-    known."""
-    ends = (cells.get("no_signals", ()), cells.get("oracle", ()))
-    margins = [{_key(item): item["margin"] for item in cell} for cell in (items, *ends)]
-    known = [item for item in items if all(_key(item) in cell for cell in margins)]
+    """What statistics.compute_gap_recovered tells with an interval, with a standard error as all
+    of `loss` has it, where personas are known. nothing, whole: margins behind no text and behind
+    the true persona."""
+    known = [item for item in items if _key(item) in nothing and _key(item) in whole]
     if not known:
         return {}
     persons = number_persons([item["person"] for item in known])
-    signs = np.sign([[cell[_key(item)] for item in known] for cell in margins])
-    own, none, whole = (signs + 1) / 2  # a tie counts one half
-    way = average(whole - none, persons)
+    ends = ([margins[_key(item)] for item in known] for margins in (nothing, whole))
+    signs = np.sign([[item["margin"] for item in known], *ends])
+    own, least, most = (signs + 1) / 2  # a tie counts one half
+    way = average(most - least, persons)
     if not way.value > 2 * way.stderr:  # no way, as far as these persons tell
         return {"gap_recovered": Estimate(math.nan, math.nan)}
-    return {"gap_recovered": divide(own - none, whole - none, persons)}
+    return {"gap_recovered": divide(own - least, most - least, persons)}
 
 
 def _list_odds(source: Source, users: Sequence[User]) -> dict[tuple[str, str], PairOdds]:
