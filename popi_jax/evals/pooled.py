@@ -11,8 +11,9 @@ from typing import Any
 
 from popi_jax.evals import records
 from popi_jax.evals.records import CellRecord
+from popi_jax.evals.report import LABELS
 
-SAME = ("data", "split", "signals", "condition", "decoding", "generator")
+SAME = [name for name in LABELS if name not in ("model", "step")]
 
 
 def pool(cells: Sequence[CellRecord], models: Sequence[str]) -> list[CellRecord]:
